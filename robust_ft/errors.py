@@ -1,0 +1,17 @@
+"""What a user did wrong, in one sentence."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that a user can fix; its message is one sentence that names the place.
+
+    Command lines print the message alone, without a traceback, and exit with status 2.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns `" Did you mean 'x'?"` for the choice closest to `name`, or `""` if none is close."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
