@@ -1,0 +1,1 @@
+"""robust_ft: finetune pretrained language models without losing what they could already do."""

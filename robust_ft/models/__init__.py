@@ -1,0 +1,1 @@
+"""Models: plain functions of parameters and batches, implemented in Flax Linen."""

@@ -1,0 +1,260 @@
+"""Layers shared by the models; each calls the PEFT hooks of its site in one line."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_ft.models.peft.base import Peft
+from robust_ft.partitioning import constrain
+
+Initializer = Callable[..., jax.Array]
+
+# Large enough to vanish after softmax, small enough to add to scores in bfloat16.
+MASKED = -1e10
+
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """A matrix product without bias: [..., inputs] -> [..., features]."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = fan_in_normal
+    peft: tuple[Peft, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            (x.shape[-1], self.features),
+            self.param_dtype,
+        )
+        y = x @ kernel.astype(self.dtype)
+        for method in self.peft:
+            y = method.dense(self, x, y)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean is subtracted and there is no bias; computed in float32."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest embed"]:
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            (x.shape[-1],),
+            self.param_dtype,
+        )
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of token embeddings, also usable as the output head (`attend`)."""
+
+    vocab_size: int
+    features: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            (self.vocab_size, self.features),
+            self.param_dtype,
+        )
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def attend(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
+        """Returns float32 logits: the dot products with every token's embedding."""
+        return jnp.einsum(
+            "...e,ve->...v",
+            x,
+            self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class RelativePositionBias(nn.Module):
+    """T5's bucketed relative position bias, one table for a whole stack of layers."""
+
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, query_positions: Int[Array, "*batch query"], key_positions: Int[Array, "*batch key"]
+    ) -> Float[Array, "*batch heads query key"]:
+        table = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+                ("heads", "relpos_buckets"),
+            ),
+            (self.num_heads, self.num_buckets),
+            self.param_dtype,
+        )
+        distance = key_positions[..., None, :] - query_positions[..., :, None]
+        buckets = relative_position_bucket(
+            distance, self.bidirectional, self.num_buckets, self.max_distance
+        )  # [*batch, query, key]
+        bias = jnp.take(table.astype(jnp.float32).T, buckets, axis=0)
+        return jnp.moveaxis(bias, -1, -3)
+
+
+def relative_position_bucket(
+    distance: Int[Array, "*rest"], bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[Array, "*rest"]:
+    """Maps key position minus query position to a bucket.
+
+    Half of the buckets hold one distance each; the others grow logarithmically up to
+    `max_distance`, beyond which all distances share the last one. Bidirectional attention keeps
+    one half of the buckets for keys behind the query, the other for keys ahead; causal attention
+    has buckets for keys behind only.
+    """
+    behind = -distance
+    offset = 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(behind < 0, num_buckets, 0)
+        behind = jnp.abs(behind)
+    else:
+        behind = jnp.maximum(behind, 0)
+    exact = num_buckets // 2
+    logarithmic = exact + (
+        jnp.log(jnp.maximum(behind, 1) / exact)
+        / math.log(max_distance / exact)
+        * (num_buckets - exact)
+    ).astype(jnp.int32)
+    return offset + jnp.where(behind < exact, behind, jnp.minimum(logarithmic, num_buckets - 1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention in two halves, so that decoding can keep keys and values.
+
+    `project` makes keys and values of the attended sequence, `__call__` attends to them. As in
+    T5, scores are not divided by sqrt(head_dim); the query kernel is initialized smaller instead.
+    """
+
+    num_heads: int
+    head_dim: int
+    embed_dim: int
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    peft: tuple[Peft, ...] = ()
+
+    def setup(self) -> None:
+        def projection(features: int, axes: tuple[str, str], init: Initializer) -> Dense:
+            return Dense(features, axes, self.dtype, self.param_dtype, init, self.peft)
+
+        def query_init(*args: Any) -> jax.Array:
+            return fan_in_normal(*args) / math.sqrt(self.head_dim)
+
+        joined = self.num_heads * self.head_dim
+        self.query = projection(joined, ("embed", "joined_kv"), query_init)
+        self.key = projection(joined, ("embed", "joined_kv"), fan_in_normal)
+        self.value = projection(joined, ("embed", "joined_kv"), fan_in_normal)
+        self.out = projection(self.embed_dim, ("joined_kv", "embed"), fan_in_normal)
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+    def project(self, x: Float[Array, "batch key embed"]) -> dict[str, jax.Array]:
+        """Returns {"key", "value"}, each [batch, key, heads, head_dim]."""
+        return {"key": self._split(self.key(x)), "value": self._split(self.value(x))}
+
+    def __call__(
+        self,
+        x: Float[Array, "batch query embed"],
+        keys: dict[str, jax.Array],
+        bias: Float[Array, "#batch #heads query key"],
+        deterministic: bool,
+    ) -> Float[Array, "batch query embed"]:
+        query = self._split(self.query(x))
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, keys["value"])
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+
+    def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
+        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        return constrain(x, "batch", "length", "heads", "kv")
+
+
+class MLP(nn.Module):
+    """The feed-forward sublayer: the product of one activation per input kernel, then `wo`."""
+
+    hidden_dim: int
+    activations: Sequence[str]
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    peft: tuple[Peft, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length embed"], deterministic: bool
+    ) -> Float[Array, "batch length embed"]:
+        hidden: Any = 1
+        for i, activation in enumerate(self.activations):
+            name = "wi" if len(self.activations) == 1 else f"wi_{i}"
+            y = Dense(
+                self.hidden_dim,
+                ("embed", "mlp"),
+                self.dtype,
+                self.param_dtype,
+                peft=self.peft,
+                name=name,
+            )(x)
+            hidden = hidden * (y if activation == "linear" else getattr(nn, activation)(y))
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            hidden, deterministic=deterministic
+        )
+        hidden = constrain(hidden, "batch", "length", "mlp")
+        return Dense(
+            x.shape[-1],
+            ("mlp", "embed"),
+            self.dtype,
+            self.param_dtype,
+            peft=self.peft,
+            name="wo",
+        )(hidden)
+
+
+def mask_bias(
+    allowed: Bool[Array, "batch #query key"],
+) -> Float[Array, "batch one #query key"]:
+    """Returns an attention bias, the same for all heads, that hides what is not allowed."""
+    return jnp.where(allowed, 0.0, MASKED)[:, None]
+
+
+def same_segment(
+    query_segments: Int[Array, "batch query"], key_segments: Int[Array, "batch key"]
+) -> Bool[Array, "batch query key"]:
+    """Returns which pairs belong to the same example of a packed row."""
+    return query_segments[:, :, None] == key_segments[:, None, :]

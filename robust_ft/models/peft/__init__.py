@@ -1,0 +1,6 @@
+"""Parameter-efficient finetuning: one file a method, plugged into the models' hook sites."""
+
+from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.prompt import Prompt
+
+__all__ = ["Peft", "Prompt"]

@@ -1,0 +1,393 @@
+"""T5 1.1 and its relatives: an encoder-decoder with relative positions.
+
+Parameter names and shapes are t5x's. `T5Config` is flat; the module reads top to bottom.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.models import layers
+from robust_ft.models.peft.base import Peft
+from robust_ft.partitioning import constrain
+from robust_ft.types import Batch
+
+Cache = dict[str, Any]
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes and switches of a T5; the defaults are T5 1.1 small.
+
+    Attributes:
+        logits_via_embedding: Use the token embedding as the output head, scaled by
+            emb_dim^-0.5 (T5 1.0); otherwise the head has its own kernel (T5 1.1, mT5).
+        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
+            products with parameters, "full" nothing but the layer's input.
+        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
+        param_dtype: Type in which parameters are drawn and kept.
+    """
+
+    vocab_size: int = 32128
+    emb_dim: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    logits_via_embedding: bool = False
+    relative_num_buckets: int = 32
+    relative_max_distance: int = 128
+    dropout_rate: float = 0.0
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        # gin gives lists; a frozen config has to be hashable.
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(
+                f"T5Config.remat='{self.remat}' is not one of {tuple(REMAT_POLICIES)}."
+                + nearest(self.remat, REMAT_POLICIES)
+            )
+
+    def module(self, peft: tuple[Peft, ...] = ()) -> "T5":
+        return T5(self, peft)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each with norm before and residual around it."""
+
+    config: T5Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch source embed"],
+        bias: Float[Array, "batch heads source source"],
+    ) -> Float[Array, "batch source embed"]:
+        attention = _attention(self.config, self.peft, "attention")
+        y = _norm(self.config, "pre_attention_layer_norm")(x)
+        x = x + self._sublayer(attention(y, attention.project(y), bias, self.deterministic))
+        y = _norm(self.config, "pre_mlp_layer_norm")(x)
+        x = x + self._sublayer(_mlp(self.config, self.peft)(y, self.deterministic))
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def _sublayer(self, y: jax.Array) -> jax.Array:
+        for method in self.peft:
+            y = method.residual(self, y)
+        return _dropout(self.config)(y, deterministic=self.deterministic)
+
+
+class Encoder(nn.Module):
+    """The stack of encoder layers over the embedded input."""
+
+    config: T5Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch source embed"], batch: Batch
+    ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
+        cfg = self.config
+        valid = batch["encoder_input_tokens"] != 0
+        for method in self.peft:
+            x, valid = method.embed(self, x, valid, batch)
+        bias = _relative_bias(cfg, bidirectional=True)(*[jnp.arange(x.shape[1])] * 2)
+        bias = bias + layers.mask_bias(self._allowed(valid, batch))
+        x = _dropout(cfg)(x, deterministic=self.deterministic)
+        layer_class = _rematerialized(EncoderLayer, cfg.remat)
+        for i in range(cfg.num_encoder_layers):
+            x = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")(x, bias)
+        x = _norm(cfg, "encoder_norm")(x)
+        return nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic), valid
+
+    def _allowed(
+        self, valid: Bool[Array, "batch source"], batch: Batch
+    ) -> Bool[Array, "batch #source source"]:
+        allowed = valid[:, None, :]
+        if "encoder_segment_ids" in batch:
+            segments = batch["encoder_segment_ids"]
+            if segments.shape != valid.shape:
+                raise UserError("Packed batches cannot be combined with a soft prompt.")
+            allowed = allowed & layers.same_segment(segments, segments)
+        return allowed
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder's output, and MLP.
+
+    It either runs over all positions of a target at once (`__call__`) or, with kept keys and
+    values, over one position (`step`).
+    """
+
+    config: T5Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.pre_self_attention_layer_norm = _norm(cfg)
+        self.self_attention = _attention(cfg, self.peft)
+        self.pre_cross_attention_layer_norm = _norm(cfg)
+        self.encoder_decoder_attention = _attention(cfg, self.peft)
+        self.pre_mlp_layer_norm = _norm(cfg)
+        self.mlp = _mlp(cfg, self.peft, name=None)
+        self.dropout = _dropout(cfg)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch target embed"],
+        memory: Float[Array, "batch memory embed"],
+        self_bias: Float[Array, "#batch heads target target"],
+        memory_bias: Float[Array, "batch one #target memory"],
+    ) -> Float[Array, "batch target embed"]:
+        y = self.pre_self_attention_layer_norm(x)
+        keys = self.self_attention.project(y)
+        memory_keys = self.project_memory(memory)
+        return self._sublayers(x, y, keys, self_bias, memory_keys, memory_bias)
+
+    def project_memory(self, memory: Float[Array, "batch memory embed"]) -> dict[str, jax.Array]:
+        return self.encoder_decoder_attention.project(memory)
+
+    def step(
+        self,
+        x: Float[Array, "batch one embed"],
+        cache: Cache,
+        position: Int[Array, "batch"],
+        self_bias: Float[Array, "batch heads one length"],
+        memory_bias: Float[Array, "batch one one memory"],
+    ) -> tuple[Float[Array, "batch one embed"], Cache]:
+        y = self.pre_self_attention_layer_norm(x)
+        rows = jnp.arange(x.shape[0])
+        keys = {
+            name: cache["self"][name].at[rows, position].set(new[:, 0])
+            for name, new in self.self_attention.project(y).items()
+        }
+        x = self._sublayers(x, y, keys, self_bias, cache["memory"], memory_bias)
+        return x, {"self": keys, "memory": cache["memory"]}
+
+    def _sublayers(
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        keys: dict[str, jax.Array],
+        self_bias: jax.Array,
+        memory_keys: dict[str, jax.Array],
+        memory_bias: jax.Array,
+    ) -> jax.Array:
+        x = x + self._sublayer(self.self_attention(y, keys, self_bias, self.deterministic))
+        y = self.pre_cross_attention_layer_norm(x)
+        attended = self.encoder_decoder_attention(y, memory_keys, memory_bias, self.deterministic)
+        x = x + self._sublayer(attended)
+        y = self.pre_mlp_layer_norm(x)
+        x = x + self._sublayer(self.mlp(y, self.deterministic))
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def _sublayer(self, y: jax.Array) -> jax.Array:
+        for method in self.peft:
+            y = method.residual(self, y)
+        return self.dropout(y, deterministic=self.deterministic)
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers over the embedded target."""
+
+    config: T5Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.relpos_bias = _relative_bias(cfg, bidirectional=False, name=None)
+        layer_class = _rematerialized(DecoderLayer, cfg.remat)
+        self.layers = [
+            layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_decoder_layers)
+        ]
+        self.decoder_norm = _norm(cfg)
+        self.dropout = _dropout(cfg)
+        if not cfg.logits_via_embedding:
+            self.logits_dense = layers.Dense(
+                cfg.vocab_size,
+                ("embed", "vocab"),
+                _dtype(cfg),
+                cfg.param_dtype,
+                peft=self.peft,
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch target embed"],
+        memory: Float[Array, "batch memory embed"],
+        memory_valid: Bool[Array, "batch memory"],
+        batch: Batch,
+    ) -> Float[Array, "batch target embed"]:
+        positions = jnp.arange(x.shape[1])
+        causal = positions[None, :, None] >= positions[None, None, :]
+        memory_allowed = memory_valid[:, None, :]
+        if "decoder_segment_ids" in batch:
+            segments = batch["decoder_segment_ids"]
+            causal = causal & layers.same_segment(segments, segments)
+            memory_allowed &= layers.same_segment(segments, batch["encoder_segment_ids"])
+        self_bias = self.relpos_bias(positions, positions) + layers.mask_bias(causal)
+        memory_bias = layers.mask_bias(memory_allowed)
+        x = self.dropout(x, deterministic=self.deterministic)
+        for layer in self.layers:
+            x = layer(x, memory, self_bias, memory_bias)
+        return self.dropout(self.decoder_norm(x), deterministic=self.deterministic)
+
+    def empty_cache(
+        self,
+        memory: Float[Array, "batch memory embed"],
+        memory_valid: Bool[Array, "batch memory"],
+        max_length: int,
+    ) -> Cache:
+        cfg = self.config
+        shape = (memory.shape[0], max_length, cfg.num_heads, cfg.head_dim)
+        empty = jnp.zeros(shape, _dtype(cfg))
+        return {
+            "position": jnp.zeros(memory.shape[0], jnp.int32),
+            "memory_valid": memory_valid,
+            "layers": [
+                {
+                    "self": {"key": empty, "value": empty},
+                    "memory": layer.project_memory(memory),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def step(
+        self, x: Float[Array, "batch one embed"], cache: Cache
+    ) -> tuple[Float[Array, "batch one embed"], Cache]:
+        position = cache["position"]  # [batch], where the token of x stands
+        slots = jnp.arange(cache["layers"][0]["self"]["key"].shape[1])  # [length]
+        seen = slots[None, None, :] <= position[:, None, None]  # [batch, 1, length]
+        bias = self.relpos_bias(position[:, None], jnp.broadcast_to(slots, (*x.shape[:1], *slots.shape)))
+        self_bias = bias + layers.mask_bias(seen)
+        memory_bias = layers.mask_bias(cache["memory_valid"][:, None, :])
+        new_layers = []
+        for layer, layer_cache in zip(self.layers, cache["layers"], strict=True):
+            x, layer_cache = layer.step(x, layer_cache, position, self_bias, memory_bias)
+            new_layers.append(layer_cache)
+        return self.decoder_norm(x), cache | {"position": position + 1, "layers": new_layers}
+
+
+class T5(nn.Module):
+    """The whole model. Methods take batches with t5x's feature names (`robust_ft.types`)."""
+
+    config: T5Config
+    peft: tuple[Peft, ...] = ()
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.token_embedder = layers.Embedding(
+            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype
+        )
+        self.encoder = Encoder(cfg, self.peft, self.deterministic)
+        self.decoder = Decoder(cfg, self.peft, self.deterministic)
+
+    def hidden(self, batch: Batch) -> Float[Array, "batch target embed"]:
+        """Returns the decoder's last hidden states, what `head` turns into logits."""
+        memory, memory_valid = self._encode(batch)
+        x = self.token_embedder(batch["decoder_input_tokens"])
+        return self.decoder(x, memory, memory_valid, batch)
+
+    def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
+        """Returns float32 logits of hidden states."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
+        return self.decoder.logits_dense(hidden).astype(jnp.float32)
+
+    def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
+        return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")
+
+    def prefill(self, batch: Batch, max_length: int) -> Cache:
+        """Encodes the input and returns an empty cache for targets up to `max_length` tokens."""
+        return self.decoder.empty_cache(*self._encode(batch), max_length)
+
+    def step(
+        self, cache: Cache, tokens: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Reads one token a row and returns the logits of the next one."""
+        hidden, cache = self.decoder.step(self.token_embedder(tokens[:, None]), cache)
+        return self.head(hidden)[:, 0], cache
+
+    def _encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return self.encoder(self.token_embedder(batch["encoder_input_tokens"]), batch)
+
+
+def _dtype(cfg: T5Config) -> jnp.dtype:
+    return jnp.dtype(cfg.dtype)
+
+
+def _norm(cfg: T5Config, name: str | None = None) -> layers.RMSNorm:
+    return layers.RMSNorm(_dtype(cfg), cfg.param_dtype, name=name)
+
+
+def _dropout(cfg: T5Config) -> nn.Dropout:
+    # One mask for all positions of an example, as T5 does.
+    return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+
+def _attention(
+    cfg: T5Config, peft: tuple[Peft, ...], name: str | None = None
+) -> layers.Attention:
+    return layers.Attention(
+        cfg.num_heads,
+        cfg.head_dim,
+        cfg.emb_dim,
+        cfg.dropout_rate,
+        _dtype(cfg),
+        cfg.param_dtype,
+        peft,
+        name=name,
+    )
+
+
+def _mlp(cfg: T5Config, peft: tuple[Peft, ...], name: str | None = "mlp") -> layers.MLP:
+    return layers.MLP(
+        cfg.mlp_dim,
+        cfg.mlp_activations,
+        cfg.dropout_rate,
+        _dtype(cfg),
+        cfg.param_dtype,
+        peft,
+        name=name,
+    )
+
+
+def _relative_bias(
+    cfg: T5Config, bidirectional: bool, name: str | None = "relpos_bias"
+) -> layers.RelativePositionBias:
+    return layers.RelativePositionBias(
+        cfg.num_heads,
+        cfg.relative_num_buckets,
+        cfg.relative_max_distance,
+        bidirectional,
+        cfg.param_dtype,
+        name=name,
+    )
+
+
+def _rematerialized(layer_class: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer_class
+    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])

@@ -1,0 +1,21 @@
+"""The few types that every module speaks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+# A nested dict of arrays. Paths are t5x's own, joined by "/":
+# "encoder/layers_0/attention/query/kernel".
+Params = Mapping[str, Any]
+
+# Named arrays that lead with the batch axis, under t5x's feature names:
+#   encoder_input_tokens   int32[batch, source]
+#   decoder_input_tokens   int32[batch, target]   targets shifted right, first the start token
+#   decoder_target_tokens  int32[batch, target]
+#   decoder_loss_weights   float32[batch, target] 0 where a target does not count
+# Packed batches add int32 encoder_segment_ids and decoder_segment_ids (0 on padding).
+Batch = Mapping[str, jax.Array]
+
+# Sums over examples or tokens, never means, so that they add up over microbatches and hosts.
+Sums = dict[str, jax.Array]

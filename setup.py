@@ -1,0 +1,43 @@
+"""Package definition; `requirements.lock` beside this file holds the exact versions."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="robust_ft",
+    version="0.1.0",
+    description="Finetune language models in JAX without losing what they could already do.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["robust_ft*", "tasks*"]),
+    package_data={"robust_ft": ["assets/**/*"]},
+    install_requires=[
+        "array-record",
+        "flax~=0.12",
+        "gin-config",
+        "grain",
+        "jax~=0.10.0",
+        "jaxtyping",
+        "matplotlib",
+        "msgpack",
+        "numpy",
+        "optax",
+        "orbax-checkpoint~=0.12",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "seqio",
+        "tensorboard",
+        "tensorflow-text",
+        "tokenizers",
+    ],
+    extras_require={
+        "test": ["hypothesis", "mypy", "pytest", "ruff"],
+        "parity": ["torch", "transformers~=5.0"],
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
+)
