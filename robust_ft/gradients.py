@@ -1,0 +1,34 @@
+"""Gradient rules: from a batch to a gradient of the trainable parameters."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+from jaxtyping import Array, Float
+
+from robust_ft.types import Batch, Params, Sums
+
+# (trainable parameters, batch, key) -> (summed loss, (summed weights, other sums))
+LossFn = Callable[
+    [Params, Batch, jax.Array], tuple[Float[Array, ""], tuple[Float[Array, ""], Sums]]
+]
+
+
+class GradientFn(Protocol):
+    """A rule from a batch to a gradient; meta-learning is another such rule."""
+
+    def __call__(
+        self, loss_fn: LossFn, trainable: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[Params, Sums]:
+        """Returns the gradient of the *summed* loss and sums that include "loss" and "weight"."""
+        ...
+
+
+def backprop(
+    loss_fn: LossFn, trainable: Params, batch: Batch, rng: jax.Array
+) -> tuple[Params, Sums]:
+    """The plain gradient, a `GradientFn`."""
+    (loss, (weight, sums)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+        trainable, batch, rng
+    )
+    return gradient, {"loss": loss, "weight": weight, **sums}

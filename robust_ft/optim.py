@@ -1,0 +1,139 @@
+"""Optimizers and learning rate schedules: settings that build Optax transformations."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import optax
+from jaxtyping import Array, Float, Int
+
+from robust_ft.errors import UserError, nearest
+
+DECAYS = ("constant", "linear", "cosine", "rsqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate: linear warm-up from 0 to `peak`, then a decay.
+
+    Attributes:
+        peak: The rate after warm-up.
+        warmup_steps: Number of steps of warm-up.
+        decay: "constant"; "linear" or "cosine" down to 0 at `decay_steps`; "rsqrt", with the
+            square root of the step from the end of warm-up on.
+        decay_steps: The step, counted from 0, at which "linear" and "cosine" arrive at 0.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    decay: str = "constant"
+    decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise UserError(
+                f"Schedule.decay='{self.decay}' is not one of {DECAYS}."
+                + nearest(self.decay, DECAYS)
+            )
+        if self.decay in ("linear", "cosine") and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"Schedule.decay_steps={self.decay_steps} must lie after "
+                f"Schedule.warmup_steps={self.warmup_steps} for decay='{self.decay}'."
+            )
+
+    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """Returns the rate of the update that leads from `step` to `step + 1`."""
+        step = jax.numpy.asarray(step, jax.numpy.float32)
+        warmup = max(self.warmup_steps, 1)
+        rate = self.peak * jax.numpy.minimum(1.0, (step + 1) / warmup)
+        if self.decay == "rsqrt":
+            return rate * jax.lax.rsqrt(jax.numpy.maximum(step + 1, warmup) / warmup)
+        if self.decay == "constant":
+            return rate
+        rest = self.decay_steps - self.warmup_steps
+        done = jax.numpy.clip((step - self.warmup_steps) / rest, 0.0, 1.0)
+        if self.decay == "linear":
+            return rate * (1.0 - done)
+        return rate * 0.5 * (1.0 + jax.numpy.cos(jax.numpy.pi * done))
+
+
+class Optimizer(Protocol):
+    """A frozen dataclass of an optimizer's settings."""
+
+    @property
+    def learning_rate(self) -> Schedule: ...
+
+    def build(self) -> optax.GradientTransformation:
+        """Returns the Optax transformation, gradient clipping and learning rate included."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor with T5's settings; each parameter leaf has its own scale and clipping.
+
+    Attributes:
+        multiply_by_parameter_scale: Make steps relative to the parameter's RMS (at least 1e-3).
+            T5 finetuning does; the published prompt tuning code does not.
+        decay_rate: Second moments decay with 1 - t^-decay_rate.
+        clipping_threshold: Limit of an update's RMS before the learning rate.
+        weight_decay: Share of a parameter that each step removes, whatever the learning rate.
+        clip_norm: Limit of the gradient's global norm, or None.
+    """
+
+    learning_rate: Schedule
+    multiply_by_parameter_scale: bool = True
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def build(self) -> optax.GradientTransformation:
+        return _clipped(
+            self.clip_norm,
+            optax.adafactor(
+                self.learning_rate,
+                decay_rate=self.decay_rate,
+                multiply_by_parameter_scale=self.multiply_by_parameter_scale,
+                clipping_threshold=self.clipping_threshold,
+                weight_decay_rate=self.weight_decay or None,
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay, which is scaled by the learning rate.
+
+    Attributes:
+        epsilon: Added to the root of the second moment. Large values (1e-3) keep small gradients
+            small instead of normalizing them to full-size steps.
+        clip_norm: Limit of the gradient's global norm, or None.
+    """
+
+    learning_rate: Schedule
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def build(self) -> optax.GradientTransformation:
+        return _clipped(
+            self.clip_norm,
+            optax.adamw(
+                self.learning_rate,
+                b1=self.beta1,
+                b2=self.beta2,
+                eps=self.epsilon,
+                weight_decay=self.weight_decay,
+            ),
+        )
+
+
+def _clipped(
+    clip_norm: float | None, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    if clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

@@ -1,0 +1,88 @@
+"""Which parameters train: patterns give a mask, the mask splits the parameters in two.
+
+Only the trainable half is differentiated, optimized and saved. Nothing is masked inside the
+optimizer, so a frozen parameter costs no gradient and no optimizer state, and stays bit-identical.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.types import Params
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Returns {path: leaf} of a nested dict, sorted by path."""
+    return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def trainable_paths(params: Params, patterns: Sequence[str]) -> frozenset[str]:
+    """Returns the paths that at least one pattern matches in full.
+
+    Raises:
+        UserError: A pattern is no regular expression or matches no parameter.
+    """
+    paths = list(flatten(params))
+    matched: set[str] = set()
+    for pattern in patterns:
+        try:
+            hits = {path for path in paths if re.fullmatch(pattern, path)}
+        except re.error as error:
+            raise UserError(f"Trainable pattern '{pattern}' is no valid regex: {error}.") from None
+        if not hits:
+            raise UserError(
+                f"Trainable pattern '{pattern}' matches none of the {len(paths)} parameters."
+                + nearest(pattern, paths)
+            )
+        matched |= hits
+    return frozenset(matched)
+
+
+def split(params: Params, paths: frozenset[str]) -> tuple[Params, Params]:
+    """Splits parameters into (those at `paths`, the others), both pruned nested dicts."""
+    flat = flatten(params)
+    inside = {path: leaf for path, leaf in flat.items() if path in paths}
+    outside = {path: leaf for path, leaf in flat.items() if path not in paths}
+    return unflatten(inside), unflatten(outside)
+
+
+def merge(*parts: Params) -> Params:
+    """Puts the parts of a split together; no path may come from two parts."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        flat = flatten(part)
+        if both := sorted(merged.keys() & flat.keys()):
+            raise ValueError(f"Parameters {both} come from two parts.")
+        merged |= flat
+    return unflatten(merged)
+
+
+def report(params: Params, paths: frozenset[str]) -> str:
+    """Returns the table of every parameter: path, shape, type, size, trainable or frozen."""
+    flat = flatten(params)
+    width = max(map(len, flat))
+    lines = [
+        f"{path:{width}}  {str(tuple(leaf.shape)):18}  {leaf.dtype!s:9}"
+        f"{math.prod(leaf.shape):15,}  {'trainable' if path in paths else 'frozen'}"
+        for path, leaf in flat.items()
+    ]
+    return "\n".join([*lines, summary(params, paths)])
+
+
+def summary(params: Params, paths: frozenset[str]) -> str:
+    """Returns one line: how many parameters there are and how many of them train."""
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(params).items()}
+    total = sum(sizes.values())
+    trained = sum(sizes[path] for path in paths)
+    return (
+        f"{total:,} parameters, {trained:,} trainable ({trained / total:.4%}), "
+        f"{total - trained:,} frozen"
+    )
