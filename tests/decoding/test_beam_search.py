@@ -1,0 +1,299 @@
+import importlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_ft.decoding import beam_search, greedy, min_length
+from robust_ft.errors import UserError
+
+# The package's attribute of this name is the function.
+beam_search_module = importlib.import_module("robust_ft.decoding.beam_search")
+
+EOS, PAD = 1, 0
+ALPHAS = (-1.0, 0.0, 0.6, 1.0, 2.0)
+
+
+def penalised(log_prob, length, alpha, length_penalty):
+    return log_prob / ((5 + length) / 6 if length_penalty == "t5x" else length) ** alpha
+
+
+def best_of(sequences, count, alpha, length_penalty, length):
+    """Ranks [(tokens, log_prob)]: those that ended, then the others; pads them and their list."""
+    ranked = sorted(
+        ((EOS in s, penalised(p, len(s), alpha, length_penalty), s) for s, p in sequences),
+        reverse=True,
+    )
+    ranked = [(score, list(s) + [PAD] * (length - len(s))) for _, score, s in ranked[:count]]
+    ranked += [(-np.inf, [PAD] * length)] * (count - len(ranked))
+    return [tokens for _, tokens in ranked], [score for score, _ in ranked]
+
+
+def every_sequence(model, row):
+    """All sequences that end within the model's length, and those that reach it unended."""
+    others = [token for token in range(model.vocab) if token != EOS]
+    for n in range(model.length + 1):
+        for body in itertools.product(others, repeat=n):
+            sequence = body + (EOS,) if n < model.length else body
+            log_prob = sum(
+                model.log_probs(row, sequence[:i])[token] for i, token in enumerate(sequence)
+            )
+            yield sequence, log_prob
+
+
+def plain_beam_search(model, row, beam_size, alpha, length_penalty, num_return, min_tokens=0):
+    """Beam search of one example with Python lists, which never stops early."""
+    live, ended = [((), 0.0)], []
+    for step in range(model.length):
+        extensions = []
+        for prefix, log_prob in live:
+            for token, gain in enumerate(model.log_probs(row, prefix)):
+                if token != EOS or step >= min_tokens:
+                    extensions.append((prefix + (token,), log_prob + gain))
+        extensions.sort(key=lambda extension: -extension[1])
+        extensions = extensions[: 2 * beam_size]
+        ended += [e for e in extensions if e[0][-1] == EOS]
+        live = [e for e in extensions if e[0][-1] != EOS][:beam_size]
+    return best_of(ended + live, num_return, alpha, length_penalty, model.length)
+
+
+def run(model, alpha, **settings):
+    """Compiled once for each shape: the table and alpha are arguments."""
+
+    @jax.jit
+    def search(table, alpha, cache, start):
+        return beam_search(
+            model.step_fn(table), cache, start, model.length, EOS, alpha=alpha, **settings
+        )
+
+    for value in np.atleast_1d(alpha):
+        yield value, search(model.table, value, model.cache(), model.start())
+
+
+def assert_same(decoded, expected):
+    """Compares with [(tokens, scores)] of each example."""
+    np.testing.assert_array_equal(decoded.tokens, [tokens for tokens, _ in expected])
+    np.testing.assert_allclose(decoded.scores, [scores for _, scores in expected], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "length", "beam_size", "num_return", "eos_bias", "length_penalty"),
+    [
+        (3, 4, 12, 1, 0.0, "t5x"),
+        (3, 4, 12, 5, -2.0, "hf"),
+        (4, 3, 18, 18, 0.0, "t5x"),
+        (5, 3, 40, 3, 2.0, "hf"),
+    ],
+)
+def test_a_wide_beam_finds_what_enumeration_finds(
+    table_model, vocab, length, beam_size, num_return, eos_bias, length_penalty
+):
+    # The beam holds every prefix, and twice the beam every extension: nothing is pruned.
+    assert 2 * beam_size >= (vocab - 1) ** (length - 1) * vocab
+    model = table_model(seed=vocab, batch=4, vocab=vocab, length=length, eos_bias=eos_bias)
+    settings = dict(beam_size=beam_size, num_return=num_return, length_penalty=length_penalty)
+    for alpha, decoded in run(model, ALPHAS, **settings):
+        expected = [
+            best_of(every_sequence(model, row), num_return, alpha, length_penalty, length)
+            for row in range(model.batch)
+        ]
+        assert_same(decoded, expected)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "beam_size", "num_return", "eos_bias", "length_penalty"),
+    [
+        (7, 2, 1, 0.0, "t5x"),
+        (7, 2, 1, 0.0, "hf"),
+        (5, 3, 3, 1.5, "t5x"),
+        (3, 4, 4, -6.0, "hf"),
+        (2, 4, 2, 0.0, "t5x"),
+    ],
+)
+def test_a_narrow_beam_equals_a_plain_one(
+    table_model, vocab, beam_size, num_return, eos_bias, length_penalty
+):
+    model = table_model(seed=vocab, batch=12, vocab=vocab, length=5, eos_bias=eos_bias)
+    settings = dict(beam_size=beam_size, num_return=num_return, length_penalty=length_penalty)
+    for alpha, decoded in run(model, ALPHAS, **settings):
+        expected = [
+            plain_beam_search(model, row, beam_size, alpha, length_penalty, num_return)
+            for row in range(model.batch)
+        ]
+        assert_same(decoded, expected)
+
+
+def test_examples_end_at_different_lengths_and_some_not_at_all(table_model):
+    """Guards the tests above: their tables do reach the cases they are meant for."""
+    model = table_model(seed=3, batch=12, vocab=3, length=5, eos_bias=-6.0)
+    ((_, decoded),) = run(model, 0.6, beam_size=4, num_return=4)
+    tokens = np.asarray(decoded.tokens)
+    ended = np.any(tokens == EOS, axis=-1)
+    assert 0 < ended.mean() < 1
+    assert np.all(np.diff(ended.astype(int), axis=1) <= 0), "those that ended come first"
+    assert len(set(np.argmax(tokens == EOS, axis=-1)[ended])) > 1
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.6, 2.0])
+def test_stopping_early_changes_nothing_but_the_work(table_model, monkeypatch, alpha):
+    model = table_model(seed=8, batch=12, vocab=5, length=5, eos_bias=2.0)
+    steps = []
+
+    def counting_step(cache, tokens):
+        jax.debug.callback(lambda _: steps.append(1), tokens)
+        return model.step_fn()(cache, tokens)
+
+    def search():
+        steps.clear()
+        decoded = jax.jit(
+            lambda cache, start: beam_search(
+                counting_step, cache, start, 5, EOS, 3, alpha, num_return=2
+            )
+        )(model.cache(), model.start())
+        jax.effects_barrier()
+        return decoded, len(steps)
+
+    early, early_steps = search()
+    monkeypatch.setattr(beam_search_module, "_is_done", lambda *_: jnp.zeros([12], bool))
+    late, late_steps = search()
+    assert late_steps == 5
+    assert early_steps <= late_steps
+    np.testing.assert_array_equal(early.tokens, late.tokens)
+    np.testing.assert_array_equal(early.scores, late.scores)
+
+
+def test_a_sure_ending_stops_the_search_at_once():
+    steps = []
+
+    def step(cache, tokens):
+        jax.debug.callback(lambda _: steps.append(1), tokens)
+        log_probs = jnp.full([len(tokens), 6], -20.0).at[:, EOS].set(-1e-6)
+        return log_probs, cache
+
+    start = jnp.zeros([2], jnp.int32)
+    decoded = beam_search(step, {"x": jnp.zeros([2, 3])}, start, 100, EOS, beam_size=4)
+    jax.effects_barrier()
+    assert len(steps) == 1
+    np.testing.assert_array_equal(decoded.tokens[:, 0, :2], [[EOS, PAD], [EOS, PAD]])
+
+
+def test_one_beam_equals_greedy(table_model):
+    model = table_model(seed=9, batch=12, vocab=4, length=5)
+    best = greedy(model.step_fn(), model.cache(), model.start(), model.length, EOS, PAD)
+    tokens = np.asarray(best.tokens)
+    lengths = np.where(np.any(tokens == EOS, -1), np.argmax(tokens == EOS, -1) + 1, 5)
+    for alpha, decoded in run(model, ALPHAS, beam_size=1):
+        np.testing.assert_array_equal(decoded.tokens, tokens)
+        expected = penalised(np.asarray(best.scores), lengths, alpha, "t5x")
+        np.testing.assert_allclose(decoded.scores, expected, rtol=2e-5)
+
+
+def test_compiled_or_not(table_model):
+    model = table_model(seed=9, batch=12, vocab=4, length=5)
+    ((_, compiled),) = run(model, 0.6, beam_size=3, num_return=2)
+    plain = beam_search(
+        *(model.step_fn(), model.cache(), model.start(), 5, EOS, 3, 0.6), num_return=2
+    )
+    np.testing.assert_array_equal(plain.tokens, compiled.tokens)
+    np.testing.assert_allclose(plain.scores, compiled.scores, rtol=1e-6)
+
+
+def test_padding_id_and_min_length(table_model):
+    model = table_model(seed=10, batch=8, vocab=4, length=5, eos_bias=3.0)
+    decoded = beam_search(
+        *(model.step_fn(), model.cache(), model.start(), model.length, EOS, 3, 0.6),
+        num_return=2,
+        pad_id=9,
+        process=min_length(2, EOS),
+    )
+    expected = [
+        plain_beam_search(model, row, 3, 0.6, "t5x", 2, min_tokens=2) for row in range(model.batch)
+    ]
+    after_end = np.cumsum(np.asarray(decoded.tokens) == EOS, axis=-1) > 0
+    after_end = np.concatenate([np.zeros_like(after_end[..., :1]), after_end[..., :-1]], -1)
+    assert np.all(np.asarray(decoded.tokens)[after_end] == 9)
+    tokens = np.where(after_end, PAD, decoded.tokens)
+    np.testing.assert_array_equal(tokens, [tokens for tokens, _ in expected])
+
+
+def test_processors_see_the_tokens_of_their_own_beam(table_model):
+    """A processor that forbids repeats, written twice."""
+    model = table_model(seed=11, batch=6, vocab=6, length=4, eos_bias=-1.0)
+
+    def no_repeats(log_probs, tokens, generated):
+        seen = jnp.arange(tokens.shape[1]) < generated
+        used = jnp.any((tokens[..., None] == jnp.arange(6)) & seen[:, None], axis=1)
+        return jnp.where(used, -jnp.inf, log_probs)
+
+    table = model.table.copy()
+    for n in range(model.length):
+        for prefix in itertools.product(range(6), repeat=n):
+            node = 0
+            for token in prefix:
+                node = node * 6 + token + 1
+            table[:, node, list(set(prefix))] = -np.inf
+    banned = type(model)(table, model.length)
+    decoded = beam_search(
+        *(model.step_fn(), model.cache(), model.start(), 4, EOS, 3, 0.6),
+        num_return=3,
+        process=no_repeats,
+    )
+    expected = [plain_beam_search(banned, row, 3, 0.6, "t5x", 3) for row in range(model.batch)]
+    assert_same(decoded, expected)
+
+
+def test_one_token_vocabulary_and_fewer_sequences_than_asked():
+    def step(cache, tokens):
+        return jnp.zeros([len(tokens), 2]).at[:, 0].set(-jnp.inf), cache
+
+    start = jnp.zeros([1], jnp.int32)
+    decoded = beam_search(step, {}, start, 3, EOS, beam_size=4, num_return=3)
+    np.testing.assert_array_equal(decoded.tokens, [[[EOS, 0, 0], [0, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(decoded.scores, [[0.0, -np.inf, -np.inf]])
+
+    def single(cache, tokens):
+        return jnp.zeros([len(tokens), 1]), cache
+
+    decoded = beam_search(single, {}, start, 3, eos_id=0, pad_id=7, beam_size=4)
+    np.testing.assert_array_equal(decoded.tokens, [[[0, 7, 7]]])
+
+
+def test_an_untouched_leaf_is_not_reordered(table_model):
+    """The encoder's keys and values are the largest leaves; a gather would copy them each step."""
+    model = table_model(seed=12, batch=2, vocab=4, length=3)
+
+    def search(touch):
+        def step(cache, tokens):
+            log_probs, small = model.step_fn()(cache["small"], tokens)
+            return log_probs, {"small": small, "encoder": touch(cache["encoder"])}
+
+        return lambda big: (
+            beam_search(
+                step, {"small": model.cache(), "encoder": big}, model.start(), 3, EOS, beam_size=3
+            ).tokens
+        )
+
+    big = jnp.zeros([2, 11, 13])
+    jaxprs = [str(jax.make_jaxpr(search(touch))(big)) for touch in (lambda x: x, lambda x: x + 0)]
+    gathers = [
+        sum("gather[" in line and "2,3,11,13" in line for line in jaxpr.splitlines())
+        for jaxpr in jaxprs
+    ]
+    assert gathers == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (dict(length_penalty="t5"), "Did you mean 't5x'"),
+        (dict(beam_size=0), "beam_size"),
+        (dict(beam_size=2, num_return=3), "num_return"),
+        (dict(num_return=0), "num_return"),
+    ],
+)
+def test_settings_out_of_range(table_model, settings, named):
+    model = table_model(seed=5, batch=1, vocab=3, length=2)
+    with pytest.raises(UserError, match=named):
+        beam_search(model.step_fn(), model.cache(), model.start(), 2, EOS, **settings)
