@@ -40,8 +40,9 @@ class _EventFile:
         directory.mkdir(parents=True, exist_ok=True)
         number = next(_file_numbers)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        self._file = open(directory / f"{name}.{os.getpid()}.{number}", "wb")
-        self._records = RecordWriter(self._file)
+        # Stays open until close(), which closes the file below the records too.
+        file = open(directory / f"{name}.{os.getpid()}.{number}", "wb")  # noqa: SIM115
+        self._records = RecordWriter(file)
         self._new_event = event_pb2.Event
         self._flushed = time.monotonic()
         self._write(file_version="brain.Event:2")

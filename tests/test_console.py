@@ -71,7 +71,7 @@ def test_resumed_progress_counts_from_where_it_was():
 
 
 def test_a_failing_stage_does_not_claim_its_end():
-    printer, file, clock = make()
+    printer, file, _ = make()
     with pytest.raises(KeyError), printer.progress("full", total=3) as progress:
         progress.update(1)
         raise KeyError

@@ -1,0 +1,233 @@
+"""The page of a report: one HTML file that loads nothing, in light and dark, on any screen."""
+
+import html
+import pathlib
+from collections.abc import Sequence
+
+from robust_ft.report import figure, results, table
+from robust_ft.report.runs import Run
+
+_WORDS = {
+    "loses": "loses the other tasks",
+    "keeps": "keeps the other tasks",
+    "improves": "improves the other tasks",
+    "": "other tasks not measured",
+}
+_CAPTIONS = {
+    "target": "Score on the task that the model is finetuned on. Higher is better.",
+    results.NORM_AVG: "Plain mean over the held-out tasks, which no method was trained on. "
+    "Higher is better; the dashed line is the pretrained model.",
+    results.FORMAT_SHARE: "How often an answer to another task has the form of the target's "
+    "answers. Lower is better: high means the model answers everything as if it were the target.",
+    "loss": "Loss on the training data.",
+}
+
+
+def render(runs: Sequence[Run], made: results.Table) -> str:
+    """Returns the whole page.
+
+    Args:
+        runs: with their samples and configs.
+        made: the table of these runs.
+    """
+    style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
+    found = results.verdicts(runs)
+    panels = figure.svg_panels(runs)
+    targets = ", ".join(made.targets)
+    title = f"Finetuning on {targets}"
+    sentence = results.headline(found, numbers=False)
+    body = [
+        f"<header><p class='over'>robust_ft report</p><h1>{_text(sentence or title)}</h1>",
+        f"<p class='lead'>{_text(_lead(runs, targets))}</p></header>",
+        _cards(runs, found),
+        _section("Before and after", _before_after(runs, panels)),
+        _section("While it trained", _curves(runs, panels)),
+        _section("All results", _table(made)),
+        _samples(runs),
+        _section("Configuration", _configs(runs)),
+    ]
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{_text(title)}</title>"
+        f"<style>{style}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{content}</section>" if content else ""
+
+
+def _lead(runs: Sequence[Run], targets: str) -> str:
+    seeds = max(len(group) for group in results.methods(runs).values())
+    spread = f"the mean of {seeds} seeds" if seeds > 1 else "of one seed"
+    return (
+        f"A pretrained model was finetuned on {targets}. A good method learns this task and still "
+        f"does every other task as well as before. Numbers are {spread}."
+    )
+
+
+def _cards(runs: Sequence[Run], found: Sequence[results.Verdict]) -> str:
+    palette = figure.colors(runs)
+    cards = []
+    for verdict in found:
+        rows = [
+            _change(f"Target task, {verdict.target}", verdict.target_before, verdict.target_after),
+            _change("Other tasks", verdict.others_before, verdict.others_after),
+        ]
+        cards.append(
+            f"<article class='card {verdict.word}' style='--method:{palette[verdict.method]}'>"
+            f"<h3>{_text(verdict.method)}</h3>{''.join(rows)}"
+            f"<p class='word'>{_text(_WORDS[verdict.word])}</p></article>"
+        )
+    note = (
+        "<p class='note'>“Keeps” means that at least nine tenths of the pretrained score on the "
+        "other tasks is left, “improves” that it grew by more than a fiftieth.</p>"
+    )
+    return f"<section><div class='cards'>{''.join(cards)}</div>{note}</section>"
+
+
+def _change(label: str, before: float | None, after: float | None) -> str:
+    if after is None:
+        return ""
+    start = "" if before is None else f"<span class='from'>{before:.1f} →</span> "
+    return (
+        f"<div class='change'><span class='label'>{_text(label)}</span>"
+        f"<span class='value'>{start}<b>{after:.1f}</b></span></div>"
+    )
+
+
+def _panel(title: str, svg: str, caption: str = "", alt: str = "") -> str:
+    note = f"<p>{_text(caption)}</p>" if caption else ""
+    svg = svg.replace("<svg", f"<svg role='img' aria-label='{_text(alt or title)}'", 1)
+    return f"<figure><figcaption><h3>{_text(title)}</h3>{note}</figcaption>{svg}</figure>"
+
+
+def _before_after(runs: Sequence[Run], panels: dict[str, str]) -> str:
+    shown = [
+        _panel(figure.describe(runs, quantity), panels[f"bars_{quantity}"])
+        for quantity in ("target", results.NORM_AVG)
+        if f"bars_{quantity}" in panels
+    ]
+    return (
+        f"<div class='grid two'>{''.join(shown)}</div><p class='note'>The checkpoint that each "
+        "method selected, on the test split; in brackets the change from the pretrained "
+        "model.</p>"
+    )
+
+
+def _curves(runs: Sequence[Run], panels: dict[str, str]) -> str:
+    shown = []
+    for quantity, caption in _CAPTIONS.items():
+        if quantity in panels:
+            title = "Training loss" if quantity == "loss" else figure.describe(runs, quantity)
+            shown.append(_panel(title, panels[quantity], caption))
+    keys = [
+        f"<span class='key' style='--method:{color}'>{_text(name)}</span>"
+        for name, color in figure.colors(runs).items()
+    ]
+    keys.append("<span class='key dashed'>pretrained</span>")
+    return (
+        f"<p class='keys'>{''.join(keys)}</p><div class='grid two'>{''.join(shown)}</div>"
+        "<p class='note'>On the validation split; a dot marks the selected checkpoint, bands are "
+        "± one standard deviation over seeds. The last stage of each method is at the right, "
+        "earlier ones at the left.</p>"
+    )
+
+
+def _table(made: results.Table) -> str:
+    """Tasks are rows and models are columns, so that many tasks fit on a phone."""
+    heads = "".join(
+        f"<th scope='col'>{_text(line.method)}<small>{_text(line.checkpoint)}</small>"
+        f"<small>{line.seeds} seed{'s' * (line.seeds > 1)}</small></th>"
+        for line in made.lines
+    )
+    rows = []
+    for column in made.columns:
+        start = {
+            line.method: line.cells[column].mean
+            for line in made.lines
+            if line.stage == results.PRETRAINED and column in line.cells
+        }
+        cells = [_cell(line, column, start) for line in made.lines]
+        group = "target" if column.task in made.targets else "all"
+        group = "mean" if column.task == results.HELD_OUT else group
+        rows.append(
+            f"<tr class='{group}'><th scope='row'>{_text(table.head(column))}</th>"
+            f"{''.join(cells)}</tr>"
+        )
+    return (
+        f"<div class='scroll'><table><thead><tr><td></td>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<p class='note'>{_text(table.caption(made))} Small numbers are the change from the "
+        "pretrained model.</p>"
+    )
+
+
+def _cell(line: results.Line, column: results.Column, start: dict[str, float]) -> str:
+    cell = line.cells.get(column)
+    if cell is None:
+        return "<td>–</td>"
+    before = start.get(line.method, start.get(results.PRETRAINED))
+    small = ""
+    if line.stage != results.PRETRAINED and before is not None:
+        change = round(cell.mean - before, 1)
+        better = -change if column.percent else change
+        kind = "up" if better >= 1 else "down" if better <= -1 else "same"
+        shown = f"{change:+.1f}".replace("-", "−") if change else "±0"
+        small = f"<small class='{kind}'>{shown}</small>"
+    hint = f" title='{cell.num_examples} examples'" if cell.num_examples else ""
+    return f"<td{hint}>{_text(cell.text())}{small}</td>"
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    found = results.samples(runs)
+    if not found.rows:
+        return ""
+    cards = []
+    for sample in found.rows:
+        outputs = "".join(_output(m, o, sample) for m, o in zip(found.models, sample.outputs,
+                                                                strict=True))  # fmt: skip
+        cards.append(
+            f"<article class='sample'><p class='over'>{_text(sample.task)}</p>"
+            f"<p class='input'>{_text(sample.input)}</p><dl>"
+            f"<div class='wanted'><dt>wanted</dt><dd>{_text(sample.target)}</dd></div>"
+            f"{outputs}</dl></article>"
+        )
+    note = (
+        "<p class='note'>The first two examples of each evaluation, not picked; of several seeds "
+        "the first run given. ✓ is exactly the wanted text; ✗ is not, where another model is.</p>"
+    )
+    return _section("The same question before and after", f"<div class='grid'>{''.join(cards)}"
+                    f"</div>{note}")  # fmt: skip
+
+
+def _output(model: str, output: str | None, sample: results.Sample) -> str:
+    if output is None:
+        return f"<div><dt>{_text(model)}</dt><dd class='none'>not recorded</dd></div>"
+    wanted = [text.strip() for text in sample.target.split(" | ")]
+    right = output.strip() in wanted
+    # Of free text no model hits the wanted words exactly, which is no failure.
+    possible = any(other is not None and other.strip() in wanted for other in sample.outputs)
+    kind, mark = ("right", "✓") if right else ("wrong", "✗") if possible else ("", "")
+    return (
+        f"<div class='{kind}'><dt>{_text(model)}</dt><dd>{_text(output) or '<i>nothing</i>'} "
+        f"<span class='mark'>{mark}</span></dd></div>"
+    )
+
+
+def _configs(runs: Sequence[Run]) -> str:
+    parts = []
+    for name, group in results.methods(runs).items():
+        seeds = ", ".join(str(run.seed) for run in group)
+        stages = " → ".join(group[0].stages)
+        config = f"<pre>{_text(group[0].config)}</pre>" if group[0].config else ""
+        parts.append(
+            f"<details><summary><b>{_text(name)}</b> · stages {_text(stages)} · seeds "
+            f"{_text(seeds)}</summary>{config or '<p>No config.gin was found.</p>'}</details>"
+        )
+    return "".join(parts)

@@ -1,0 +1,184 @@
+"""Reads run folders into plain data."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.metric_writer import EVALUATIONS, read_metrics
+
+_SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of `summary.json`: a value of a metric at a step of a stage."""
+
+    stage: str
+    step: int
+    task: str
+    split: str
+    shots: int
+    metric: str
+    value: float
+    num_examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFile:
+    """Outputs of one evaluation; `name` is the task with what else its file name tells."""
+
+    stage: str
+    step: int
+    name: str
+    path: pathlib.Path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns dicts with `input`, `target` and `prediction`."""
+        return read_metrics(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        directory: its folder.
+        name: of the method; runs that share it differ by their seed.
+        target: the task that is finetuned on.
+        stages: in the order they ran.
+        rows: of `summary.json`.
+        config: text of `config.gin`, or "".
+        train: for each stage, the lines of `metrics.jsonl` on split "train".
+        samples: the files with outputs; read when needed.
+    """
+
+    directory: pathlib.Path
+    name: str
+    seed: int
+    target: str
+    stages: tuple[str, ...]
+    rows: tuple[Row, ...]
+    config: str = ""
+    train: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    samples: tuple[SampleFile, ...] = ()
+
+
+def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Reads runs, in the order given.
+
+    Raises:
+        UserError: one is not a finished run, or two are the same method with the same seed.
+    """
+    runs: list[Run] = []
+    seen: dict[tuple[str, int], Run] = {}
+    for directory in directories:
+        run = load_run(directory)
+        other = seen.setdefault((run.name, run.seed), run)
+        if other is not run:
+            raise UserError(
+                f"Both {other.directory} and {run.directory} are {run.name} with seed {run.seed}; "
+                "give each run once, and give repeated runs different seeds."
+            )
+        runs.append(run)
+    return runs
+
+
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """Reads `run.json`, `summary.json`, `config.gin` and the stages' files of one run.
+
+    Raises:
+        UserError: the folder is not a finished run, or a file in it is not what it should be.
+    """
+    folder = pathlib.Path(directory)
+    _check_folder(folder)
+    about = _read_json(folder / "run.json")
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / 'run.json'} does not hold a JSON object.")
+    for key in ("name", "target", "stages"):
+        if not about.get(key):
+            raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
+    stages = tuple(s["name"] if isinstance(s, dict) else str(s) for s in about["stages"])
+    config = folder / "config.gin"
+    return Run(
+        directory=folder,
+        name=str(about["name"]),
+        seed=int(about.get("seed", 0)),
+        target=str(about["target"]),
+        stages=stages,
+        rows=_read_rows(folder / "summary.json", stages),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        train={stage: _train_lines(folder / stage) for stage in stages},
+        samples=tuple(s for stage in stages for s in _sample_files(folder, stage)),
+    )
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"There is no folder {folder}.{nearest(folder.name, siblings)}")
+    if not (folder / "run.json").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/run.json"))
+        hint = f" Did you mean '{folder / inside[0]}'?" if inside else ""
+        raise UserError(f"{folder} is not a run: it holds no run.json.{hint}")
+    if not (folder / "summary.json").exists():
+        raise UserError(f"{folder} has no summary.json: its run has not been evaluated yet.")
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from None
+
+
+def _read_rows(path: pathlib.Path, stages: Sequence[str]) -> tuple[Row, ...]:
+    content = _read_json(path)
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path} does not hold a list of results.")
+    rows = []
+    for number, entry in enumerate(content, start=1):
+        try:
+            value = entry["value"]
+            row = Row(
+                stage=str(entry["stage"]),
+                step=int(entry["step"]),
+                task=str(entry["task"]),
+                split=str(entry["split"]),
+                shots=int(entry["shots"]),
+                metric=str(entry["metric"]),
+                value=float("nan") if value is None else float(value),
+                num_examples=int(entry.get("num_examples") or 0),
+            )
+        except KeyError as error:
+            raise UserError(f"Result {number} in {path} has no {error}.") from None
+        except (TypeError, ValueError):
+            raise UserError(f"Result {number} in {path} cannot be understood: {entry}.") from None
+        if row.stage not in stages:
+            raise UserError(
+                f"Result {number} in {path} is of stage '{row.stage}', which run.json does not "
+                f"name.{nearest(row.stage, stages)}"
+            )
+        rows.append(row)
+    return tuple(rows)
+
+
+def _train_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.exists():  # a run that restored this stage from elsewhere
+        return []
+    return [line for line in read_metrics(path) if line.get("split") == "train"]
+
+
+def _sample_files(folder: pathlib.Path, stage: str) -> list[SampleFile]:
+    found = []
+    for path in sorted((folder / stage / EVALUATIONS).glob("*.jsonl")):
+        if match := _SAMPLES.fullmatch(path.name):
+            found.append(SampleFile(stage, int(match["step"]), match["task"], path))
+    return found

@@ -1,0 +1,311 @@
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+from report_runs import HELD_OUT_TASKS, make_run, row
+
+from robust_ft import console
+from robust_ft.errors import UserError
+from robust_ft.report import __main__ as command_line
+from robust_ft.report import figure, page, results, table, write_report
+from robust_ft.report.runs import load_run, load_runs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    names = [(method, seed) for method in ("full_rte", "promot_rte") for seed in range(3)]
+    return [make_run(base / f"{method}_{seed}", method, seed) for method, seed in names]
+
+
+@pytest.fixture(scope="module")
+def runs(folders):
+    return load_runs(folders)
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
+    before = console.get()
+    console.configure(enabled=False)
+    report = write_report(folders, tmp_path_factory.mktemp("report") / "new")
+    console._shared = before
+    return report
+
+
+def by_hand(folders, method, stage, task, metric, split="test"):
+    values = []
+    for folder in folders:
+        if folder.name.startswith(method):
+            entries = json.loads((folder / "summary.json").read_text())
+            found = [e["value"] for e in entries if e["stage"] == stage and e["task"] == task
+                     and e["metric"] == metric and e["split"] == split and e["step"]]  # fmt: skip
+            values += found
+    return values
+
+
+def test_table_is_mean_and_sample_sd_over_seeds(folders, runs):
+    made = results.make_table(runs)
+    assert [(line.method, line.stage) for line in made.lines] == [
+        ("pretrained", "pretrained"), ("full_rte", "full"),
+        ("promot_rte", "prompt"), ("promot_rte", "model"),
+    ]  # fmt: skip
+    for line in made.lines[1:]:
+        cell = line.cells[results.Column("held_out", 1, "norm_avg")]
+        values = by_hand(folders, line.method, line.stage, "held_out", "norm_avg")
+        assert len(values) == cell.seeds == 3
+        assert cell.mean == pytest.approx(sum(values) / 3)
+        assert cell.sd == pytest.approx(statistics.stdev(values))
+        assert cell.split == "test"
+    share = made.lines[1].cells[results.Column("held_out", 1, "format_share")]
+    assert share.mean == pytest.approx(57, abs=1)  # a share of 0.57
+
+
+def test_columns_are_target_aggregates_tasks(runs):
+    names = [column.task for column in results.make_table(runs).columns]
+    assert names == ["mini_rte", "held_out", "held_out", *HELD_OUT_TASKS]
+    assert results.make_table(runs).columns[1].metric == "norm_avg"
+
+
+def test_one_seed_has_no_sd(runs):
+    made = results.make_table(runs[:1])
+    assert [line.checkpoint for line in made.lines] == ["step 0", "full, step 150"]
+    assert all(cell.sd is None for line in made.lines for cell in line.cells.values())
+    assert "±" not in made.lines[1].cells[made.columns[0]].text()
+
+
+def edited(tmp_path, change, method="full_rte"):
+    folder = make_run(tmp_path / "run", method, 0)
+    entries = change(json.loads((folder / "summary.json").read_text()))
+    (folder / "summary.json").write_text(json.dumps(entries))
+    return load_run(folder)
+
+
+def test_different_pretrained_models_stay_apart(tmp_path, runs):
+    def worse(entries):
+        return [e | ({"value": 50.0} if e["step"] == 0 else {}) for e in entries]
+
+    made = results.make_table([edited(tmp_path, worse), runs[3]])
+    assert [line.method for line in made.lines if line.stage == "pretrained"] == [
+        "full_rte", "promot_rte",
+    ]  # fmt: skip
+
+
+def test_a_validation_value_in_the_table_is_marked(tmp_path):
+    def drop(entries):
+        return [e for e in entries if e["step"] or e["split"] == "validation"]
+
+    made = results.make_table([edited(tmp_path, drop)])
+    assert made.lines[0].cells[made.columns[0]].text() == "0.1 †"
+    assert "†" in table.markdown(made).split("\n\n")[1]
+
+
+def test_selected_steps_of_seeds_may_differ(tmp_path, runs):
+    def other(entries):
+        return [e | ({"step": 100} if e["split"] == "test" and e["step"] else {}) for e in entries]
+
+    (tmp_path / "a").mkdir()
+    one = edited(tmp_path / "a", other)
+    made = results.make_table([one, *runs[1:3]])
+    assert made.lines[1].checkpoint == "full, step 100–150"
+    curve = results.curves([one, *runs[1:3]], "target")[0]
+    assert curve.selected is None
+
+
+def test_curves_are_validation_means(folders, runs):
+    found = {(c.method, c.stage): c for c in results.curves(runs, "norm_avg")}
+    assert set(found) == {("full_rte", "full"), ("promot_rte", "prompt"), ("promot_rte", "model")}
+    full = found["full_rte", "full"]
+    assert full.steps == (0, 10, 25, 50, 100, 150) and full.selected == 150 and full.last
+    assert not found["promot_rte", "prompt"].last
+    values = by_hand(folders, "full_rte", "full", "held_out", "norm_avg", "validation")[4::5]
+    assert full.mean[-1] == pytest.approx(sum(values) / 3)
+    assert full.sd[-1] == pytest.approx(statistics.stdev(values))
+    assert len(results.curves(runs, "loss")) == 3
+
+
+def test_curves_keep_steps_common_to_all_seeds(tmp_path, runs):
+    def fewer(entries):
+        return [e for e in entries if e["step"] != 25]
+
+    curve = results.curves([edited(tmp_path, fewer), *runs[1:3]], "target")[0]
+    assert curve.steps == (0, 10, 50, 100, 150) and curve.seeds == 3
+
+
+def test_one_shot_is_preferred(tmp_path):
+    def four(entries):
+        extra = [e | {"shots": 4, "value": 1.0} for e in entries if e["task"] == "held_out"]
+        return extra + entries
+
+    run = edited(tmp_path, four)
+    assert results.held_out_column(run, "norm_avg").shots == 1
+    assert {c.shots for c in results.make_table([run]).columns if c.task == "held_out"} == {1, 4}
+
+
+@pytest.mark.parametrize(
+    "before,after,word",
+    [(17.5, 15.4, "loses"), (17.5, 20.1, "improves"), (98, 93, "keeps"), (0, 5, ""), (9, None, "")],
+)
+def test_verdict_words(before, after, word):
+    assert results.Verdict("m", "t", 0, 1, before, after).word == word
+
+
+def test_headline(runs):
+    found = results.verdicts(runs)
+    assert re.fullmatch(
+        r"full_rte loses the other tasks \(98 → 4\d\); promot_rte keeps the other tasks "
+        r"\(98 → 9\d\)", results.headline(found)
+    )  # fmt: skip
+    assert results.headline(found * 2) == "2 of 4 methods keep the other tasks"
+
+
+def test_samples_stand_side_by_side(runs):
+    found = results.samples(runs)
+    assert found.models == ("pretrained", "full_rte", "promot_rte")
+    assert [sample.task for sample in found.rows] == ["mini_qa_1shot"] * 2 + ["mini_rte_0shot"] * 2
+    assert found.rows[1].outputs == ("city1", "True", "city1")
+    assert found.rows[1].target == "city1"
+
+
+def test_markdown_has_one_row_a_model(runs):
+    made = results.make_table(runs)
+    lines = [line for line in table.markdown(made).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
+    assert "| full_rte | full, step 150 | 3 | 90." in lines[3] and "±" in lines[3]
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its ids and its text; checks that tags close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.ids, self.open, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "path", "use", "rect", "circle"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            outside = name in ("src", "href", "xlink:href", "srcset", "data", "action")
+            if tag in ("script", "link", "iframe") or (outside and not value.startswith("#")):
+                self.loads.append((tag, value))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use", "rect", "circle"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_self_contained(written):
+    text = written.html.read_text()
+    parsed = Page(text)
+    assert parsed.loads == [] and "@import" not in text and "http" not in text
+    assert not re.findall(r"url\((?!#)", text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.open == []
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert "MODEL = '<mini>'" in parsed.text  # escaped in the source
+    assert "full_rte loses the other tasks" in parsed.text
+    assert text.count("<svg") == 6
+    assert not re.search(r"#01020\d", text)  # every stand-in colour became the page's
+
+
+def test_picture_is_a_png(written):
+    from matplotlib.image import imread
+
+    height, width = imread(written.png).shape[:2]
+    assert (width, height) == (1950, 1260)
+
+
+def test_report_without_curves_samples_or_held_out_tasks(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    about = {"name": "a<b", "seed": 1, "target": "mini_rte", "stages": [{"name": "full"}]}
+    (folder / "run.json").write_text(json.dumps(about))
+    rows = [row("full", 5, "mini_rte", "accuracy", 50.0)]
+    (folder / "summary.json").write_text(json.dumps(rows))
+    run = load_run(folder)
+    text = page.render([run], results.make_table([run]))
+    assert "a&lt;b" in text and "a<b" not in text and text.count("<svg") == 1
+    figure.save_picture([run], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_values_that_are_not_finite(tmp_path):
+    def broken(entries):
+        return [e | ({"value": None} if e["step"] == 150 else {}) for e in entries]
+
+    run = edited(tmp_path, broken)
+    assert math.isnan(run.rows[-1].value)
+    assert results.curves([run], "target")[0].steps[-1] == 100
+    page.render([run], results.make_table([run]))
+    figure.save_picture([run], tmp_path / "a.png")
+
+
+def test_mistakes_are_one_sentence(tmp_path, folders):
+    good = make_run(tmp_path / "promot_0", "promot_rte", 0)
+    with pytest.raises(UserError, match=r"no folder .*promt_0\. Did you mean 'promot_0'\?"):
+        load_run(tmp_path / "promt_0")
+    with pytest.raises(UserError, match=r"is not a run: .*Did you mean '.*promot_0'\?"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="promot_rte with seed 0"):
+        load_runs([good, good])
+    rows = json.loads((good / "summary.json").read_text())
+    for content, message in [
+        ("[", "is not JSON: .* in line 1"),
+        ("{}", "does not hold a list"),
+        (json.dumps([{"stage": "model"}]), "Result 1 in .* has no 'value'"),
+        (json.dumps([rows[0] | {"value": "x"}]), "Result 1 in .* cannot be understood"),
+        (json.dumps([rows[0] | {"stage": "promt"}]), "'promt', .* Did you mean 'prompt'"),
+    ]:
+        (good / "summary.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_run(good)
+    (good / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"has no summary\.json"):
+        load_run(good)
+    (good / "run.json").write_text('{"name": "a", "targt": "t"}')
+    (good / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match=r"has no 'target'\. Did you mean 'targt'"):
+        load_run(good)
+
+
+def test_command_line(tmp_path, folders, capsys):
+    assert command_line.main([str(folders[0]), f"--output={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert "full_rte" in out and str(tmp_path / "out" / "report.html") in out
+    assert command_line.main([str(tmp_path / "nothing"), "--output=x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("There is no folder") and error.count("\n") == 1
+    with pytest.raises(SystemExit) as exit_info:
+        command_line.main(["a", "b"])
+    assert exit_info.value.code == 2
+
+
+def test_help_is_quick_and_light():
+    took = []
+    for _ in range(3):  # the best of three, since other programs may hold the machine up
+        start = time.monotonic()
+        command = [sys.executable, "-m", "robust_ft.report", "--help"]
+        subprocess.run(command, check=True, capture_output=True)
+        took.append(time.monotonic() - start)
+    code = (
+        "import sys, robust_ft.report, robust_ft.report.__main__, robust_ft.report.page\n"
+        "assert not {'jax', 'tensorflow', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert min(took) < 1.0
