@@ -1,0 +1,37 @@
+"""Predictions side by side with their references, in one checked form."""
+
+from collections.abc import Sequence
+
+from robust_ft.errors import UserError
+
+References = Sequence[str] | Sequence[Sequence[str]]
+"""One reference for each prediction, or several."""
+
+
+def pairs(
+    name: str, targets: References, predictions: Sequence[str]
+) -> list[tuple[tuple[str, ...], str]]:
+    """Returns (references, prediction) for each example.
+
+    Args:
+      name: the metric, named in errors.
+      targets: a string or a non-empty sequence of strings for each example.
+      predictions: a string for each example.
+
+    Raises:
+      UserError: no examples, different numbers of them, or an example without a reference.
+    """
+    if len(targets) != len(predictions):
+        raise UserError(
+            f"{name}: {len(predictions)} predictions cannot be compared with "
+            f"{len(targets)} targets."
+        )
+    if not predictions:
+        raise UserError(f"{name}: there are no predictions to score.")
+    result = []
+    for index, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
+        references = (target,) if isinstance(target, str) else tuple(target)
+        if not references:
+            raise UserError(f"{name}: example {index} has no reference.")
+        result.append((references, prediction))
+    return result
