@@ -36,7 +36,7 @@ def every_sequence(model, row):
     others = [token for token in range(model.vocab) if token != EOS]
     for n in range(model.length + 1):
         for body in itertools.product(others, repeat=n):
-            sequence = body + (EOS,) if n < model.length else body
+            sequence = (*body, EOS) if n < model.length else body
             log_prob = sum(
                 model.log_probs(row, sequence[:i])[token] for i, token in enumerate(sequence)
             )
@@ -51,7 +51,7 @@ def plain_beam_search(model, row, beam_size, alpha, length_penalty, num_return, 
         for prefix, log_prob in live:
             for token, gain in enumerate(model.log_probs(row, prefix)):
                 if token != EOS or step >= min_tokens:
-                    extensions.append((prefix + (token,), log_prob + gain))
+                    extensions.append(((*prefix, token), log_prob + gain))
         extensions.sort(key=lambda extension: -extension[1])
         extensions = extensions[: 2 * beam_size]
         ended += [e for e in extensions if e[0][-1] == EOS]
@@ -93,7 +93,7 @@ def test_a_wide_beam_finds_what_enumeration_finds(
     # The beam holds every prefix, and twice the beam every extension: nothing is pruned.
     assert 2 * beam_size >= (vocab - 1) ** (length - 1) * vocab
     model = table_model(seed=vocab, batch=4, vocab=vocab, length=length, eos_bias=eos_bias)
-    settings = dict(beam_size=beam_size, num_return=num_return, length_penalty=length_penalty)
+    settings = {"beam_size": beam_size, "num_return": num_return, "length_penalty": length_penalty}
     for alpha, decoded in run(model, ALPHAS, **settings):
         expected = [
             best_of(every_sequence(model, row), num_return, alpha, length_penalty, length)
@@ -116,7 +116,7 @@ def test_a_narrow_beam_equals_a_plain_one(
     table_model, vocab, beam_size, num_return, eos_bias, length_penalty
 ):
     model = table_model(seed=vocab, batch=12, vocab=vocab, length=5, eos_bias=eos_bias)
-    settings = dict(beam_size=beam_size, num_return=num_return, length_penalty=length_penalty)
+    settings = {"beam_size": beam_size, "num_return": num_return, "length_penalty": length_penalty}
     for alpha, decoded in run(model, ALPHAS, **settings):
         expected = [
             plain_beam_search(model, row, beam_size, alpha, length_penalty, num_return)
@@ -287,10 +287,10 @@ def test_an_untouched_leaf_is_not_reordered(table_model):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (dict(length_penalty="t5"), "Did you mean 't5x'"),
-        (dict(beam_size=0), "beam_size"),
-        (dict(beam_size=2, num_return=3), "num_return"),
-        (dict(num_return=0), "num_return"),
+        ({"length_penalty": "t5"}, "Did you mean 't5x'"),
+        ({"beam_size": 0}, "beam_size"),
+        ({"beam_size": 2, "num_return": 3}, "num_return"),
+        ({"num_return": 0}, "num_return"),
     ],
 )
 def test_settings_out_of_range(table_model, settings, named):

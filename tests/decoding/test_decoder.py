@@ -45,15 +45,15 @@ def test_a_decoder_is_a_static_argument_and_keeps_the_minimum(table_model):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (dict(max_decode_len=0), "max_decode_len"),
-        (dict(min_decode_len=8), "min_decode_len"),
-        (dict(beam_size=0), "beam_size"),
-        (dict(num_return=2), "num_return"),
-        (dict(beam_size=4, length_penalty="hugging"), "only t5x and hf"),
-        (dict(top_k=5), "temperature"),
-        (dict(temperature=1.0, beam_size=4), "beam_size 1"),
-        (dict(temperature=-1.0), "temperature"),
-        (dict(temperature=1.0, num_return=0), "num_return"),
+        ({"max_decode_len": 0}, "max_decode_len"),
+        ({"min_decode_len": 8}, "min_decode_len"),
+        ({"beam_size": 0}, "beam_size"),
+        ({"num_return": 2}, "num_return"),
+        ({"beam_size": 4, "length_penalty": "hugging"}, "only t5x and hf"),
+        ({"top_k": 5}, "temperature"),
+        ({"temperature": 1.0, "beam_size": 4}, "beam_size 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1.0, "num_return": 0}, "num_return"),
     ],
 )
 def test_settings_out_of_range(settings, named):

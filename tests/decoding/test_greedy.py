@@ -99,15 +99,15 @@ def test_sampling_follows_the_distribution_of_each_history(table_model):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (dict(temperature=1.0, top_k=0, top_p=1.0), [0.4, 0.3, 0.2, 0.1]),
-        (dict(temperature=0.5, top_k=0, top_p=1.0), np.array([16, 9, 4, 1]) / 30),
-        (dict(temperature=1.0, top_k=2, top_p=1.0), [4 / 7, 3 / 7, 0, 0]),
-        (dict(temperature=1.0, top_k=9, top_p=1.0), [0.4, 0.3, 0.2, 0.1]),
-        (dict(temperature=1.0, top_k=0, top_p=0.69), [4 / 7, 3 / 7, 0, 0]),
-        (dict(temperature=1.0, top_k=0, top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
-        (dict(temperature=1.0, top_k=0, top_p=1e-6), [1, 0, 0, 0]),
-        (dict(temperature=1.0, top_k=3, top_p=0.7), [4 / 7, 3 / 7, 0, 0]),
-        (dict(temperature=0.5, top_k=0, top_p=0.8), np.array([16, 9, 0, 0]) / 25),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5, "top_k": 0, "top_p": 1.0}, np.array([16, 9, 4, 1]) / 30),
+        ({"temperature": 1.0, "top_k": 2, "top_p": 1.0}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 1.0, "top_k": 9, "top_p": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 0.69}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 0.71}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"temperature": 1.0, "top_k": 0, "top_p": 1e-6}, [1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 0.5, "top_k": 0, "top_p": 0.8}, np.array([16, 9, 0, 0]) / 25),
     ],
 )
 def test_reshaped_distribution(settings, expected):
@@ -138,11 +138,11 @@ def test_top_k_of_one_is_greedy_and_a_key_repeats_its_draws(table_model):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (dict(temperature=0.0), "temperature"),
-        (dict(top_k=-1), "top_k"),
-        (dict(top_p=0.0), "top_p"),
-        (dict(top_p=1.5), "top_p"),
-        (dict(num_return=0), "num_return"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"num_return": 0}, "num_return"),
     ],
 )
 def test_sampling_settings_out_of_range(table_model, settings, named):
