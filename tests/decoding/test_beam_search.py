@@ -172,8 +172,8 @@ def test_a_sure_ending_stops_the_search_at_once():
         log_probs = jnp.full([len(tokens), 6], -20.0).at[:, EOS].set(-1e-6)
         return log_probs, cache
 
-    start = jnp.zeros([2], jnp.int32)
-    decoded = beam_search(step, {"x": jnp.zeros([2, 3])}, start, 100, EOS, beam_size=4)
+    search = jax.jit(lambda cache, start: beam_search(step, cache, start, 100, EOS, beam_size=4))
+    decoded = search({"x": np.zeros([2, 3])}, np.zeros([2], np.int32))
     jax.effects_barrier()
     assert len(steps) == 1
     np.testing.assert_array_equal(decoded.tokens[:, 0, :2], [[EOS, PAD], [EOS, PAD]])
@@ -181,7 +181,9 @@ def test_a_sure_ending_stops_the_search_at_once():
 
 def test_one_beam_equals_greedy(table_model):
     model = table_model(seed=9, batch=12, vocab=4, length=5)
-    best = greedy(model.step_fn(), model.cache(), model.start(), model.length, EOS, PAD)
+    best = jax.jit(lambda cache, start: greedy(model.step_fn(), cache, start, 5, EOS, PAD))(
+        model.cache(), model.start()
+    )
     tokens = np.asarray(best.tokens)
     lengths = np.where(np.any(tokens == EOS, -1), np.argmax(tokens == EOS, -1) + 1, 5)
     for alpha, decoded in run(model, ALPHAS, beam_size=1):
@@ -202,12 +204,8 @@ def test_compiled_or_not(table_model):
 
 def test_padding_id_and_min_length(table_model):
     model = table_model(seed=10, batch=8, vocab=4, length=5, eos_bias=3.0)
-    decoded = beam_search(
-        *(model.step_fn(), model.cache(), model.start(), model.length, EOS, 3, 0.6),
-        num_return=2,
-        pad_id=9,
-        process=min_length(2, EOS),
-    )
+    settings = {"num_return": 2, "pad_id": 9, "process": min_length(2, EOS)}
+    ((_, decoded),) = run(model, 0.6, beam_size=3, **settings)
     expected = [
         plain_beam_search(model, row, 3, 0.6, "t5x", 2, min_tokens=2) for row in range(model.batch)
     ]
@@ -235,11 +233,7 @@ def test_processors_see_the_tokens_of_their_own_beam(table_model):
                 node = node * 6 + token + 1
             table[:, node, list(set(prefix))] = -np.inf
     banned = type(model)(table, model.length)
-    decoded = beam_search(
-        *(model.step_fn(), model.cache(), model.start(), 4, EOS, 3, 0.6),
-        num_return=3,
-        process=no_repeats,
-    )
+    ((_, decoded),) = run(model, 0.6, beam_size=3, num_return=3, process=no_repeats)
     expected = [plain_beam_search(banned, row, 3, 0.6, "t5x", 3) for row in range(model.batch)]
     assert_same(decoded, expected)
 
@@ -248,15 +242,19 @@ def test_one_token_vocabulary_and_fewer_sequences_than_asked():
     def step(cache, tokens):
         return jnp.zeros([len(tokens), 2]).at[:, 0].set(-jnp.inf), cache
 
-    start = jnp.zeros([1], jnp.int32)
-    decoded = beam_search(step, {}, start, 3, EOS, beam_size=4, num_return=3)
+    start = np.zeros([1], np.int32)
+    decoded = jax.jit(
+        lambda start: beam_search(step, {}, start, 3, EOS, beam_size=4, num_return=3)
+    )(start)
     np.testing.assert_array_equal(decoded.tokens, [[[EOS, 0, 0], [0, 0, 0], [0, 0, 0]]])
     np.testing.assert_array_equal(decoded.scores, [[0.0, -np.inf, -np.inf]])
 
     def single(cache, tokens):
         return jnp.zeros([len(tokens), 1]), cache
 
-    decoded = beam_search(single, {}, start, 3, eos_id=0, pad_id=7, beam_size=4)
+    decoded = jax.jit(
+        lambda start: beam_search(single, {}, start, 3, eos_id=0, pad_id=7, beam_size=4)
+    )(start)
     np.testing.assert_array_equal(decoded.tokens, [[[0, 7, 7]]])
 
 
