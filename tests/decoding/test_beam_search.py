@@ -164,6 +164,33 @@ def test_stopping_early_changes_nothing_but_the_work(table_model, monkeypatch, a
     np.testing.assert_array_equal(early.scores, late.scores)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "ends_at_once", "length"),
+    [
+        # Rising penalty: log(0.18) / 2^2 cannot beat log(0.82), but log(0.18) / 5^2 does.
+        (2.0, 0.82, 5),
+        # Falling: log(0.63) * 5 cannot beat log(0.37), but log(0.63) * 2 does.
+        (-1.0, 0.37, 2),
+    ],
+)
+def test_the_search_goes_on_while_the_penalty_can_still_help(alpha, ends_at_once, length):
+    """Ends at once, or else surely with `length` tokens: the longer one is better."""
+
+    def step(position, tokens):
+        first = jnp.log(jnp.array([1e-30, ends_at_once, 1 - ends_at_once]))
+        others = jnp.log(jnp.array([1e-30, 1e-30, 1.0]))
+        end = jnp.log(jnp.array([1e-30, 1.0, 1e-30]))
+        later = jnp.where(position[:, None] == length - 1, end, others)
+        return jnp.where(position[:, None] == 0, first, later), position + 1
+
+    start = np.zeros([1], np.int32)
+    decoded = jax.jit(
+        lambda start: beam_search(step, start, start, 5, EOS, 2, alpha, length_penalty="hf")
+    )(start)
+    expected = [2] * (length - 1) + [EOS] + [PAD] * (5 - length)
+    np.testing.assert_array_equal(decoded.tokens[0, 0], expected)
+
+
 def test_a_sure_ending_stops_the_search_at_once():
     steps = []
 
