@@ -82,9 +82,7 @@ def smoothed_cross_entropy(
         low = label_smoothing / others
         # -sum_v q_v log p_v with q = 1 - s at the target and s / (V - 1) elsewhere.
         loss = (
-            log_z
-            - (1.0 - label_smoothing - low) * target_logits
-            - low * jnp.sum(logits, axis=-1)
+            log_z - (1.0 - label_smoothing - low) * target_logits - low * jnp.sum(logits, axis=-1)
         )
         loss -= _entropy_of_smoothed(label_smoothing, others)
     return loss, z_loss * jnp.square(log_z)

@@ -1,13 +1,16 @@
 """Optimizers and learning rate schedules: settings that build Optax transformations."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.trainable import flatten
+from robust_ft.types import Params
 
 DECAYS = ("constant", "linear", "cosine", "rsqrt")
 
@@ -137,3 +140,34 @@ def _clipped(
     if clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def state_axes(opt_state: Any, params: Params, axes: Params) -> Any:
+    """Returns the logical axes of every leaf of an optimizer state.
+
+    A leaf shaped like its parameter has the parameter's axes, one of Adafactor's factored second
+    moments those that are left; counters and placeholders are replicated (`None`).
+
+    Args:
+        opt_state: The state, or its shapes.
+        params: The parameters that it belongs to, or their shapes.
+        axes: Their logical axes, a tree like `params`.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    names = flatten(axes)
+
+    def leaf_axes(key_path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...] | None:
+        path = "/".join(str(k.key) for k in key_path if isinstance(k, jax.tree_util.DictKey))
+        if path not in shapes:
+            return None
+        if leaf.shape == shapes[path]:
+            return names[path]
+        # Of the two largest axes, v_row has lost the larger and v_col the smaller one.
+        *_, second, largest = np.argsort(shapes[path])
+        fields = [k.name for k in key_path if isinstance(k, jax.tree_util.GetAttrKey)]
+        for field, lost in (("v_row", largest), ("v_col", second)):
+            if field in fields and leaf.shape == tuple(np.delete(shapes[path], lost)):
+                return tuple(a for i, a in enumerate(names[path]) if i != lost)
+        return None
+
+    return jax.tree_util.tree_map_with_path(leaf_axes, opt_state)

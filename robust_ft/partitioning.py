@@ -148,7 +148,8 @@ def _to_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
 
 
 def _is_axes(x: Any) -> bool:
-    return x is None or (isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x))
+    # Exactly tuple: optimizer states are named tuples, whose fields can all be None.
+    return x is None or (type(x) is tuple and all(a is None or isinstance(a, str) for a in x))
 
 
 def _divisors(n: int) -> list[int]:

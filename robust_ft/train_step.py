@@ -32,9 +32,7 @@ class TrainState(NamedTuple):
 
 # (state, frozen, teacher, batch, key) -> (next state, metric sums). Frozen parameters and the
 # teacher are arguments, not closures, so that they are neither copied into the program nor donated.
-TrainStep = Callable[
-    [TrainState, Params, Params | None, Batch, jax.Array], tuple[TrainState, Sums]
-]
+TrainStep = Callable[[TrainState, Params, Params | None, Batch, jax.Array], tuple[TrainState, Sums]]
 
 
 def init_state(optimizer: Optimizer, trainable: Params) -> TrainState:

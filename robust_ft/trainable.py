@@ -70,7 +70,7 @@ def report(params: Params, paths: frozenset[str]) -> str:
     flat = flatten(params)
     width = max(map(len, flat))
     lines = [
-        f"{path:{width}}  {str(tuple(leaf.shape)):18}  {leaf.dtype!s:9}"
+        f"{path:{width}}  {tuple(leaf.shape)!s:18}  {leaf.dtype!s:9}"
         f"{math.prod(leaf.shape):15,}  {'trainable' if path in paths else 'frozen'}"
         for path, leaf in flat.items()
     ]

@@ -279,7 +279,9 @@ class Decoder(nn.Module):
         position = cache["position"]  # [batch], where the token of x stands
         slots = jnp.arange(cache["layers"][0]["self"]["key"].shape[1])  # [length]
         seen = slots[None, None, :] <= position[:, None, None]  # [batch, 1, length]
-        bias = self.relpos_bias(position[:, None], jnp.broadcast_to(slots, (*x.shape[:1], *slots.shape)))
+        bias = self.relpos_bias(
+            position[:, None], jnp.broadcast_to(slots, (*x.shape[:1], *slots.shape))
+        )
         self_bias = bias + layers.mask_bias(seen)
         memory_bias = layers.mask_bias(cache["memory_valid"][:, None, :])
         new_layers = []
@@ -347,9 +349,7 @@ def _dropout(cfg: T5Config) -> nn.Dropout:
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
 
-def _attention(
-    cfg: T5Config, peft: tuple[Peft, ...], name: str | None = None
-) -> layers.Attention:
+def _attention(cfg: T5Config, peft: tuple[Peft, ...], name: str | None = None) -> layers.Attention:
     return layers.Attention(
         cfg.num_heads,
         cfg.head_dim,

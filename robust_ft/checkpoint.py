@@ -1,0 +1,255 @@
+"""Checkpoints of a stage, and parameters from files; only what trains is saved."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from robust_ft import assets
+from robust_ft.errors import UserError, nearest
+from robust_ft.train_step import TrainState
+from robust_ft.trainable import flatten, unflatten
+from robust_ft.types import Params
+
+PREFIX = "checkpoint"
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage, `<directory>/checkpoint_<step>/`, written asynchronously.
+
+    Each holds three items: `params` (the trainable parameters), `optimizer` and `data` (the
+    position in the data). The newest and the best-scored ones are kept.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep_best: int = 1):
+        policies = checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                step_prefix=PREFIX,
+                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(1),
+                        policies.BestN(
+                            get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+            ),
+            item_names=("params", "optimizer", "data"),
+        )
+
+    def save(self, state: TrainState, data_state: Mapping[str, Any], score: float | None) -> None:
+        """Starts writing a checkpoint; returns as soon as the arrays are copied."""
+        step = int(state.step)
+        metrics = None if score is None else {"score": float(score), "step": step}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.trainable),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                data=ocp.args.JsonSave(dict(data_state)),
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Returns the newest state and data position, or None if there is no checkpoint.
+
+        Args:
+            like: A state with the shapes, types and shardings that the result shall have.
+        """
+        self._manager.wait_until_finished()
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract(like.trainable)),
+                optimizer=ocp.args.StandardRestore(_abstract(_optimizer_item(like))),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
+        return state, restored["data"]
+
+    def restore_params(self, step: int, like: Params) -> Params:
+        """Returns the trainable parameters of one step."""
+        self._manager.wait_until_finished()
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
+        return self._manager.restore(step, args=args)["params"]
+
+    def best_step(self) -> int | None:
+        """Returns the step with the best score; of equal ones the earliest; None without scores."""
+        self._manager.wait_until_finished()
+        scored = []
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics is not None:
+                scored.append((_rank(metrics), step))
+        return max(scored)[1] if scored else None
+
+    def score(self, step: int) -> float | None:
+        """Returns the score that a checkpoint was saved with, None if it had none."""
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else metrics["score"]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(path: str) -> dict[str, np.ndarray]:
+    """Reads parameters as {path: array} from a file or a checkpoint directory.
+
+    Args:
+        path: A `.safetensors` file whose names are parameter paths, or one of this program's
+            `checkpoint_<step>` directories. `asset:` paths are resolved.
+
+    Raises:
+        UserError: There is nothing at this path, or it can't be read.
+    """
+    file = Path(assets.resolve(path))
+    if not file.exists():
+        siblings = [str(sibling) for sibling in file.parent.glob("*")]
+        raise UserError(f"There is no checkpoint at '{path}'." + nearest(str(file), siblings))
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{path}' is no readable safetensors file: {error}.") from None
+    if not (file / "params").is_dir():
+        raise UserError(
+            f"'{path}' is neither a .safetensors file nor a checkpoint_<step> directory with a "
+            f"'params' folder."
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        like = checkpointer.metadata((file / "params").absolute()).item_metadata
+        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=cpu), like)
+        restored = checkpointer.restore((file / "params").absolute(), like)
+    return {name: np.asarray(leaf) for name, leaf in flatten(restored).items()}
+
+
+def save_params(path: str | os.PathLike[str], params: Params, dtype: str | None = None) -> None:
+    """Writes parameters to a `.safetensors` file, floats as `dtype` if given."""
+    arrays = {
+        name: np.ascontiguousarray(np.asarray(leaf, dtype=dtype))
+        for name, leaf in flatten(jax.device_get(params)).items()
+    }
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, temporary)
+    temporary.replace(path)
+
+
+def restore_onto(
+    shapes: Params, restored: Mapping[str, np.ndarray], source: str, optional: Callable[[str], bool]
+) -> dict[str, np.ndarray]:
+    """Returns the restored arrays that the model has, after checking both sides against each other.
+
+    Args:
+        shapes: The model's parameters as shapes and types.
+        restored: What was read, {path: array}.
+        source: What to call the checkpoint in errors.
+        optional: Whether a parameter may be missing (a PEFT method's own may, it starts fresh).
+
+    Raises:
+        UserError: A parameter of the model is missing, has another shape, or the checkpoint has
+            one that the model has no place for.
+    """
+    expected = flatten(shapes)
+    missing = sorted(p for p in expected if p not in restored and not optional(p))
+    unexpected = sorted(p for p in restored if p not in expected and not optional(p))
+    if missing or unexpected:
+        raise UserError(
+            f"'{source}' does not fit the model: {len(missing)} parameters of the model are "
+            f"missing ({_few(missing)}), {len(unexpected)} have no place in it "
+            f"({_few(unexpected)})."
+        )
+    found = {path: array for path, array in restored.items() if path in expected}
+    for path, array in found.items():
+        if array.shape != expected[path].shape:
+            raise UserError(
+                f"'{source}' has {path} with shape {array.shape}, the model {expected[path].shape}."
+            )
+    fresh = sorted(expected.keys() - found.keys())
+    logging.info("Restored %d parameters from '%s'.", len(found), source)
+    if fresh:
+        logging.info("Not in '%s', so they start fresh: %s.", source, ", ".join(fresh))
+    return {path: array.astype(expected[path].dtype) for path, array in found.items()}
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished stage leaves behind in `<stage>/outcome.json`.
+
+    Attributes:
+        step: The selected step: the best on the selection's split, or the last one.
+        score: Its score, or None if nothing was selected by score.
+        paths: The paths of the parameters that trained, all that its checkpoints hold.
+    """
+
+    step: int
+    score: float | None
+    paths: tuple[str, ...]
+
+    @staticmethod
+    def file(directory: str | os.PathLike[str]) -> Path:
+        return Path(directory) / "outcome.json"
+
+    def write(self, directory: str | os.PathLike[str]) -> None:
+        write_json(self.file(directory), dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str]) -> "Outcome | None":
+        """Returns the outcome of a finished stage, None of an unfinished one."""
+        file = cls.file(directory)
+        if not file.exists():
+            return None
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return cls(fields["step"], fields["score"], tuple(fields["paths"]))
+
+    def load(self, directory: str | os.PathLike[str]) -> Params:
+        """Reads the selected checkpoint's parameters."""
+        return unflatten(load_params(str(Path(directory) / f"{PREFIX}_{self.step}")))
+
+
+def _rank(metrics: Mapping[str, Any]) -> tuple[float, int]:
+    # Of equally good checkpoints the earliest counts: it changed the model least.
+    return metrics["score"], -int(metrics["step"])
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "none"
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

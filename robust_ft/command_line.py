@@ -1,0 +1,100 @@
+"""What the command lines share: flags, start-up and the way errors end a program.
+
+Light to import: everything heavy is imported after the flags are parsed, so that `--help` is
+instant.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robust_ft.gin_config import Config
+
+USER_ERROR = 2
+# EX_TEMPFAIL: the run was asked to stop, has saved, and goes on when started again.
+RESUME = 75
+
+_BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
+
+
+class Arguments(argparse.Namespace):
+    """Parsed flags; `gin_bindings` holds the `--gin.NAME=VALUE` ones in order."""
+
+    gin_file: list[str]
+    gin_bindings: list[str]
+    gin_search_paths: str
+    dry_run: bool
+
+
+def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
+    """Parses the flags of `python -m robust_ft.<program>`."""
+    parser = argparse.ArgumentParser(
+        f"python -m robust_ft.{program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0 done, 2 a mistake in flags or configs, 75 stopped by SIGTERM after "
+        "saving (start again to go on).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a gin config, such as gin_configs/promot_rte.gin; give several, later ones win",
+    )
+    parser.add_argument(
+        "--gin.NAME",
+        dest="_",
+        metavar="VALUE",
+        help="set a macro (--gin.TRAIN_STEPS=10, --gin.MODEL_DIR=/tmp/run) or a parameter "
+        "(--gin.prompt/Stage.eval_period=50); wins over files",
+    )
+    parser.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIR,DIR",
+        help="folders in which gin files are looked for, besides here and the project's root",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the resolved recipe, all parameters and the shapes, without training",
+    )
+    bindings = [match for arg in argv if (match := _BINDING.fullmatch(arg))]
+    rest = [arg for arg in argv if not _BINDING.fullmatch(arg)]
+    arguments = parser.parse_args(rest, namespace=Arguments())
+    arguments.gin_bindings = [f"{match[1]}={match[2]}" for match in bindings]
+    return arguments
+
+
+def load_config(arguments: Arguments) -> "Config":
+    """Builds the recipe that the flags name."""
+    from robust_ft import gin_config
+
+    search_paths = [path for path in arguments.gin_search_paths.split(",") if path]
+    return gin_config.load(arguments.gin_file, arguments.gin_bindings, search_paths)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs on disk, so that only a first run waits for the compiler."""
+    import jax
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_ft/xla")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def run(main: Callable[..., Any], *args: Any) -> None:
+    """Calls a program's `main`; a user's mistake is printed as one sentence."""
+    from robust_ft.errors import UserError
+
+    try:
+        sys.exit(main(*args) or 0)
+    except UserError as error:
+        print(f"{type(error).__name__.replace('UserError', 'Error')}: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)

@@ -1,0 +1,222 @@
+"""From gin files and flags to a recipe; gin builds plain data and is then left behind.
+
+The command lines are the only users of this module, and this module of gin. Nothing in the
+library is decorated: `REGISTERED` lists what a config can name.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gin
+
+from robust_ft import gradients, objectives, optim, vocabulary
+from robust_ft.data.cache import TaskData
+from robust_ft.decoding import Decoder
+from robust_ft.errors import UserError, nearest
+from robust_ft.evaluate import Evaluation, suite
+from robust_ft.models import peft, t5
+from robust_ft.models.model import Model
+from robust_ft.partitioning import Partitioner
+from robust_ft.recipe import Recipe
+from robust_ft.trainer import Stage
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "gin_configs"
+
+
+def task_data(
+    task: str,
+    module: str,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    vocabulary: vocabulary.Vocabulary,
+    cache_dir: str | None = None,
+) -> TaskData:
+    """`TaskData` with lengths as t5x's TASK_FEATURE_LENGTHS: {'inputs': 512, 'targets': 128}."""
+    if set(feature_lengths) != {"inputs", "targets"}:
+        raise UserError(
+            f"TASK_FEATURE_LENGTHS={dict(feature_lengths)} needs exactly 'inputs' and 'targets'."
+        )
+    return TaskData(
+        task=task,
+        module=module,
+        split=split,
+        inputs_length=feature_lengths["inputs"],
+        targets_length=feature_lengths["targets"],
+        vocabulary=vocabulary,
+        cache_dir=cache_dir,
+    )
+
+
+REGISTERED: dict[str, Callable[..., Any]] = {
+    "AdamW": optim.AdamW,
+    "Adafactor": optim.Adafactor,
+    "ByteVocabulary": vocabulary.ByteVocabulary,
+    "CrossEntropy": objectives.CrossEntropy,
+    "Decoder": Decoder,
+    "Evaluation": Evaluation,
+    "Model": Model,
+    "Partitioner": Partitioner,
+    "Prompt": peft.Prompt,
+    "Recipe": Recipe,
+    "Schedule": optim.Schedule,
+    "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,
+    "Stage": Stage,
+    "T5Config": t5.T5Config,
+    "TaskData": task_data,
+    "TokenizersVocabulary": vocabulary.TokenizersVocabulary,
+    "backprop": gradients.backprop,
+    "suite": suite,
+}
+
+
+class Config(NamedTuple):
+    """A built recipe and the values that it was built from, as a gin file's text."""
+
+    recipe: Recipe
+    operative: str
+
+
+def load(
+    files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> Config:
+    """Parses files, then bindings (later ones win), builds the recipe and clears gin.
+
+    Args:
+        files: gin files, found in the working directory, `search_paths` or the project's root.
+        bindings: gin statements such as "TRAIN_STEPS=10".
+        search_paths: Folders to look for files, before the project's root.
+
+    Raises:
+        UserError: A file, name, macro or value is wrong; one sentence says where.
+    """
+    if not files:
+        recipes = ", ".join(sorted(path.name for path in CONFIGS.glob("*.gin")))
+        raise UserError(f"Give a recipe with --gin_file=gin_configs/NAME.gin; there are {recipes}.")
+    folders = ["", *search_paths, str(ROOT)]
+    statements = [_quoted(binding) for binding in bindings]
+    gin.clear_config()
+    _prepare(folders)
+    try:
+        texts = [*(text for file in files for text in _texts(file, folders)), *statements]
+        _check_names(texts, statements)
+        gin.parse_config_files_and_bindings(list(files), statements)
+        recipe = gin.get_configurable("Recipe")()
+        return Config(recipe, gin.operative_config_str())
+    except UserError:
+        raise
+    except (ValueError, TypeError, OSError, SyntaxError) as error:
+        raise _explain(error) from error
+    finally:
+        gin.clear_config()
+
+
+# gin keeps search paths and registered names for the life of the process.
+_searched: set[str] = {""}
+_known_to_gin: set[str] = set()
+
+
+def _prepare(folders: Sequence[str]) -> None:
+    for folder in folders:
+        if folder not in _searched:
+            gin.add_config_file_search_path(folder)
+            _searched.add(folder)
+    for name, target in REGISTERED.items():
+        if name not in _known_to_gin:
+            gin.external_configurable(target, name=name, module="robust_ft")
+            _known_to_gin.add(name)
+
+
+def _quoted(binding: str) -> str:
+    """Lets `NAME=/tmp/run` stand for `NAME='/tmp/run'`, which shells make hard to type."""
+    name, sign, value = binding.partition("=")
+    if not sign:
+        raise UserError(f"--gin.{binding} lacks a value; write --gin.{binding}=VALUE.")
+    if value.startswith(("@", "%")):
+        return binding
+    try:
+        ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        if re.search(r"[@%\[({]", value):  # a composite value that holds references
+            return binding
+        return f"{name}={value.strip()!r}"
+    return binding
+
+
+def _texts(file: str, folders: Sequence[str]) -> Iterator[str]:
+    """Yields the text of a gin file and, before it, of the files it includes; no comments."""
+    for folder in folders if not Path(file).is_absolute() else [""]:
+        path = Path(folder) / file
+        if path.is_file():
+            break
+    else:
+        known = [str(p.relative_to(ROOT)) for p in CONFIGS.rglob("*.gin")]
+        where = ", ".join(f"'{folder or '.'}'" for folder in folders)
+        raise UserError(f"There is no gin file '{file}' in {where}." + nearest(file, known))
+    text = re.sub(r"(?m)^((?:[^#'\"]|'[^']*'|\"[^\"]*\")*?)#.*$", r"\1", path.read_text("utf-8"))
+    for include in re.findall(r"""(?m)^include\s+['"](.+)['"]""", text):
+        yield from _texts(include, folders)
+    yield text
+
+
+_MACRO = re.compile(r"(?m)^([A-Za-z_]\w*)\s*=")
+_MACRO_USE = re.compile(r"%([A-Za-z_]\w*)")
+_SCOPE = re.compile(r"(?m)^([A-Za-z_]\w*)/[\w.]+\s*[:=.]")
+_SCOPE_USE = re.compile(r"@([A-Za-z_]\w*)/")
+
+
+def _check_names(texts: Sequence[str], flags: Sequence[str]) -> None:
+    """Raises a UserError for macros and scopes that are set but that nothing reads.
+
+    gin itself would accept them silently. A macro in a file may be one that only other recipes
+    read, one in a flag may not.
+    """
+    text = "\n".join(texts)
+    used = set(_MACRO_USE.findall(text))
+    shipped = "\n".join(path.read_text("utf-8") for path in CONFIGS.rglob("*.gin"))
+    known = used | set(_MACRO_USE.findall(shipped))
+    in_flags = [name for flag in flags for name in _MACRO.findall(flag)]
+    for name in _MACRO.findall(text):
+        if name not in (used if name in in_flags else known):
+            raise UserError(f"No config reads the macro '{name}'." + nearest(name, used))
+    scopes = set(_SCOPE_USE.findall(text))
+    for scope in _SCOPE.findall(text):
+        if scope not in scopes | set(_SCOPE_USE.findall(shipped)):
+            raise UserError(f"No config reads the scope '{scope}/'." + nearest(scope, scopes))
+
+
+def _explain(error: Exception) -> UserError:
+    """Turns gin's errors into one sentence with the place and the nearest valid name."""
+    message = str(error)
+    place = re.search(r"(In (?:file|bindings string).*?line \d+\s*\n?\s*.*)", message)
+    where = f" ({' '.join(place[1].split())})" if place else ""
+    if match := re.search(r"No configurable matching (?:reference )?'@?(?:.*/)?([\w.]+)", message):
+        name = match[1].removesuffix("()")
+        return UserError(f"Configs know no '{name}'{where}." + nearest(name, REGISTERED))
+    if match := re.search(r"Configurable '(.*)' doesn't have a parameter named '(.*)'", message):
+        owner, parameter = match[1].split(".")[-1], match[2]
+        choices = _parameters(REGISTERED[owner]) if owner in REGISTERED else []
+        return UserError(
+            f"{owner} has no parameter '{parameter}'{where}." + nearest(parameter, choices)
+        )
+    if match := re.search(r"call to configurable 'macro' .* in scope '(.+)'", message):
+        return UserError(
+            f"The config needs a value for the macro {match[1]}; set it with "
+            f"--gin.{match[1]}=VALUE or in a later --gin_file."
+        )
+    if match := re.search(r"missing \d+ required .*?: (.*)", message):
+        owner = re.findall(r"In call to configurable '([^']*)'", message)
+        owner = owner[0].split(".")[-1] if owner else "a configurable"
+        return UserError(f"{owner} needs a value for {match[1]} in the config.")
+    if isinstance(error, SyntaxError):
+        source = f" in {error.filename}, line {error.lineno}" if error.filename else ""
+        return UserError(f"Gin syntax error{source}: {error.msg}: {(error.text or '').strip()}")
+    return UserError(f"The config does not build: {message.splitlines()[0]}{where}")
+
+
+def _parameters(target: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(target).parameters)

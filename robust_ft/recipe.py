@@ -1,0 +1,181 @@
+"""Recipes: stages one after the other, each starting where an earlier one ended."""
+
+import dataclasses
+import functools
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from robust_ft import console, trainable
+from robust_ft.checkpoint import Outcome, load_params, restore_onto, write_json
+from robust_ft.errors import UserError, nearest
+from robust_ft.evaluate import TARGET
+from robust_ft.partitioning import Partitioner
+from robust_ft.summary import Summary
+from robust_ft.trainer import Run, Stage, fit, stage_key
+from robust_ft.types import Params
+
+SCRATCH, STAGE = "scratch", "stage:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A finetuning method as data.
+
+    Attributes:
+        name: What the report calls the run.
+        model_dir: Where everything is written.
+        stages: Run in this order.
+        seed: All randomness comes from it.
+        partitioner: The mesh and the rules that place arrays on it.
+    """
+
+    name: str
+    model_dir: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    partitioner: Partitioner = Partitioner()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names) or not names:
+            raise UserError(f"Recipe.stages needs stages with different names, not {names}.")
+        for i, stage in enumerate(self.stages):
+            source = stage.restore.removeprefix(STAGE)
+            if stage.restore.startswith(STAGE) and source not in names[:i]:
+                raise UserError(
+                    f"Stage '{stage.name}' restores from '{stage.restore}', but the stages before "
+                    f"it are {names[:i]}." + nearest(source, names[:i])
+                )
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def run(recipe: Recipe) -> Summary:
+    """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
+
+    Returns:
+        All evaluation results, also written to `summary.json`.
+
+    Raises:
+        Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
+    """
+    directory = Path(recipe.model_dir)
+    main = jax.process_index() == 0
+    summary = Summary(directory, enabled=main)
+    if main:
+        _write_run_json(recipe)
+    params: Params | None = None
+    with _stop_on_sigterm() as stop, recipe.partitioner.activate():
+        for i, stage in enumerate(recipe.stages):
+            outcome = Outcome.read(directory / stage.name)
+            if outcome is not None:
+                console.print_line(
+                    f"[{stage.name}] finished before; step {outcome.step} was selected."
+                )
+                params = None
+                continue
+            recipe.partitioner.check_batch(stage.batch_size, f"batch_size of '{stage.name}'")
+            # The stage before hands its parameters on without a detour over files.
+            follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
+            params = restore(recipe, stage, params if follows else None)
+            if main:
+                _write_model_info(stage, params, directory / stage.name)
+            shared = Run(directory, recipe.partitioner, recipe.seed, summary, stop, baseline=i == 0)
+            params = fit(stage, params, shared)
+    return summary
+
+
+def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Params:
+    """Returns all parameters at a stage's start, placed on the mesh.
+
+    In this order: 1. what the source holds: a checkpoint's parameters, or an earlier stage's, that
+    is its own start with what it trained in place; 2. fresh values for the model's other
+    parameters, those of PEFT methods possibly depending on what was restored.
+
+    Args:
+        recipe: The recipe that the stage belongs to; its earlier stages have finished.
+        stage: The stage.
+        handed_on: The earlier stage's parameters if they are in memory still.
+    """
+    if stage.restore == SCRATCH:
+        return _complete(stage, {}, recipe)
+    if not stage.restore.startswith(STAGE):
+        source = load_params(stage.restore)
+        shapes = stage.model.shapes()
+        source = restore_onto(shapes, source, stage.restore, optional=stage.model.peft_owns)
+        return _complete(stage, source, recipe)
+    if handed_on is None:
+        earlier = recipe.stage(stage.restore.removeprefix(STAGE))
+        outcome = Outcome.read(Path(recipe.model_dir) / earlier.name)
+        if outcome is None:
+            raise UserError(f"Stage '{earlier.name}' has not finished; '{stage.name}' needs it.")
+        _, frozen = trainable.split(restore(recipe, earlier), frozenset(outcome.paths))
+        trained = outcome.load(Path(recipe.model_dir) / earlier.name)
+        handed_on = trainable.merge(trained, frozen)
+    return _complete(stage, trainable.flatten(handed_on), recipe)
+
+
+def _complete(stage: Stage, known: Mapping[str, Any], recipe: Recipe) -> Params:
+    """Places the known parameters that the model has, and draws the others."""
+    model, partitioner = stage.model, recipe.partitioner
+    shardings = trainable.flatten(partitioner.shardings(model.logical_axes()))
+    placed = {
+        path: jax.device_put(known[path], shardings[path])
+        for path in shardings.keys() & known.keys()
+    }
+    fresh = sorted(shardings.keys() - placed.keys())
+    if fresh:
+        init_rng, peft_rng = jax.random.split(stage_key(recipe.seed, stage.name))
+
+        # Jitted, so that of all initial values only the fresh ones are ever computed.
+        @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
+        def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            params = trainable.flatten(model.init(init_rng)) | placed
+            params = trainable.flatten(model.initialize_peft(peft_rng, trainable.unflatten(params)))
+            return {path: params[path] for path in fresh}
+
+        placed |= draw(placed)
+    return trainable.unflatten(placed)
+
+
+def _write_run_json(recipe: Recipe) -> None:
+    directory = Path(recipe.model_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    targets = [e.data.task for s in recipe.stages for e in s.final_evaluations if e.role == TARGET]
+    facts = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "target": targets[-1] if targets else None,
+        "stages": [stage.name for stage in recipe.stages],
+    }
+    write_json(directory / "run.json", facts)
+
+
+def _write_model_info(stage: Stage, params: Params, directory: Path) -> None:
+    paths = trainable.trainable_paths(params, stage.trainable)
+    console.print_line(f"[{stage.name}] {trainable.summary(params, paths)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    info = trainable.report(params, paths) + "\n"
+    (directory / "model-info.txt").write_text(info, encoding="utf-8")
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """Turns SIGTERM into an event, so that the step in flight is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,97 @@
+"""Trains a recipe: python -m robust_ft.train --gin_file=gin_configs/promot_rte.gin
+
+A recipe is a gin file; it runs its stages one after the other, evaluates, and ends with a table, a
+picture and report.html in MODEL_DIR. Run the same command again to resume.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robust_ft import command_line
+
+if TYPE_CHECKING:
+    from robust_ft.gin_config import Config
+    from robust_ft.recipe import Recipe
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = command_line.parse("train", __doc__ or "", argv)
+    command_line.use_compile_cache()
+    config = command_line.load_config(arguments)
+    recipe = config.recipe
+    _banner(recipe)
+    if arguments.dry_run:
+        _dry_run(config)
+        return 0
+
+    from robust_ft import console, report
+    from robust_ft.recipe import run
+    from robust_ft.trainer import Stopped
+
+    _write_config(config)
+    try:
+        run(recipe)
+    except Stopped as stopped:
+        console.print_line(f"{stopped} Run the same command to go on.")
+        return command_line.RESUME
+    if any(stage.final_evaluations for stage in recipe.stages):
+        report.write_report([recipe.model_dir], recipe.model_dir)
+        console.print_line(f"Picture and samples: {Path(recipe.model_dir) / 'report.html'}")
+    return 0
+
+
+def _banner(recipe: "Recipe") -> None:
+    import jax
+
+    from robust_ft import console
+
+    stage = recipe.stages[-1]
+    sizes = [leaf.size for leaf in jax.tree.leaves(stage.model.shapes())]
+    devices = jax.devices()
+    console.configure(enabled=jax.process_index() == 0)
+    console.banner(
+        f"robust_ft: {recipe.name}",
+        {
+            "model": f"{type(stage.model.config).__name__.removesuffix('Config')} with "
+            f"{sum(sizes):,} parameters from {recipe.stages[0].restore}",
+            "data": f"{stage.data.task} of {stage.data.module}",
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+            "output": recipe.model_dir,
+        },
+    )
+
+
+def _dry_run(config: "Config") -> None:
+    from robust_ft import console, trainable
+
+    console.print_line(config.operative)
+    for stage in config.recipe.stages:
+        shapes = stage.model.shapes()
+        paths = trainable.trainable_paths(shapes, stage.trainable)
+        data = stage.data
+        console.print_line(f"Stage '{stage.name}' from {stage.restore}, {stage.steps} steps:")
+        console.print_line(trainable.report(shapes, paths))
+        console.print_line(
+            f"batch: inputs [{stage.batch_size}, {data.inputs_length}], "
+            f"targets [{stage.batch_size}, {data.targets_length}], "
+            f"in {stage.microbatches} microbatch(es)"
+        )
+        for evaluation in (*stage.evaluations, *stage.final_evaluations):
+            removed = f" without {', '.join(evaluation.detach)}" if evaluation.detach else ""
+            console.print_line(f"evaluate {evaluation.task} {evaluation.data.split}{removed}")
+
+
+def _write_config(config: "Config") -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        directory = Path(config.recipe.model_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.gin").write_text(config.operative, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run(main, sys.argv[1:])

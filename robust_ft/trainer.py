@@ -1,0 +1,280 @@
+"""The one training loop: fits one stage."""
+
+import dataclasses
+import functools
+import threading
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from robust_ft import console, optim, trainable
+from robust_ft.checkpoint import Outcome, StageCheckpoints
+from robust_ft.data import loader
+from robust_ft.data.cache import TaskData
+from robust_ft.errors import UserError
+from robust_ft.evaluate import Evaluation
+from robust_ft.gradients import GradientFn, backprop
+from robust_ft.metric_writer import MetricWriter
+from robust_ft.models.model import Model
+from robust_ft.objectives import CrossEntropy, Objective
+from robust_ft.partitioning import Partitioner
+from robust_ft.stage_evaluator import StageEvaluator
+from robust_ft.summary import Summary
+from robust_ft.train_step import TrainState, TrainStep, init_state, make_train_step
+from robust_ft.types import Params, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe: what trains, on what, and for how long.
+
+    Attributes:
+        name: The stage's folder in MODEL_DIR, and what "stage:<name>" refers to.
+        model: The model with the PEFT methods of this stage.
+        restore: Where parameters come from: a checkpoint's path, "stage:<name>" of an earlier
+            stage, or "scratch".
+        trainable: Regexes; parameters whose path one of them matches in full train.
+        data: The training data.
+        steps: Number of updates.
+        batch_size: Examples (packed rows, if packing) an update.
+        optimizer: Optimizer and learning rate.
+        objective: From logits to loss.
+        gradient: From a batch to a gradient.
+        microbatches: Parts of a batch that are computed one after the other, to save memory.
+        packing: Put several short examples into one row.
+        evaluations: Run before the first step, every `eval_period` steps and after the last. The
+            first one with the role "target" scores checkpoints.
+        final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
+        eval_period: Steps from one evaluation and checkpoint to the next.
+        log_period: Steps from one line of training metrics to the next.
+        select_best: Keep and hand on the checkpoint with the best score; otherwise the last one.
+    """
+
+    name: str
+    model: Model
+    restore: str
+    trainable: tuple[str, ...]
+    data: TaskData
+    steps: int
+    batch_size: int
+    optimizer: optim.Optimizer
+    objective: Objective = CrossEntropy()
+    gradient: GradientFn = backprop
+    microbatches: int = 1
+    packing: bool = False
+    evaluations: tuple[Evaluation, ...] = ()
+    final_evaluations: tuple[Evaluation, ...] = ()
+    eval_period: int = 1000
+    log_period: int = 20
+    select_best: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("trainable", "evaluations", "final_evaluations"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
+            if getattr(self, field) < 1:
+                value = getattr(self, field)
+                raise UserError(f"{field}={value} of stage '{self.name}' must be at least 1.")
+        if self.batch_size % self.microbatches:
+            raise UserError(
+                f"microbatches={self.microbatches} of stage '{self.name}' does not divide its "
+                f"batch_size={self.batch_size}."
+            )
+
+
+class Run(NamedTuple):
+    """What all stages of a run share.
+
+    Attributes:
+        directory: MODEL_DIR.
+        partitioner: The mesh and its rules.
+        seed: All randomness comes from it and the stage's name.
+        summary: Where evaluation results are collected.
+        stop: Set from outside (SIGTERM) to save and end.
+        baseline: Evaluate the parameters before the first step as the pretrained model.
+    """
+
+    directory: Path
+    partitioner: Partitioner
+    seed: int
+    summary: Summary
+    stop: threading.Event
+    baseline: bool = False
+
+
+class Stopped(Exception):
+    """Training was asked to stop, saved a checkpoint and can be resumed."""
+
+
+def fit(stage: Stage, params: Params, run: Run) -> Params:
+    """Trains one stage, from its newest checkpoint if there is one.
+
+    Args:
+        stage: What to do.
+        params: All parameters at the stage's start, on the mesh; not to be used afterwards.
+        run: What stages share.
+
+    Returns:
+        All parameters, those that trained as in the selected checkpoint.
+
+    Raises:
+        Stopped: `run.stop` was set; a checkpoint has been saved.
+    """
+    # 1. What trains: only this half is differentiated, optimized, donated and saved.
+    paths = trainable.trainable_paths(params, stage.trainable)
+    trained, frozen = trainable.split(params, paths)
+    # 2. Data and dropout, which depend on the seed and the stage's name only.
+    batches = loader.train_batches(
+        stage.data,
+        stage.batch_size,
+        stage_seed(run.seed, stage.name),
+        stage.packing,
+        run.partitioner.data_shard(),
+    )
+    # 3. A fresh state, or the one that the newest checkpoint holds.
+    directory = run.directory / stage.name
+    state = place_state(stage, trained, run.partitioner)
+    checkpoints = StageCheckpoints(directory)
+    if resumed := checkpoints.restore(state):
+        state, data_position = resumed
+        batches.set_state(data_position)
+    # 4. Train.
+    with MetricWriter(directory, jax.process_index() == 0) as writer:
+        writer.truncate(int(state.step))
+        run.summary.truncate(stage.name, int(state.step))
+        evaluator = StageEvaluator(
+            stage.name, directory, stage.model, paths, run.partitioner, writer, run.summary
+        )
+        try:
+            state = _train(stage, run, state, frozen, batches, checkpoints, evaluator)
+            # 5. Hand on the selected checkpoint.
+            selected = (checkpoints.best_step() if stage.select_best else None) or stage.steps
+            if selected != stage.steps:
+                best = checkpoints.restore_params(selected, like=state.trainable)
+                state = state._replace(trainable=best)
+            params = trainable.merge(state.trainable, frozen)
+            evaluator(stage.final_evaluations, params, selected)
+            score = checkpoints.score(selected)
+        finally:
+            checkpoints.close()
+    Outcome(selected, score, tuple(sorted(paths))).write(directory)
+    return params
+
+
+def _train(
+    stage: Stage,
+    run: Run,
+    state: TrainState,
+    frozen: Params,
+    batches: loader.BatchSource,
+    checkpoints: StageCheckpoints,
+    evaluator: StageEvaluator,
+) -> TrainState:
+    train_step = compile_train_step(stage)
+    rng = jax.random.fold_in(stage_key(run.seed, stage.name), 1)
+    log = TrainingLog(evaluator.writer)
+    step = saved = int(state.step)
+    with console.progress(stage.name, stage.steps, step) as progress:
+        while True:
+            if (step % stage.eval_period == 0 or step == stage.steps) and (
+                step > saved or step == 0
+            ):
+                progress.update(step, **log.flush())
+                params = trainable.merge(state.trainable, frozen)
+                if step == 0 and run.baseline:
+                    evaluator(pretrained(stage), params, step)
+                score = evaluator(stage.evaluations, params, step)
+                if step:
+                    checkpoints.save(state, batches.get_state(), score)
+                    saved = step
+            if step == stage.steps:
+                return state
+            if run.stop.is_set():
+                if step > saved:
+                    checkpoints.save(state, batches.get_state(), None)
+                raise Stopped(f"Stopped at step {step} of stage '{stage.name}'.")
+            batch = run.partitioner.put_batch(next(batches))
+            state, sums = train_step(state, frozen, None, batch, rng)
+            step += 1
+            log.add(step, sums)
+            if step % stage.log_period == 0:
+                progress.update(step, stage.log_period * stage.batch_size, **log.rotate())
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """Returns the stage's own seed, so that no two stages see the same randomness."""
+    return zlib.crc32(f"{seed}/{stage}".encode())
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    return jax.random.key(stage_seed(seed, stage))
+
+
+def pretrained(stage: Stage) -> list[Evaluation]:
+    """Returns the final evaluations as they are for the model before any PEFT method."""
+    detach = tuple(method.name for method in stage.model.peft)
+    return [dataclasses.replace(e, detach=detach) for e in stage.final_evaluations]
+
+
+def compile_train_step(stage: Stage) -> TrainStep:
+    """Returns the stage's jitted step; it donates the state it gets."""
+    train_step = make_train_step(
+        stage.model, stage.objective, stage.optimizer, stage.gradient, stage.microbatches
+    )
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> TrainState:
+    """Returns the state before the first step, optimizer state sharded like its parameters."""
+    axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
+    init = functools.partial(init_state, stage.optimizer)
+    shapes = jax.eval_shape(init, trained)
+    shardings = TrainState(
+        step=partitioner.replicated,
+        trainable=partitioner.shardings(axes),
+        opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
+    )
+    return jax.jit(init, out_shardings=shardings)(trained)
+
+
+class TrainingLog:
+    """Collects metric sums on the device and writes means, one window of steps behind.
+
+    Reading a window only when the next one is full means that no step is waited for.
+    """
+
+    def __init__(self, writer: MetricWriter):
+        self._writer = writer
+        self._full: list[tuple[int, Sums]] = []
+        self._window: list[tuple[int, Sums]] = []
+        self._shown: dict[str, float] = {}
+
+    def add(self, step: int, sums: Sums) -> None:
+        self._window.append((step, sums))
+
+    def rotate(self) -> dict[str, float]:
+        """Writes the window before this one and returns what to show of it."""
+        self._write(self._full)
+        self._full, self._window = self._window, []
+        return self._shown
+
+    def flush(self) -> dict[str, float]:
+        """Writes all that was collected and returns what to show of it."""
+        self.rotate()
+        return self.rotate()
+
+    def _write(self, window: list[tuple[int, Sums]]) -> None:
+        if not window:
+            return
+        totals: dict[str, float] = {}
+        for sums in jax.device_get([sums for _, sums in window]):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        weight = totals.pop("weight")
+        # The loss and its parts are sums over target tokens, these two are one number a step.
+        per_step = {name: totals.pop(name) / len(window) for name in ("grad_norm", "learning_rate")}
+        values = {name: total / max(weight, 1.0) for name, total in totals.items()} | per_step
+        self._writer.write(window[-1][0], values)
+        self._shown = {"loss": values["loss"]}
