@@ -19,6 +19,7 @@ from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
 from robust_ft.metrics.format_share import format_share
 from robust_ft.metrics.norm_avg import norm_avg
+from robust_ft.metrics.postprocess import promot
 from robust_ft.predictor import Predictor
 
 TARGET, HELD_OUT = "target", "held_out"
@@ -118,7 +119,8 @@ def evaluate(evaluation: Evaluation, predictor: Predictor) -> Result:
     for name in info.metrics:
         values |= metrics.get(name)(references, predictions)
     if evaluation.target_format is not None:
-        values["format_share"] = format_share(outputs, evaluation.target_format)
+        trimmed = [promot(output) for output in outputs]
+        values["format_share"] = format_share(trimmed, evaluation.target_format)
     kept = [
         {"input": e.inputs_text, "target": e.targets_text, "prediction": p}
         for e, p in zip(examples, predictions, strict=True)
@@ -211,6 +213,11 @@ def _decode(
         examples, evaluation.batch_size, data.inputs_length, data.targets_length
     )
     for batch in batches:
+        # Rows that only fill up the batch repeat a real one, so that none is waited for.
+        filler = batch["example_index"] < 0
+        for name, rows in batch.items():
+            if name != "example_index":
+                rows[filler] = rows[0]
         decoded = predictor.generate(batch, evaluation.decoder)
         best = np.asarray(decoded.tokens)[:, 0]
         for index, tokens in zip(batch["example_index"], best, strict=True):

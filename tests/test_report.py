@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -110,7 +111,7 @@ def test_selected_steps_of_seeds_may_differ(tmp_path, runs):
         return [e | ({"step": 100} if e["split"] == "test" and e["step"] else {}) for e in entries]
 
     (tmp_path / "a").mkdir()
-    one = edited(tmp_path / "a", other)
+    one = dataclasses.replace(edited(tmp_path / "a", other), selected={"full": 100})
     made = results.make_table([one, *runs[1:3]])
     assert made.lines[1].checkpoint == "full, step 100–150"
     curve = results.curves([one, *runs[1:3]], "target")[0]
@@ -238,6 +239,8 @@ def test_report_without_curves_samples_or_held_out_tasks(tmp_path):
     (folder / "run.json").write_text(json.dumps(about))
     rows = [row("full", 5, "mini_rte", "accuracy", 50.0)]
     (folder / "summary.json").write_text(json.dumps(rows))
+    (folder / "full").mkdir()
+    (folder / "full" / "outcome.json").write_text('{"step": 5}')
     run = load_run(folder)
     text = page.render([run], results.make_table([run]))
     assert "a&lt;b" in text and "a<b" not in text and text.count("<svg") == 1

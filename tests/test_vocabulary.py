@@ -115,7 +115,7 @@ def test_fingerprint_depends_on_content_and_settings(word_file, tmp_path):
 def test_missing_file_names_the_nearest(make, word_file):
     with pytest.raises(UserError, match=r"does not exist\. Did you mean 'tokenizer.json'\?"):
         _ = make(word_file.replace("tokenizer", "tokeniser")).eos_id
-    with pytest.raises(UserError, match="folder .* does not exist"):
+    with pytest.raises(UserError, match=r"folder .* does not exist"):
         _ = make("/nowhere/tokenizer.json").fingerprint
 
 

@@ -22,7 +22,12 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def encode(inputs: Sequence[int], targets: Sequence[int], dtype: str, texts: Mapping | None) -> bytes:
+def encode(
+    inputs: Sequence[int] | np.ndarray,
+    targets: Sequence[int] | np.ndarray,
+    dtype: str,
+    texts: Mapping[str, Any] | None,
+) -> bytes:
     """Returns the record of one example.
 
     Args:
@@ -36,7 +41,9 @@ def encode(inputs: Sequence[int], targets: Sequence[int], dtype: str, texts: Map
     return head + tokens + (msgpack.packb(dict(texts)) if texts else b"")
 
 
-def decode(record: bytes, dtype: str) -> tuple[Int32[np.ndarray, " inputs"], Int32[np.ndarray, " targets"]]:
+def decode(
+    record: bytes, dtype: str
+) -> tuple[Int32[np.ndarray, " inputs"], Int32[np.ndarray, " targets"]]:
     """Returns the token ids of one record, EOS included, without padding."""
     num_inputs, num_targets = (int(n) for n in np.frombuffer(record, _HEADER, 2))
     tokens = np.frombuffer(record, dtype, num_inputs + num_targets, _HEADER.itemsize * 2)
@@ -51,7 +58,9 @@ def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:
     return msgpack.unpackb(record[start:]) if start < len(record) else {}
 
 
-def pad_right(sequences: Sequence[np.ndarray], length: int, rows: int = 0) -> Int32[np.ndarray, "rows length"]:
+def pad_right(
+    sequences: Sequence[np.ndarray], length: int, rows: int = 0
+) -> Int32[np.ndarray, "rows length"]:
     """Returns `sequences` under each other, filled up with 0 to `length` and to `rows` rows.
 
     Raises:
@@ -67,7 +76,9 @@ def pad_right(sequences: Sequence[np.ndarray], length: int, rows: int = 0) -> In
     return out
 
 
-def model_batch(inputs: Int32[np.ndarray, "batch source"], targets: Int32[np.ndarray, "batch target"]) -> Arrays:
+def model_batch(
+    inputs: Int32[np.ndarray, "batch source"], targets: Int32[np.ndarray, "batch target"]
+) -> Arrays:
     """Returns t5x's features for padded token ids.
 
     Decoder inputs are the targets shifted right by one, first 0; the loss weights are 0 on padding.
@@ -88,7 +99,9 @@ def packed_batch(packed: Mapping[str, Int32[np.ndarray, "batch length"]]) -> Arr
     """
     positions = packed["targets_positions"]
     decoder_inputs = np.where(positions == 0, 0, shift_right(packed["targets"]))
-    weights: Float32[np.ndarray, "batch length"] = (packed["targets_segment_ids"] > 0).astype(np.float32)
+    weights: Float32[np.ndarray, "batch length"] = (packed["targets_segment_ids"] > 0).astype(
+        np.float32
+    )
     return {
         "encoder_input_tokens": packed["inputs"],
         "decoder_input_tokens": decoder_inputs.astype(np.int32),

@@ -134,12 +134,13 @@ def pretrained_rows(run: Run) -> list[Row]:
 
 def selected_rows(run: Run, stage: str) -> list[Row]:
     """Returns the final rows of a stage: of the checkpoint that it selected."""
-    return [row for row in run.rows if row.stage == stage and row.split == "test" and row.step > 0]
+    step = selected_step(run, stage)
+    return [row for row in run.rows if row.stage == stage and row.step == step]
 
 
 def selected_step(run: Run, stage: str) -> int | None:
-    """Returns the step that a stage selected, or None if it has no final rows."""
-    return max((row.step for row in selected_rows(run, stage)), default=None)
+    """Returns the step that a stage selected, or None if it has not finished."""
+    return run.selected.get(stage)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -55,6 +55,7 @@ class Run:
         config: text of `config.gin`, or "".
         train: for each stage, the lines of `metrics.jsonl` on split "train".
         samples: the files with outputs; read when needed.
+        selected: for each finished stage, the step that it selected (`outcome.json`).
     """
 
     directory: pathlib.Path
@@ -66,6 +67,7 @@ class Run:
     config: str = ""
     train: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     samples: tuple[SampleFile, ...] = ()
+    selected: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -114,6 +116,11 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in _sample_files(folder, stage)),
+        selected={
+            stage: int(_read_json(outcome)["step"])
+            for stage in stages
+            if (outcome := folder / stage / "outcome.json").exists()
+        },
     )
 
 
