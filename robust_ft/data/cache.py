@@ -1,0 +1,200 @@
+"""Which tokenized examples a run reads, and where they lie; building them is in `build`.
+
+A cache is a folder named after its task, its split and a key over everything that could change its
+content: the task's source files, the lengths, the vocabulary. It appears under that name only when
+it is complete. A mixture's folder holds the rates and names its tasks. What cannot be in a key
+(raw files, seqio's version) is written down in `info.json`; a cache that disagrees is built anew.
+
+The key is computed without seqio or tensorflow, so neither is imported where a cache is ready.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_ft.data import sources
+from robust_ft.errors import UserError
+from robust_ft.vocabulary import Vocabulary
+
+# Counted up when records, info.json or the tokenization change, so that old caches are left alone.
+FORMAT = 1
+EXAMPLES = "examples.array_record"
+INFO = "info.json"
+MIXTURE = "mixture.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """What to read: plain data, hashable.
+
+    Attributes:
+      task: name of a seqio task or mixture.
+      module: Python module that registers it when imported, such as 'tasks.superglue'.
+      split: name of one of its splits.
+      inputs_length: maximum number of input tokens, EOS included; longer inputs are cut.
+      targets_length: the same for targets.
+      vocabulary: turns the task's texts into ids.
+      cache_dir: folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft.
+    """
+
+    task: str
+    module: str
+    split: str = "train"
+    inputs_length: int
+    targets_length: int
+    vocabulary: Vocabulary
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("inputs_length", "targets_length"):
+            if getattr(self, name) < 2:
+                raise UserError(
+                    f"{name} of task '{self.task}' is {getattr(self, name)}, but must be at least 2"
+                    " (one token and the end of the sequence)."
+                )
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What `info.json` says of one task's cache.
+
+    Attributes:
+      task: seqio's name.
+      split: name of the split.
+      num_examples: records in the cache.
+      num_truncated: examples cut to the maximum length, by feature ('inputs', 'targets').
+      max_length: tokens of the longest example before cutting, by feature.
+      num_tokens: tokens kept in all, EOS included, by feature.
+      metrics: names for `robust_ft.metrics.get`; of functions from elsewhere 'module:name'.
+      postprocess: name of the postprocessing function likewise, '' if there is none.
+      token_dtype: numpy type of ids in the records.
+      has_texts: whether the records keep the texts, as all splits but training ones do.
+      raw_files: what the examples were read from, as far as the task's source says.
+      seqio_version: of the seqio that ran the task.
+    """
+
+    task: str
+    split: str
+    num_examples: int
+    num_truncated: Mapping[str, int]
+    max_length: Mapping[str, int]
+    num_tokens: Mapping[str, int]
+    metrics: tuple[str, ...]
+    postprocess: str
+    token_dtype: str
+    has_texts: bool
+    raw_files: tuple[sources.RawFile, ...]
+    seqio_version: str
+
+
+@dataclass(frozen=True)
+class CachedTask:
+    """One task of a ready cache: its folder and its share (unnormalized) in the mixture."""
+
+    directory: str
+    task: str
+    rate: float
+    info: CacheInfo
+
+    @property
+    def examples_file(self) -> str:
+        """The ArrayRecord file of the examples."""
+        return os.path.join(self.directory, EXAMPLES)
+
+
+def ensure(data: TaskData) -> list[CachedTask]:
+    """Returns the ready cache of `data`, a mixture's tasks in the order of their names.
+
+    Builds what is missing or was built from raw files that have changed since. seqio and
+    tensorflow are imported only for that.
+
+    Raises:
+      UserError: if the module, the task or the split does not exist, or has no examples.
+    """
+    ready = load(data)
+    if ready is None:
+        from robust_ft.data import build  # the one import that brings in tensorflow
+
+        build.build(data)
+        ready = load(data)
+        if ready is None:
+            raise UserError(
+                f"The raw files of task '{data.task}' changed while they were read; try again."
+            )
+    return ready
+
+
+def load(data: TaskData) -> list[CachedTask] | None:
+    """Returns the ready cache of `data`, None if it is missing, incomplete or out of date."""
+    source = sources.module_fingerprint(data.module)
+    mixture = _read_json(directory(data, source) / MIXTURE)
+    rates = mixture["rates"] if mixture else {data.task: 1.0}
+    tasks = []
+    for task, rate in rates.items():
+        folder = directory(dataclasses.replace(data, task=task), source)
+        info = read_info(folder)
+        if info is None:
+            return None
+        tasks.append(CachedTask(str(folder), task, rate, info))
+    return tasks
+
+
+def directory(data: TaskData, source: str | None = None) -> Path:
+    """Returns the folder where the cache of `data` is or would be.
+
+    Args:
+      data: what to read.
+      source: what `sources.module_fingerprint` says of the module, if that is known already.
+
+    Raises:
+      UserError: if there is no such module or vocabulary file.
+    """
+    parts = {
+        "format": FORMAT,
+        "task": data.task,
+        "split": data.split,
+        "inputs_length": data.inputs_length,
+        "targets_length": data.targets_length,
+        "vocabulary": data.vocabulary.fingerprint,
+        "source": source or sources.module_fingerprint(data.module),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    root = data.cache_dir or os.environ.get("ROBUST_FT_CACHE_DIR") or "~/.cache/robust_ft"
+    name = re.sub(r"[^\w.]+", "_", f"{data.task}-{data.split}").strip("_")
+    return Path(root).expanduser() / f"{name}-{key[:16]}"
+
+
+def read_info(folder: Path) -> CacheInfo | None:
+    """Returns a task's info, None if the folder is not complete or out of date."""
+    fields = _read_json(folder / INFO)
+    if fields is None or not (folder / EXAMPLES).is_file():
+        return None
+    raw_files = tuple(sources.RawFile(**raw) for raw in fields.pop("raw_files"))
+    info = CacheInfo(**{**fields, "metrics": tuple(fields["metrics"]), "raw_files": raw_files})
+    current = seqio_version() in (info.seqio_version, None)
+    return info if current and not any(sources.has_changed(raw) for raw in raw_files) else None
+
+
+def seqio_version() -> str | None:
+    """Returns the version of the installed seqio without importing it, None if there is none.
+
+    A machine without seqio takes a cache as it is.
+    """
+    try:
+        return importlib.metadata.version("seqio")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None

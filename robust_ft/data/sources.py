@@ -1,0 +1,138 @@
+"""What a task's examples depend on: its Python source files and its raw data files.
+
+Nothing here imports the module it looks at, so that a ready cache is found without tensorflow.
+"""
+
+import ast
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from robust_ft.errors import UserError, nearest
+
+DATA_DIR_VARIABLE = "ROBUST_FT_DATA_DIR"
+
+
+def module_fingerprint(module: str) -> str:
+    """Returns the SHA-256 (hex) of the source files that `module` (a dotted name) is part of.
+
+    Those are all Python files of the package that holds it; for a module outside any package,
+    itself and the modules beside it that it imports, directly or not. What it imports from other
+    packages is not looked at.
+
+    Raises:
+      UserError: if there is no such module.
+    """
+    digest = hashlib.sha256()
+    files = _module_files(module)
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    for file in files:
+        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size} ".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _module_files(module: str) -> list[Path]:
+    file, package = _locate(module)
+    if package is not None:
+        return sorted(package.rglob("*.py"))
+    found: set[Path] = set()
+    todo = [file]
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            todo.extend(_imported_siblings(file))
+    return sorted(found)
+
+
+def _locate(module: str) -> tuple[Path, Path | None]:
+    """Returns a module's file and the folder of its package, None outside any package."""
+    path: list[str] | None = None
+    name, file = "", Path()
+    for part in module.split("."):
+        parent, name = name, f"{name}.{part}" if name else part
+        try:
+            if parent:
+                spec = importlib.machinery.PathFinder.find_spec(name, path)
+            else:  # goes through every finder (editable installs have their own), imports nothing
+                spec = importlib.util.find_spec(name)
+        except ValueError:  # a module without a spec, such as __main__
+            spec = None
+        if spec is None or (not spec.submodule_search_locations and not spec.has_location):
+            siblings = (info.name for info in pkgutil.iter_modules(path))
+            choices = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
+            raise UserError(f"There is no task module '{module}'.{nearest(module, choices)}")
+        path = list(spec.submodule_search_locations or [])
+        if not path and name != module:
+            raise UserError(f"There is no task module '{module}': '{name}' is not a package.")
+        file = Path(spec.origin) if spec.origin else Path(path[0], "__init__.py")
+    return file, file.parent if path or "." in module else None
+
+
+def _imported_siblings(file: Path) -> Iterable[Path]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        else:
+            continue
+        for name in names:
+            sibling = file.parent / f"{name.split('.')[0]}.py"
+            if sibling.is_file():
+                yield sibling
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A raw data file as it was when a cache was built.
+
+    Attributes:
+      path: relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
+      size: bytes.
+      mtime_ns: modification time; equal times save hashing the file again.
+      sha256: hex digest of the content.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def describe_file(path: str | os.PathLike[str]) -> RawFile:
+    """Returns the fingerprint of a raw file."""
+    file = Path(path).resolve()
+    name = str(file)
+    data_dir = os.environ.get(DATA_DIR_VARIABLE)
+    if data_dir and file.is_relative_to(Path(data_dir).resolve()):
+        name = file.relative_to(Path(data_dir).resolve()).as_posix()
+    stat = file.stat()
+    return RawFile(name, stat.st_size, stat.st_mtime_ns, _sha256(file))
+
+
+def has_changed(raw: RawFile) -> bool:
+    """Whether the file is there and differs from what was recorded.
+
+    A file that is not there has not changed: a machine with a cache needs no raw data.
+    """
+    file = Path(os.environ.get(DATA_DIR_VARIABLE) or ".", raw.path)
+    if not os.path.isabs(raw.path) and not os.environ.get(DATA_DIR_VARIABLE):
+        return False
+    if not file.is_file():
+        return False
+    stat = file.stat()
+    if stat.st_size != raw.size:
+        return True
+    return stat.st_mtime_ns != raw.mtime_ns and _sha256(file) != raw.sha256
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
