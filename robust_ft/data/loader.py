@@ -1,0 +1,312 @@
+"""Batches from ready caches through Grain: order, mixing, sharding, packing, exact resuming.
+
+The order of the examples is a function of the seed alone. Grain shuffles *numbers* (task after
+task, every epoch anew) and mixes them; whole blocks of numbers are then read and padded with numpy,
+which costs far less than one step of Python an example. A state says how many blocks and rows have
+been handed out, so resuming is exact and takes no time.
+"""
+
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int32
+
+from robust_ft.data import cache, mixing, records
+from robust_ft.data.cache import CachedTask, TaskData
+from robust_ft.data.records import Arrays
+from robust_ft.errors import UserError
+
+# One thread reads ahead: more would take the cores from the step without being needed.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+# Examples that are read at once for packing, and packing rows that are open at once: more rows
+# leave less padding (first-fit), and make a resume read more.
+_PACKING_BLOCK = 64
+_PACKING_ROWS = 64
+
+
+@dataclass(frozen=True)
+class EvalExample:
+    """One example to evaluate on.
+
+    Attributes:
+      inputs: token ids, EOS included, no padding.
+      targets: token ids, EOS included, no padding.
+      inputs_text: the text before tokenization.
+      targets_text: the text before tokenization.
+      references: what counts as right; the targets' text alone where a task says nothing else.
+      id: the task's own integer id, else the position in the split.
+      choices: the possible answers of a classification task that names them.
+    """
+
+    inputs: Int32[np.ndarray, " inputs"]
+    targets: Int32[np.ndarray, " targets"]
+    inputs_text: str
+    targets_text: str
+    references: tuple[str, ...]
+    id: int
+    choices: tuple[str, ...] = ()
+
+
+class BatchSource:
+    """Endless training batches (dicts of numpy arrays by t5x's feature names), with a position.
+
+    `train_batches` makes one. Close it to stop its thread, or let it go.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, identity: Mapping[str, Any]):
+        """Takes batches and a description of all that a position depends on."""
+        self._identity = dict(identity)
+        # Grain's iterators complain when they are closed as late as Python's own shutdown.
+        self._open = [iter(dataset)]
+        self._finalizer = weakref.finalize(self, _close, self._open)
+
+    def __iter__(self) -> "BatchSource":
+        return self
+
+    def __next__(self) -> Arrays:
+        """Returns the next batch."""
+        return next(self._open[0])
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position behind the last batch, as JSON can hold it.
+
+        Without packing it holds for any number of shards.
+        """
+        # Through JSON: a copy, and a proof that it is JSON.
+        return json.loads(json.dumps({**self._identity, "position": self._open[0].get_state()}))
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position from `get_state`.
+
+        Raises:
+          UserError: if the position was taken with other data, seed, batch size or packing.
+        """
+        differing = [name for name, value in self._identity.items() if state.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"The saved data position does not fit this run: its {name} is"
+                f" {state.get(name)!r}, but this run's is {self._identity[name]!r}."
+            )
+        self._open[0].set_state(dict(state["position"]))
+
+    def close(self) -> None:
+        """Stops reading ahead; nothing can be read afterwards."""
+        self._finalizer()
+
+
+def train_batches(
+    data: TaskData,
+    batch_size: int,
+    seed: int,
+    packing: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> BatchSource:
+    """Returns endless training batches of a task or mixture, from its cache (built if missing).
+
+    Every task goes through all its examples once an epoch, in another order each time; a mixture
+    takes from its tasks at their rates.
+
+    Args:
+      data: what to read.
+      batch_size: rows of the global batch; each shard gives `batch_size / shard count` of them.
+      seed: of the order. The same whatever the shards: without packing, the shards' batches on top
+        of each other are the batch of one shard; with packing, shards pack disjoint examples.
+      packing: whether to put several examples into one row, with segment ids and positions.
+      shard: index and count. All processes that hold a part of one model take the same.
+
+    Raises:
+      UserError: see `cache.ensure`; or if the batch cannot be divided by the shards.
+    """
+    index, count = shard
+    if not 0 <= index < count:
+        raise UserError(f"Shard {index} of {count} does not exist.")
+    if batch_size <= 0 or batch_size % count:
+        raise UserError(
+            f"A batch of {batch_size} rows cannot be divided into {count} equal shards."
+        )
+    rows = batch_size // count
+    tasks = cache.ensure(data)
+    reader = _Reader(tasks)
+    block = _PACKING_BLOCK if packing else rows
+    # Block by block, not example by example: two tasks at equal rates alternate, and two shards
+    # that alternated too would see one task each.
+    # (drop_remainder: Grain would round the endless length up, past the largest one it can hold.)
+    numbers = _order(tasks, seed).batch(block, drop_remainder=True)[index::count]
+    lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
+    identity = {
+        "task": data.task,
+        "split": data.split,
+        "examples": {task.task: [task.info.num_examples, task.rate] for task in tasks},
+        "lengths": [data.inputs_length, data.targets_length],
+        "seed": seed,
+        "batch_size": batch_size,
+        "packing": packing,
+    }
+    if not packing:
+        batches = numbers.map(lambda block: _padded(reader, block, lengths))
+        return BatchSource(batches.to_iter_dataset(_READ_AHEAD), identity)
+    examples = grain.experimental.FlatMapIterDataset(
+        numbers.map(reader.examples).to_iter_dataset(_READ_AHEAD), _Unblock()
+    )
+    packed = grain.experimental.FirstFitPackIterDataset(
+        examples,
+        length_struct=lengths,
+        num_packing_bins=max(_PACKING_ROWS, rows),
+        seed=_seed(seed, "packing"),
+    )
+    batches = packed.batch(rows, drop_remainder=True).map(records.packed_batch)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+    return BatchSource(ahead, {**identity, "shard": [index, count]})
+
+
+def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]:
+    """Returns a task's examples in the order of its split, from its cache (built if missing).
+
+    Args:
+      data: what to read; one task, or a mixture of one.
+      limit: at most so many examples, spread evenly over the split, since many test files are
+        sorted. The same ones every time.
+
+    Raises:
+      UserError: see `cache.ensure`; or if `data` is a mixture of several tasks.
+    """
+    tasks = cache.ensure(data)
+    if len(tasks) > 1:
+        names = ", ".join(task.task for task in tasks)
+        raise UserError(
+            f"Mixture '{data.task}' cannot be evaluated as one; name its tasks: {names}."
+        )
+    info = tasks[0].info
+    size = info.num_examples
+    numbers = np.arange(size)
+    if limit is not None and limit < size:
+        numbers = np.arange(limit) * size // limit
+    found = _Reader(tasks).read(numbers)
+    return [
+        _eval_example(data, info, int(n), record) for n, record in zip(numbers, found, strict=True)
+    ]
+
+
+def eval_batches(
+    examples: Sequence[EvalExample], batch_size: int, inputs_length: int, targets_length: int
+) -> list[Arrays]:
+    """Returns padded batches of `examples` in their order, each of `batch_size` rows.
+
+    The last batch is filled up with rows of zeros (loss weights 0 too). `example_index`
+    (int32[batch]) says which example a row is, -1 for those.
+
+    Raises:
+      ValueError: if an example is longer than its length.
+    """
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        inputs = records.pad_right([e.inputs for e in chunk], inputs_length, batch_size)
+        targets = records.pad_right([e.targets for e in chunk], targets_length, batch_size)
+        index = np.full(batch_size, -1, np.int32)
+        index[: len(chunk)] = np.arange(start, start + len(chunk))
+        batches.append({**records.model_batch(inputs, targets), "example_index": index})
+    return batches
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def _eval_example(data: TaskData, info: cache.CacheInfo, number: int, record: bytes) -> EvalExample:
+    inputs, targets = records.decode(record, info.token_dtype)
+    texts = records.decode_texts(record, info.token_dtype)
+    # Training splits keep no texts; their ids still say what they were, up to normalization.
+    targets_text = texts.get("targets", None)
+    if targets_text is None:
+        targets_text = data.vocabulary.decode(targets.tolist())
+    inputs_text = texts.get("inputs", None)
+    if inputs_text is None:
+        inputs_text = data.vocabulary.decode(inputs.tolist())
+    references = tuple(texts.get("references", ())) or (targets_text,)
+    return EvalExample(
+        inputs=inputs,
+        targets=targets,
+        inputs_text=inputs_text,
+        targets_text=targets_text,
+        references=references,
+        id=texts.get("id", number),
+        choices=tuple(texts.get("choices", ())),
+    )
+
+
+class _Reader:
+    """Examples of several caches by number; the first task's come first, then the second's."""
+
+    def __init__(self, tasks: Sequence[CachedTask]):
+        options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+        # Opened at once: a cache may be rebuilt, and an open file stays what it was.
+        self._files = [ArrayRecordReader(task.examples_file, options=options) for task in tasks]
+        self._starts = np.cumsum([0] + [task.info.num_examples for task in tasks])
+        self._dtypes = [task.info.token_dtype for task in tasks]
+
+    def read(self, numbers: Int32[np.ndarray, " examples"]) -> list[bytes]:
+        """Returns the records of `numbers`, in their order."""
+        found: list[bytes] = [b""] * len(numbers)
+        owners = np.searchsorted(self._starts, numbers, side="right") - 1
+        for owner in np.unique(owners):
+            places = np.flatnonzero(owners == owner)
+            local = (np.asarray(numbers)[places] - self._starts[owner]).tolist()
+            for place, record in zip(places, self._files[owner].read(local), strict=True):
+                found[place] = record
+        return found
+
+    def examples(self, numbers: Int32[np.ndarray, " examples"]) -> list[Arrays]:
+        """Returns token ids by feature for each of `numbers`, without padding."""
+        # All tasks of one run share a vocabulary, so also the type of their ids.
+        pairs = [records.decode(record, self._dtypes[0]) for record in self.read(numbers)]
+        return [{"inputs": inputs, "targets": targets} for inputs, targets in pairs]
+
+
+class _Unblock(grain.experimental.FlatMapTransform):
+    """Blocks of examples, read at once, back to examples."""
+
+    max_fan_out = _PACKING_BLOCK
+
+    def flat_map(self, element: list[Arrays]) -> list[Arrays]:
+        """Returns the block itself, a list."""
+        return element
+
+
+def _order(tasks: Sequence[CachedTask], seed: int) -> grain.MapDataset:
+    """Returns the endless order of the examples' numbers (those of `_Reader`)."""
+    parts, start = [], 0
+    for task in tasks:
+        stop = start + task.info.num_examples
+        # Grain's next epoch takes the next seed, so seeds must not be neighbours: run 1 would
+        # otherwise begin with run 0's second epoch, and all tasks of a size share one order.
+        part = grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)).repeat()
+        parts.append(part)
+        start = stop
+    if len(parts) == 1:
+        return parts[0]
+    order = mixing.MixedOrder([task.rate for task in tasks])
+    return grain.MapDataset.select_from_datasets(parts, order)
+
+
+def _padded(
+    reader: _Reader, numbers: Int32[np.ndarray, " rows"], lengths: Mapping[str, int]
+) -> Arrays:
+    examples = reader.examples(numbers)
+    inputs = records.pad_right([e["inputs"] for e in examples], lengths["inputs"])
+    targets = records.pad_right([e["targets"] for e in examples], lengths["targets"])
+    return records.model_batch(inputs, targets)
+
+
+def _seed(seed: int, name: str) -> int:
+    """Returns a 32-bit seed that says nothing about those of other seeds and names."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
