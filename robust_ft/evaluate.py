@@ -7,7 +7,7 @@ with the soft prompt and held-out tasks without it (ProMoT, section 4, "Evaluati
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,7 @@ def suite(
     split: str,
     target: Evaluation,
     held_out: Evaluation | None = None,
-    held_out_tasks: Iterable[str] = (),
-    shots: Iterable[int] = (0, 1),
+    held_out_tasks: Mapping[int, Sequence[str]] | None = None,
     limit: int | None = None,
 ) -> tuple[Evaluation, ...]:
     """Returns the target's evaluation and one for each held-out task and number of shots.
@@ -176,8 +175,7 @@ def suite(
         split: The split of every task.
         target: How to evaluate the finetuned task.
         held_out: How to evaluate the others; its task is a placeholder.
-        held_out_tasks: Their names, without shots.
-        shots: Numbers of exemplars.
+        held_out_tasks: For each number of shots, the tasks' names without it.
         limit: Only the first so many examples of each, or None for all.
     """
 
@@ -190,8 +188,8 @@ def suite(
     if held_out is not None:
         evaluations += [
             on(held_out, task=task, shots=count, role=HELD_OUT)
-            for task in held_out_tasks
-            for count in shots
+            for count, tasks in (held_out_tasks or {}).items()
+            for task in tasks
         ]
     return tuple(evaluations)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from robust_ft import assets
 from robust_ft.errors import UserError, nearest
 
 
@@ -239,7 +240,7 @@ def _until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:
 
 
 def _read(path: str, kind: str) -> bytes:
-    file = Path(path).expanduser()
+    file = Path(assets.resolve(path)).expanduser()
     if not file.is_file():
         folder = file.parent
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
