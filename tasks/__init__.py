@@ -1,0 +1,1 @@
+"""seqio tasks and mixtures, one file a data set; importing a module registers its tasks."""

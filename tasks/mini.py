@@ -1,0 +1,76 @@
+"""seqio tasks of the mini world (`tasks.mini_world`): `mini_<family>` and `mini_<family>_<k>shot`.
+
+mini_pretrain                      what the shipped mini T5 is pretrained on
+mini_rte, mini_rte_1shot, ...      entailment, absent from pretraining: the finetuning target
+mini_d2t, mini_d2t_ood             table to text: finetuning set (ID topics) and OOD topics
+mini_held_out, mini_held_out_1shot mixtures of the held-out families (`mini_world.HELD_OUT`);
+                                   two of these have only k-shot tasks, see `SHOT_ONLY`
+"""
+
+import functools
+
+import seqio
+import tensorflow as tf
+
+from robust_ft import metrics
+from robust_ft.data.seqio_tasks import text_features
+from robust_ft.metrics import postprocess
+from tasks import mini_world
+
+SHOTS = (0, 1)  # pretraining knows no more
+CHOICES = {"rte": ("True", "False"), "fact": ("True", "False"), "cb": ("yes", "no")}
+
+
+def task_name(family: str, shots: int = 0) -> str:
+    """Returns the name of a family's seqio task, as `mini_rte` or `mini_rte_1shot`."""
+    return f"mini_{family}_{shots}shot" if shots else f"mini_{family}"
+
+
+def _dataset(
+    split: str, shuffle_files: bool, seed: int | None = None, *, family: str, shots: int
+) -> tf.data.Dataset:
+    """Returns a split in its one order; `seed` cannot change it, the loader shuffles."""
+    del shuffle_files, seed
+    examples = list(mini_world.examples(family, split, shots))
+    columns: dict[str, list] = {
+        "id": list(range(len(examples))),
+        "inputs": [example.inputs for example in examples],
+        "targets": [example.targets for example in examples],
+    }
+    if family != "pretrain":  # whose examples have unequal numbers of references
+        columns["references"] = [example.references or [example.targets] for example in examples]
+    if family in CHOICES:
+        columns["choices"] = [CHOICES[family]] * len(examples)
+    return tf.data.Dataset.from_tensor_slices(columns)
+
+
+def _add(family: str, shots: int = 0) -> None:
+    sizes = {split: mini_world.num_examples(family, split, shots) for split in mini_world.SPLITS}
+    sizes = {split: size for split, size in sizes.items() if size}
+    label = family in CHOICES
+    seqio.TaskRegistry.add(
+        task_name(family, shots),
+        source=seqio.FunctionDataSource(
+            dataset_fn=functools.partial(_dataset, family=family, shots=shots),
+            splits=tuple(sizes),
+            num_input_examples=sizes,
+        ),
+        preprocessors=[],
+        output_features=text_features(),
+        postprocess_fn=postprocess.first_word if label else postprocess.promot,
+        metric_fns=[metrics.accuracy if label else metrics.exact_match],
+    )
+
+
+def _add_all() -> None:
+    _add("pretrain")
+    for shots in SHOTS:
+        for family in mini_world.FAMILIES:
+            if shots or family not in mini_world.SHOT_ONLY:
+                _add(family, shots)
+        held_out = [f for f in mini_world.HELD_OUT if shots or f not in mini_world.SHOT_ONLY]
+        names = [task_name(family, shots) for family in held_out]
+        seqio.MixtureRegistry.add(task_name("held_out", shots), names, default_rate=1.0)
+
+
+_add_all()
