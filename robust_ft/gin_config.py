@@ -18,6 +18,7 @@ from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
+from robust_ft.inference import Inference
 from robust_ft.models import peft, t5
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
@@ -59,6 +60,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "CrossEntropy": objectives.CrossEntropy,
     "Decoder": Decoder,
     "Evaluation": Evaluation,
+    "Inference": Inference,
     "Model": Model,
     "Partitioner": Partitioner,
     "Prompt": peft.Prompt,
@@ -75,9 +77,10 @@ REGISTERED: dict[str, Callable[..., Any]] = {
 
 
 class Config(NamedTuple):
-    """A built recipe and the values that it was built from, as a gin file's text."""
+    """What a config describes, and the values that it was built from as a gin file's text."""
 
     recipe: Recipe
+    inference: Inference
     operative: str
 
 
@@ -106,7 +109,8 @@ def load(
         _check_names(texts, statements)
         gin.parse_config_files_and_bindings(list(files), statements)
         recipe = gin.get_configurable("Recipe")()
-        return Config(recipe, gin.operative_config_str())
+        operative = gin.operative_config_str()
+        return Config(recipe, gin.get_configurable("Inference")(), operative)
     except UserError:
         raise
     except (ValueError, TypeError, OSError, SyntaxError) as error:

@@ -106,25 +106,35 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
         handed_on: The earlier stage's parameters if they are in memory still.
     """
     if stage.restore == SCRATCH:
-        return _complete(stage, {}, recipe)
+        return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
         source = load_params(stage.restore)
         shapes = stage.model.shapes()
         source = restore_onto(shapes, source, stage.restore, optional=stage.model.peft_owns)
-        return _complete(stage, source, recipe)
+        return place(recipe, stage, source)
     if handed_on is None:
-        earlier = recipe.stage(stage.restore.removeprefix(STAGE))
-        outcome = Outcome.read(Path(recipe.model_dir) / earlier.name)
-        if outcome is None:
-            raise UserError(f"Stage '{earlier.name}' has not finished; '{stage.name}' needs it.")
-        _, frozen = trainable.split(restore(recipe, earlier), frozenset(outcome.paths))
-        trained = outcome.load(Path(recipe.model_dir) / earlier.name)
-        handed_on = trainable.merge(trained, frozen)
-    return _complete(stage, trainable.flatten(handed_on), recipe)
+        handed_on = finished(recipe, stage.restore.removeprefix(STAGE))
+    return place(recipe, stage, trainable.flatten(handed_on))
 
 
-def _complete(stage: Stage, known: Mapping[str, Any], recipe: Recipe) -> Params:
-    """Places the known parameters that the model has, and draws the others."""
+def finished(recipe: Recipe, name: str) -> Params:
+    """Returns all parameters that a finished stage ended with: its start and what it trained."""
+    stage, directory = recipe.stage(name), Path(recipe.model_dir) / name
+    outcome = Outcome.read(directory)
+    if outcome is None:
+        raise UserError(f"Stage '{name}' has not finished in {recipe.model_dir}.")
+    _, frozen = trainable.split(restore(recipe, stage), frozenset(outcome.paths))
+    return trainable.merge(outcome.load(directory), frozen)
+
+
+def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
+    """Places those known parameters that the stage's model has, and draws its other ones.
+
+    Args:
+        recipe: Gives the mesh and the seed.
+        stage: The stage.
+        known: Values by parameter path.
+    """
     model, partitioner = stage.model, recipe.partitioner
     shardings = trainable.flatten(partitioner.shardings(model.logical_axes()))
     placed = {

@@ -227,7 +227,10 @@ def compile_train_step(stage: Stage) -> TrainStep:
 
 
 def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> TrainState:
-    """Returns the state before the first step, optimizer state sharded like its parameters."""
+    """Returns the state before the first step, optimizer state sharded like its parameters.
+
+    The arrays of `trained` are donated: they live on in the state only.
+    """
     axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
     init = functools.partial(init_state, stage.optimizer)
     shapes = jax.eval_shape(init, trained)
@@ -236,7 +239,7 @@ def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> Trai
         trainable=partitioner.shardings(axes),
         opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
     )
-    return jax.jit(init, out_shardings=shardings)(trained)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(trained)
 
 
 class TrainingLog:
