@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,15 @@ from robust_ft.data import cache, records, sources
 from robust_ft.errors import UserError, nearest
 from robust_ft.vocabulary import Vocabulary
 
+with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
+    # Otherwise tensorflow takes all memory of the accelerators that JAX is about to use.
+    for _kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], _kind)
+
 _FEATURES = ("inputs", "targets")
 _TEXTS = ("inputs_pretokenized", "targets_pretokenized", "references", "choices", "id")
 _PROGRESS_SECONDS = 5.0
+_CHUNK = 256
 
 # What a module's sources were when we imported it: Python keeps the old code if they change.
 _imported: dict[str, str] = {}
@@ -44,10 +50,6 @@ def build(data: cache.TaskData) -> None:
     Raises:
       UserError: if the task or split does not exist, is empty, or does not suit the vocabulary.
     """
-    with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
-        # Otherwise tensorflow takes all memory of the accelerators that JAX is about to use.
-        for kind in ("GPU", "TPU"):
-            tf.config.set_visible_devices([], kind)
     source = _import(data.module)
     provider = _get_provider(data)
     if isinstance(provider, seqio.Task):
@@ -170,14 +172,34 @@ def _examples(task: seqio.Task, data: cache.TaskData) -> Iterator[Mapping[str, A
         if missing:
             raise UserError(f"Task '{task.name}' makes no feature {' and '.join(missing)}.")
         kept = [name for name in (*_FEATURES, *_TEXTS) if name in dataset.element_spec]
-        dataset = dataset.map(lambda example: {name: example[name] for name in kept})
-        yield from dataset.prefetch(64).as_numpy_iterator()
+        dataset = dataset.map(lambda example: {name: _ranked(name, example[name]) for name in kept})
+        # Many at once: tensorflow takes as long to hand out one example as a batch of them.
+        for batch in dataset.ragged_batch(_CHUNK).prefetch(1):
+            columns = {name: _rows(column) for name, column in batch.items()}
+            for row in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, row, strict=True))
     except tf.errors.OpError as error:
         # An exception of Python code inside tensorflow comes out as text, with its traceback.
         sentence = re.search(r"UserError: (.+)", str(error))
         if sentence:
             raise UserError(sentence[1].strip()) from None
         raise
+
+
+def _ranked(name: str, value: tf.Tensor) -> tf.Tensor:
+    """Says how many axes a value has where Python code inside the task left that open."""
+    if value.shape.rank is not None:
+        return value
+    is_list = name in ("references", "choices") or (name in _FEATURES and value.dtype != tf.string)
+    return tf.ensure_shape(value, [None] if is_list else [])
+
+
+def _rows(column: tf.Tensor | tf.RaggedTensor) -> Sequence[Any]:
+    """Returns a batch's values one by one: bytes, numbers, or arrays of them."""
+    if isinstance(column, tf.RaggedTensor):
+        splits = column.row_splits.numpy()[1:-1]
+        return np.split(column.values.numpy(), splits)
+    return column.numpy()
 
 
 class _Column:
@@ -332,10 +354,12 @@ class _Progress:
 
     def __init__(self, name: str, total: int | None):
         self._name, self._total = name, total
-        self._start = self._last = time.monotonic()
+        self._start = self._last = 0.0
 
     def __call__(self, count: int) -> None:
         now = time.monotonic()
+        if count == 1:  # what a task does before its first example says nothing of its rate
+            self._start = self._last = now
         if now - self._last >= _PROGRESS_SECONDS:
             self._last = now
             self._print(count, now)

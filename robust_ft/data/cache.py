@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_ft.data import sources
+from robust_ft.data import quiet, sources
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import Vocabulary
 
@@ -120,13 +120,15 @@ def ensure(data: TaskData) -> list[CachedTask]:
     """
     ready = load(data)
     if ready is None:
-        from robust_ft.data import build  # the one import that brings in tensorflow
+        with quiet.without_native_log():
+            from robust_ft.data import build  # the one import that brings in tensorflow
 
         build.build(data)
         ready = load(data)
         if ready is None:
             raise UserError(
-                f"The raw files of task '{data.task}' changed while they were read; try again."
+                f"The source or data files of task '{data.task}' changed while its cache was built;"
+                " try again."
             )
     return ready
 

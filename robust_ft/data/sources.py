@@ -67,7 +67,8 @@ def _locate(module: str) -> tuple[Path, Path | None]:
         if spec is None or (not spec.submodule_search_locations and not spec.has_location):
             siblings = (info.name for info in pkgutil.iter_modules(path))
             choices = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
-            raise UserError(f"There is no task module '{module}'.{nearest(module, choices)}")
+            reason = "" if name == module else f": Python finds no '{name}'"
+            raise UserError(f"There is no task module '{module}'{reason}.{nearest(name, choices)}")
         path = list(spec.submodule_search_locations or [])
         if not path and name != module:
             raise UserError(f"There is no task module '{module}': '{name}' is not a package.")

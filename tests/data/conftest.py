@@ -61,6 +61,13 @@ tokenize = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
 add("toy_tokenized", source("a", {"train": 50, "validation": 9}), tokenized(BYTES), tokenize)
 other = tokenized(seqio.ByteVocabulary(200))
 add("toy_other_vocabulary", source("t", {"train": 5}), other, tokenize)
+def without_shapes(dataset):
+    def forget(text):
+        return tf.py_function(lambda t: t, [text], text.dtype)
+    return dataset.map(lambda x: {k: forget(v) for k, v in x.items()})
+
+
+add("toy_unknown_shape", source("a", {"train": 50}), preprocessors=[without_shapes])
 add("toy_no_targets", source("t", {"train": 5}), {"inputs": text_features()["inputs"]},
     [lambda dataset: dataset.map(lambda x: {"inputs": x["inputs"]})])
 

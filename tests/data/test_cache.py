@@ -94,6 +94,30 @@ def test_truncation_is_on_the_right_keeps_eos_and_is_counted(toy, caplog):
     assert tokenized.info.num_truncated == cut.info.num_truncated
 
 
+def test_datasets_from_python(toy):
+    cache.ensure(toy("toy_c"))  # brings tensorflow in without its log
+    from robust_ft.data.seqio_tasks import from_python
+
+    examples = [
+        {"inputs": f"x{i}", "targets": "ü", "references": [str(i)] * (i % 3), "id": i}
+        for i in range(600)
+    ]
+    dataset = from_python(lambda: examples, lists=["references"], integers=["id"])
+    for _ in range(2):  # a dataset is read as often as one likes
+        found = list(dataset.as_numpy_iterator())
+        assert [e["id"] for e in found] == list(range(600))
+        assert [e["inputs"].decode() for e in found] == [e["inputs"] for e in examples]
+        assert found[5]["targets"].decode() == "ü"
+        assert [[r.decode() for r in e["references"]] for e in found] == [
+            e["references"] for e in examples
+        ]
+
+
+def test_features_of_unknown_shape_are_taken_too(toy):
+    [known], [unknown] = cache.ensure(toy("toy_a")), cache.ensure(toy("toy_unknown_shape"))
+    assert stored(known) == stored(unknown)
+
+
 def test_mixture_has_its_tasks_and_rates(toy):
     cached = cache.ensure(toy("toy_ab"))
     assert [(task.task, task.rate) for task in cached] == [("toy_a", 3.0), ("toy_b", 1.0)]
@@ -137,7 +161,10 @@ def test_training_splits_keep_no_texts_but_can_be_evaluated(toy):
             {"module": "toy_package.toyz"},
             r"no task module 'toy_package.toyz'\. Did .*package.toys'",
         ),
-        ({"module": "toy_pakage.toys"}, r"no task module 'toy_pakage.toys'\. Did .* 'toy_package'"),
+        (
+            {"module": "toy_pakage.toys"},
+            r"'toy_pakage.toys': Python finds no 'toy_pakage'\. Did you mean 'toy_package'",
+        ),
         (
             {"module": "toy_package.toys.a"},
             "no task module 'toy_package.toys.a': 'toy_package.toys'",

@@ -1,0 +1,30 @@
+"""Keeps tensorflow's start-up log off the terminal."""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+# Lines of its C++ log; TF_CPP_MIN_LOG_LEVEL no longer stops those written while it is imported.
+_LOG_LINE = re.compile(rb"WARNING: All log messages before absl::|[IWE]\d{4} \d\d:\d\d:")
+
+
+@contextlib.contextmanager
+def without_native_log() -> Iterator[None]:
+    """Drops the C++ log lines that are written to stderr meanwhile; other lines come out after.
+
+    The log goes to the process's file descriptor 2, past `sys.stderr`, so that is redirected.
+    """
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            log.seek(0)
+            for line in log:
+                if not _LOG_LINE.match(line):
+                    os.write(2, line)
