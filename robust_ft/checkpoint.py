@@ -38,6 +38,7 @@ class StageCheckpoints:
             options=ocp.CheckpointManagerOptions(
                 step_prefix=PREFIX,
                 cleanup_tmp_directories=True,
+                best_fn=_rank,  # Orbax writes scores down only if it has one
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(1),
