@@ -181,7 +181,7 @@ def tokenizer_json() -> str:
     No token is declared as special to the package: it would leave them out when decoding.
     """
     vocabulary = {word: i for i, word in enumerate(words())}
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

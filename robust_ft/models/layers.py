@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import Peft
 from robust_ft.partitioning import constrain
 
@@ -35,7 +36,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            with_axes(self.kernel_init, *self.axes),
             (x.shape[-1], self.features),
             self.param_dtype,
         )
@@ -56,7 +57,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest embed"]:
         scale = self.param(
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            with_axes(nn.initializers.ones, "embed"),
             (x.shape[-1],),
             self.param_dtype,
         )
@@ -76,7 +77,7 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            with_axes(nn.initializers.normal(1.0), "vocab", "embed"),
             (self.vocab_size, self.features),
             self.param_dtype,
         )
@@ -110,9 +111,10 @@ class RelativePositionBias(nn.Module):
     ) -> Float[Array, "*batch heads query key"]:
         table = self.param(
             "rel_embedding",
-            nn.with_logical_partitioning(
+            with_axes(
                 nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-                ("heads", "relpos_buckets"),
+                "heads",
+                "relpos_buckets",
             ),
             (self.num_heads, self.num_buckets),
             self.param_dtype,
@@ -136,7 +138,7 @@ def relative_position_bucket(
     has buckets for keys behind only.
     """
     behind = -distance
-    offset = 0
+    offset: Any = 0
     if bidirectional:
         num_buckets //= 2
         offset = jnp.where(behind < 0, num_buckets, 0)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import Peft
 from robust_ft.types import Batch, Params
 
@@ -54,7 +55,7 @@ class Prompt(Peft):
         del batch
         prompt = scope.param(
             self.name,
-            nn.with_logical_partitioning(_uniform, ("prompt", "embed")),
+            with_axes(_uniform, "prompt", "embed"),
             (self.length, x.shape[-1]),
             jnp.float32,
         )
