@@ -76,14 +76,16 @@ class StageCheckpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(like.trainable)),
-                optimizer=ocp.args.StandardRestore(_abstract(_optimizer_item(like))),
-                data=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(like.trainable)),
+            optimizer=ocp.args.StandardRestore(_abstract(_optimizer_item(like))),
+            data=ocp.args.JsonRestore(),
         )
+        self._check_params(step, like.trainable)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except ValueError as error:
+            raise self._misfit(step, "another optimizer") from error
         optimizer = restored["optimizer"]
         state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
         return state, restored["data"]
@@ -93,6 +95,21 @@ class StageCheckpoints:
         self._manager.wait_until_finished()
         args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
         return self._manager.restore(step, args=args)["params"]
+
+    def _check_params(self, step: int, like: Params) -> None:
+        saved = flatten(self._manager.item_metadata(step)["params"].tree)
+        wanted = flatten(like)
+        for path in sorted(saved.keys() | wanted.keys()):
+            shapes = [tuple(x[path].shape) if path in x else "none" for x in (saved, wanted)]
+            if shapes[0] != shapes[1]:
+                what = f"other trainable parameters ({path}: {shapes[0]}, now {shapes[1]})"
+                raise self._misfit(step, what)
+
+    def _misfit(self, step: int, what: str) -> UserError:
+        return UserError(
+            f"The checkpoint of step {step} in {self._manager.directory} was saved with {what}; "
+            "go on with the config it was made with, or choose another MODEL_DIR."
+        )
 
     def best_step(self) -> int | None:
         """Returns the step with the best score; of equal ones the earliest; None without scores."""
@@ -139,12 +156,14 @@ def load_params(path: str) -> dict[str, np.ndarray]:
             f"'{path}' is neither a .safetensors file nor a checkpoint_<step> directory with a "
             f"'params' folder."
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        like = checkpointer.metadata((file / "params").absolute()).item_metadata
-        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=cpu), like)
-        restored = checkpointer.restore((file / "params").absolute(), like)
-    return {name: np.asarray(leaf) for name, leaf in flatten(restored).items()}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        folder = (file / "params").absolute()
+        shapes = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        restored = checkpointer.restore(
+            folder, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy)
+        )
+    return flatten(restored)
 
 
 def save_params(path: str | os.PathLike[str], params: Params, dtype: str | None = None) -> None:
@@ -193,7 +212,7 @@ def restore_onto(
     logging.info("Restored %d parameters from '%s'.", len(found), source)
     if fresh:
         logging.info("Not in '%s', so they start fresh: %s.", source, ", ".join(fresh))
-    return {path: array.astype(expected[path].dtype) for path, array in found.items()}
+    return {path: array.astype(expected[path].dtype, copy=False) for path, array in found.items()}
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -211,11 +230,13 @@ class Outcome:
         step: The selected step: the best on the selection's split, or the last one.
         score: Its score, or None if nothing was selected by score.
         paths: The paths of the parameters that trained, all that its checkpoints hold.
+        steps: The number of steps that the stage took.
     """
 
     step: int
     score: float | None
     paths: tuple[str, ...]
+    steps: int = 0
 
     @staticmethod
     def file(directory: str | os.PathLike[str]) -> Path:
@@ -231,7 +252,7 @@ class Outcome:
         if not file.exists():
             return None
         fields = json.loads(file.read_text(encoding="utf-8"))
-        return cls(fields["step"], fields["score"], tuple(fields["paths"]))
+        return cls(**fields | {"paths": tuple(fields["paths"])})
 
     def load(self, directory: str | os.PathLike[str]) -> Params:
         """Reads the selected checkpoint's parameters."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robust_ft import console
-from robust_ft.evaluate import TARGET, Evaluation, Result, evaluate, held_out_rows
+from robust_ft.evaluate import HELD_OUT, TARGET, Evaluation, Result, evaluate, held_out_rows
 from robust_ft.metric_writer import MetricWriter
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
@@ -77,17 +77,18 @@ class StageEvaluator:
         return result
 
     def _show(self, results: Sequence[Result], rows: list[dict], step: int) -> None:
-        facts = [
-            f"{result.evaluation.task} {result.preferred} {result.score:.1f}"
-            for result in results
-            if result.evaluation.role == TARGET
+        scores = [
+            f"{r.evaluation.task} {r.preferred} {r.score:.1f}"
+            for r in results
+            if r.evaluation.role == TARGET
         ]
-        facts += [
-            f"held-out {row['metric']} {row['shots']}-shot {row['value']:.3g}"
+        names = {"norm_avg": "held-out Norm. Avg.", "format_share": "in the target's format"}
+        scores += [
+            f"{names[row['metric']]} {row['value']:.3g} ({row['shots']}-shot)"
             for row in rows
-            if row["task"] == "held_out"
+            if row["task"] == HELD_OUT
         ]
-        console.print_line(f"[{self._stage}] step {step}: " + ", ".join(facts))
+        console.print_line(f"[{self._stage}] step {step}: " + ", ".join(scores))
         shown = [r for r in results if r.evaluation.role == TARGET][:1]
         shown += [r for r in results if r.evaluation.role != TARGET][:: max(1, len(results) // 3)]
         samples = [{"task": r.evaluation.task, **r.predictions[0]} for r in shown]

@@ -173,11 +173,14 @@ def test_samples_stand_side_by_side(runs):
     assert found.rows[1].target == "city1"
 
 
-def test_markdown_has_one_row_a_model(runs):
+def test_markdown_has_one_row_a_task_and_one_column_a_model(runs):
     made = results.make_table(runs)
     lines = [line for line in table.markdown(made).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
-    assert "| full_rte | full, step 150 | 3 | 90." in lines[3] and "±" in lines[3]
+    assert len(lines) == 3 + len(made.columns) and {line.count("|") for line in lines} == {1 + 5}
+    assert "| full_rte<br>full, step 150 |" in lines[0] and lines[2].startswith("| seeds | ")
+    accuracy = lines[3].split(" | ")
+    assert accuracy[0] == "| mini_rte accuracy" and accuracy[2].startswith("90.")
+    assert "±" in accuracy[2]
 
 
 class Page(HTMLParser):

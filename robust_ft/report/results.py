@@ -212,7 +212,13 @@ def _agree(lines: Sequence[Line]) -> bool:
 
 
 def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...]:
-    found = dict.fromkeys(column for line in lines for column in line.cells)
+    # Single tasks' format shares stay in summary.json; the table has their mean.
+    found = dict.fromkeys(
+        column
+        for line in lines
+        for column in line.cells
+        if column.metric != FORMAT_SHARE or column.task == HELD_OUT
+    )
 
     def place(column: Column) -> tuple[int, int, int]:
         if column.task in targets:

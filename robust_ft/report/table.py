@@ -31,28 +31,26 @@ def caption(table: results.Table) -> str:
     return CAPTION + (f" {DAGGER}" if any(cell.split != "test" for cell in found) else "")
 
 
-def _heads(table: results.Table) -> list[str]:
-    return ["model", "checkpoint", "seeds", *(head(column) for column in table.columns)]
-
-
-def _row(table: results.Table, line: results.Line) -> list[str]:
-    return [line.method, line.checkpoint, str(line.seeds), *cells(table, line)]
-
-
 def markdown(table: results.Table) -> str:
     """Returns the table as Markdown, with its caption."""
-    rows = [_heads(table), *(_row(table, line) for line in table.lines)]
+    names = [f"{line.method}<br>{line.checkpoint}" for line in table.lines]
+    rows = [["", *names], *_rows(table)]
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---", "---"] + ["---:"] * (len(rows[0]) - 2)
+    rule = ["---"] + ["---:"] * len(names)
     lines = [f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]]]
     return "\n".join(lines) + f"\n\n{caption(table)}\n"
 
 
 def show(table: results.Table) -> None:
-    """Prints the table: models as columns, since tasks are many and a terminal is narrow."""
+    """Prints the table."""
     names = [f"{line.method}\n{line.checkpoint}" for line in table.lines]
-    rows = [["seeds", *(str(line.seeds) for line in table.lines)]]
+    console.print_table("Results", ["", *names], _rows(table), caption(table))
+
+
+def _rows(table: results.Table) -> list[list[str]]:
+    """Returns the number of seeds and a row for each task: tasks are many and pages are narrow."""
     columns = [cells(table, line) for line in table.lines]
+    rows = [["seeds", *(str(line.seeds) for line in table.lines)]]
     for index, column in enumerate(table.columns):
         rows.append([head(column), *(column_cells[index] for column_cells in columns)])
-    console.print_table("Results", ["", *names], rows, caption(table))
+    return rows
