@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from robust_ft.gin_config import Config
@@ -19,6 +19,22 @@ USER_ERROR = 2
 RESUME = 75
 
 _BINDING = re.compile(r"--gin\.([^=]+)=(.*)", re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as all errors of the command lines are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a UserError instead of printing the usage."""
+        from robust_ft.errors import UserError, nearest
+
+        wrong = message.removeprefix("unrecognized arguments: ")
+        if wrong == message:
+            raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+        name = wrong.split()[0].split("=")[0]
+        if name.startswith("--gin."):
+            raise UserError(f"{name} lacks a value; write {name}=VALUE.")
+        raise UserError(f"There is no flag '{name}'." + nearest(name, self._option_string_actions))
 
 
 class Arguments(argparse.Namespace):
@@ -32,7 +48,7 @@ class Arguments(argparse.Namespace):
 
 def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
     """Parses the flags of `python -m robust_ft.<program>`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"python -m robust_ft.{program}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,5 +112,5 @@ def run(main: Callable[..., Any], *args: Any) -> None:
     try:
         sys.exit(main(*args) or 0)
     except UserError as error:
-        print(f"{type(error).__name__.replace('UserError', 'Error')}: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -17,7 +17,7 @@ DTYPES = ("float32", "float16")
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "python -m robust_ft.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,6 +17,7 @@ from robust_ft import metrics
 from robust_ft.data import cache, loader
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
+from robust_ft.errors import UserError
 from robust_ft.metrics.format_share import format_share
 from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.metrics.postprocess import promot
@@ -52,6 +53,12 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "detach", tuple(self.detach))
+        for field in ("batch_size", "limit"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(
+                    f"{field}={value} of the evaluation on '{self.task}' must be at least 1."
+                )
 
     @property
     def task(self) -> str:
@@ -115,6 +122,8 @@ def evaluate(evaluation: Evaluation, predictor: Predictor) -> Result:
     postprocess = metrics.get_postprocess(info.postprocess)
     predictions = [postprocess(output) for output in outputs]
     references = [list(example.references) for example in examples]
+    if not info.metrics:
+        raise UserError(f"Task '{info.task}' names no metric to evaluate it with.")
     values: dict[str, float] = {}
     for name in info.metrics:
         values |= metrics.get(name)(references, predictions)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from robust_ft import gradients, objectives, optim, vocabulary
+from robust_ft import gin_types, gradients, objectives, optim, vocabulary
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
@@ -111,8 +111,9 @@ def load(
         recipe = gin.get_configurable("Recipe")()
         operative = gin.operative_config_str()
         return Config(recipe, gin.get_configurable("Inference")(), operative)
-    except UserError:
-        raise
+    except UserError as error:
+        # gin appends which calls it was in, line by line.
+        raise UserError(str(error).split("\n  In call to")[0]) from None
     except (ValueError, TypeError, OSError, SyntaxError) as error:
         raise _explain(error) from error
     finally:
@@ -131,7 +132,7 @@ def _prepare(folders: Sequence[str]) -> None:
             _searched.add(folder)
     for name, target in REGISTERED.items():
         if name not in _known_to_gin:
-            gin.external_configurable(target, name=name, module="robust_ft")
+            gin.external_configurable(gin_types.typed(name, target), name=name, module="robust_ft")
             _known_to_gin.add(name)
 
 

@@ -58,7 +58,7 @@ class Partitioner:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         devices = jax.device_count()
-        if devices % self.model_parallel:
+        if self.model_parallel < 1 or devices % self.model_parallel:
             raise UserError(
                 f"Partitioner.model_parallel={self.model_parallel} does not divide the "
                 f"{devices} devices; choose one of {_divisors(devices)}."

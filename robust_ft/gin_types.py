@@ -1,0 +1,81 @@
+"""Checks the values that a config gives against the types that functions and dataclasses ask for.
+
+gin passes on whatever a file says; without this, `TRAIN_STEPS = 'ten'` would fail somewhere deep
+in the program.
+"""
+
+import collections.abc
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from robust_ft.errors import UserError
+
+_PLAIN = (bool, int, float, str, bytes, list, tuple, dict, types.NoneType)
+_SPOKEN = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `target` as a function that raises a UserError for arguments of a wrong type.
+
+    Args:
+        name: What configs call it.
+        target: A function or class whose parameters are annotated.
+    """
+    hints = typing.get_type_hints(target)
+
+    @functools.wraps(target)
+    def build(*args: Any, **values: Any) -> Any:
+        for field, value in values.items():
+            hint = hints.get(field, Any)
+            if not fits(value, hint):
+                raise UserError(f"{name}.{field}={value!r} must be {_spoken(hint)}.")
+        return target(*args, **values)
+
+    # For gin, which looks for parameters here and not behind `__wrapped__`.
+    build.__signature__ = inspect.signature(target)  # type: ignore[attr-defined]
+    return build
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value has the type of an annotation, as far as a config can go wrong.
+
+    Lists count as tuples and whole numbers as floats. Of protocols, which configs fill with
+    objects, only plain values are refused.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, choice) for choice in inner)
+    if hint in (float, int):
+        number = isinstance(value, (int, float) if hint is float else int)
+        return number and not isinstance(value, bool)
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(inner)
+            and all(map(fits, value, inner))
+        )
+    if origin in (tuple, collections.abc.Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, dict) and all(
+            fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
+        )
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint)
+    return not isinstance(value, _PLAIN)
+
+
+def _spoken(hint: Any) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_spoken(choice) for choice in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "None"
+    if typing.get_origin(hint) is None and isinstance(hint, type):
+        return _SPOKEN.get(hint, f"of type {hint.__name__}")
+    return "of type " + str(hint).replace("collections.abc.", "")
