@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -67,22 +68,22 @@ def run(recipe: Recipe) -> Summary:
     Raises:
         Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
     """
+    claim(recipe)
     directory = Path(recipe.model_dir)
     main = jax.process_index() == 0
     summary = Summary(directory, enabled=main)
-    if main:
-        _write_run_json(recipe)
     params: Params | None = None
     with _stop_on_sigterm() as stop, recipe.partitioner.activate():
         for i, stage in enumerate(recipe.stages):
             outcome = Outcome.read(directory / stage.name)
             if outcome is not None:
+                _check_finished(recipe, stage, outcome)
                 console.print_line(
                     f"[{stage.name}] finished before; step {outcome.step} was selected."
                 )
                 params = None
                 continue
-            recipe.partitioner.check_batch(stage.batch_size, f"batch_size of '{stage.name}'")
+            _check_batches(recipe, stage)
             # The stage before hands its parameters on without a detour over files.
             follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
             params = restore(recipe, stage, params if follows else None)
@@ -112,9 +113,17 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
         shapes = stage.model.shapes()
         source = restore_onto(shapes, source, stage.restore, optional=stage.model.peft_owns)
         return place(recipe, stage, source)
+    earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     if handed_on is None:
-        handed_on = finished(recipe, stage.restore.removeprefix(STAGE))
-    return place(recipe, stage, trainable.flatten(handed_on))
+        handed_on = finished(recipe, earlier.name)
+    known = restore_onto(
+        stage.model.shapes(),
+        trainable.flatten(handed_on),
+        stage.restore,
+        # PEFT methods come and go between stages.
+        optional=lambda path: stage.model.peft_owns(path) or earlier.model.peft_owns(path),
+    )
+    return place(recipe, stage, known)
 
 
 def finished(recipe: Recipe, name: str) -> Params:
@@ -143,12 +152,13 @@ def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
     }
     fresh = sorted(shardings.keys() - placed.keys())
     if fresh:
-        init_rng, peft_rng = jax.random.split(stage_key(recipe.seed, stage.name))
+        init_rng = stage_key(recipe.seed, stage.name, "init")
+        peft_rng = stage_key(recipe.seed, stage.name, "peft")
 
         # Jitted, so that of all initial values only the fresh ones are ever computed.
         @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
         def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            params = trainable.flatten(model.init(init_rng)) | placed
+            params = trainable.flatten(model.init(init_rng)) | dict(placed)
             params = trainable.flatten(model.initialize_peft(peft_rng, trainable.unflatten(params)))
             return {path: params[path] for path in fresh}
 
@@ -156,9 +166,14 @@ def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
     return trainable.unflatten(placed)
 
 
-def _write_run_json(recipe: Recipe) -> None:
-    directory = Path(recipe.model_dir)
-    directory.mkdir(parents=True, exist_ok=True)
+def claim(recipe: Recipe) -> None:
+    """Makes MODEL_DIR this recipe's: creates it and writes `run.json`.
+
+    Raises:
+        UserError: It is another recipe's, or one with another seed, or it cannot be written.
+            Nothing in it has been changed.
+    """
+    file = Path(recipe.model_dir) / "run.json"
     targets = [e.data.task for s in recipe.stages for e in s.final_evaluations if e.role == TARGET]
     facts = {
         "name": recipe.name,
@@ -166,7 +181,38 @@ def _write_run_json(recipe: Recipe) -> None:
         "target": targets[-1] if targets else None,
         "stages": [stage.name for stage in recipe.stages],
     }
-    write_json(directory / "run.json", facts)
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8")) if file.exists() else facts
+        for field in ("name", "seed"):
+            if owner.get(field) != facts[field]:
+                raise UserError(
+                    f"MODEL_DIR={recipe.model_dir} belongs to a run with {field} "
+                    f"{owner.get(field)!r}, not {facts[field]!r}; choose another MODEL_DIR."
+                )
+        if jax.process_index() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, facts)
+    except OSError as error:
+        raise UserError(
+            f"MODEL_DIR={recipe.model_dir} cannot be written: {error.strerror}."
+        ) from None
+
+
+def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
+    if outcome.steps != stage.steps:
+        raise UserError(
+            f"Stage '{stage.name}' has finished in {recipe.model_dir} after {outcome.steps} steps, "
+            f"not {stage.steps}; choose another MODEL_DIR, or delete the stage's folder and those "
+            "of the stages behind it to train them again."
+        )
+
+
+def _check_batches(recipe: Recipe, stage: Stage) -> None:
+    recipe.partitioner.check_batch(stage.batch_size, f"batch_size of stage '{stage.name}'")
+    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+        recipe.partitioner.check_batch(
+            evaluation.batch_size, f"batch_size of the evaluation on '{evaluation.task}'"
+        )
 
 
 def _write_model_info(stage: Stage, params: Params, directory: Path) -> None:

@@ -28,9 +28,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     from robust_ft import console, report
-    from robust_ft.recipe import run
+    from robust_ft.recipe import claim, run
     from robust_ft.trainer import Stopped
 
+    claim(recipe)
     _write_config(config)
     try:
         run(recipe)
@@ -88,9 +89,8 @@ def _write_config(config: "Config") -> None:
     import jax
 
     if jax.process_index() == 0:
-        directory = Path(config.recipe.model_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.gin").write_text(config.operative, encoding="utf-8")
+        file = Path(config.recipe.model_dir) / "config.gin"
+        file.write_text(config.operative, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import functools
 import threading
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -73,6 +73,8 @@ class Stage:
     def __post_init__(self) -> None:
         for field in ("trainable", "evaluations", "final_evaluations"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.trainable:
+            raise UserError(f"Stage '{self.name}' trains nothing; give trainable a pattern.")
         for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
             if getattr(self, field) < 1:
                 value = getattr(self, field)
@@ -139,11 +141,18 @@ def fit(stage: Stage, params: Params, run: Run) -> Params:
     checkpoints = StageCheckpoints(directory)
     if resumed := checkpoints.restore(state):
         state, data_position = resumed
+        if state.step > stage.steps:
+            raise UserError(
+                f"{directory} holds a checkpoint of step {state.step}, but stage '{stage.name}' "
+                f"has steps={stage.steps}; raise them or choose another MODEL_DIR."
+            )
         batches.set_state(data_position)
     # 4. Train.
     with MetricWriter(directory, jax.process_index() == 0) as writer:
-        writer.truncate(int(state.step))
-        run.summary.truncate(stage.name, int(state.step))
+        # Before the first checkpoint nothing counts, not even what step 0 reported.
+        kept = int(state.step) if resumed else -1
+        writer.truncate(kept)
+        run.summary.truncate(stage.name, kept)
         evaluator = StageEvaluator(
             stage.name, directory, stage.model, paths, run.partitioner, writer, run.summary
         )
@@ -159,7 +168,7 @@ def fit(stage: Stage, params: Params, run: Run) -> Params:
             score = checkpoints.score(selected)
         finally:
             checkpoints.close()
-    Outcome(selected, score, tuple(sorted(paths))).write(directory)
+    Outcome(selected, score, tuple(sorted(paths)), stage.steps).write(directory)
     return params
 
 
@@ -173,7 +182,7 @@ def _train(
     evaluator: StageEvaluator,
 ) -> TrainState:
     train_step = compile_train_step(stage)
-    rng = jax.random.fold_in(stage_key(run.seed, stage.name), 1)
+    rng = stage_key(run.seed, stage.name, "dropout")
     log = TrainingLog(evaluator.writer)
     step = saved = int(state.step)
     with console.progress(stage.name, stage.steps, step) as progress:
@@ -181,17 +190,19 @@ def _train(
             if (step % stage.eval_period == 0 or step == stage.steps) and (
                 step > saved or step == 0
             ):
-                progress.update(step, **log.flush())
+                progress.update(step, 0, **log.flush())
                 params = trainable.merge(state.trainable, frozen)
-                if step == 0 and run.baseline:
-                    evaluator(pretrained(stage), params, step)
                 score = evaluator(stage.evaluations, params, step)
+                if step == 0 and run.baseline:
+                    # Last, so that it stays where both evaluate the same split.
+                    evaluator(pretrained(stage), params, step)
                 if step:
                     checkpoints.save(state, batches.get_state(), score)
                     saved = step
             if step == stage.steps:
                 return state
             if run.stop.is_set():
+                progress.update(step, 0, **log.flush())
                 if step > saved:
                     checkpoints.save(state, batches.get_state(), None)
                 raise Stopped(f"Stopped at step {step} of stage '{stage.name}'.")
@@ -208,8 +219,12 @@ def stage_seed(seed: int, stage: str) -> int:
     return zlib.crc32(f"{seed}/{stage}".encode())
 
 
-def stage_key(seed: int, stage: str) -> jax.Array:
-    return jax.random.key(stage_seed(seed, stage))
+def stage_key(seed: int, stage: str, use: str) -> jax.Array:
+    """Returns the key of one use of randomness in a stage.
+
+    By name: `split(key)[i]` and `fold_in(key, i)` are the same key, so numbers would collide.
+    """
+    return jax.random.key(stage_seed(seed, f"{stage}/{use}"))
 
 
 def pretrained(stage: Stage) -> list[Evaluation]:
@@ -234,8 +249,9 @@ def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> Trai
     axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
     init = functools.partial(init_state, stage.optimizer)
     shapes = jax.eval_shape(init, trained)
+    replicated: Any = partitioner.replicated  # a state of shardings in place of arrays
     shardings = TrainState(
-        step=partitioner.replicated,
+        step=replicated,
         trainable=partitioner.shardings(axes),
         opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
     )
