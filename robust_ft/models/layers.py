@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -23,7 +24,15 @@ fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_norma
 
 
 class Dense(nn.Module):
-    """A matrix product without bias: [..., inputs] -> [..., features]."""
+    """A matrix product without bias: [..., inputs] -> [..., features].
+
+    Attributes:
+        features: Size of the output.
+        axes: Logical axes of the kernel.
+        dtype: Type in which the product is computed.
+        output_dtype: Type of the result, by default the inputs'; a wider one loses nothing of
+            what accelerators accumulate.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -31,6 +40,7 @@ class Dense(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = fan_in_normal
     peft: tuple[Peft, ...] = ()
+    output_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:
@@ -40,7 +50,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             self.param_dtype,
         )
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.output_dtype)
         for method in self.peft:
             y = method.dense(self, x, y)
         return y
@@ -137,21 +147,29 @@ def relative_position_bucket(
     one half of the buckets for keys behind the query, the other for keys ahead; causal attention
     has buckets for keys behind only.
     """
-    behind = -distance
-    offset: Any = 0
     if bidirectional:
         num_buckets //= 2
-        offset = jnp.where(behind < 0, num_buckets, 0)
-        behind = jnp.abs(behind)
+        offset = jnp.where(distance > 0, num_buckets, 0)
+        behind = jnp.abs(distance)
     else:
-        behind = jnp.maximum(behind, 0)
+        offset = 0
+        behind = jnp.maximum(-distance, 0)
+    table = jnp.asarray(_distance_buckets(num_buckets, max_distance))
+    return offset + table[jnp.minimum(behind, max_distance)]
+
+
+def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Returns the buckets of the distances 0 to `max_distance`.
+
+    A table made on the host, because accelerators' logarithms may miss the exact distances at
+    which buckets begin (16, 32 and 64 in T5).
+    """
     exact = num_buckets // 2
-    logarithmic = exact + (
-        jnp.log(jnp.maximum(behind, 1) / exact)
-        / math.log(max_distance / exact)
-        * (num_buckets - exact)
-    ).astype(jnp.int32)
-    return offset + jnp.where(behind < exact, behind, jnp.minimum(logarithmic, num_buckets - 1))
+    distance = np.arange(max_distance + 1)
+    share = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
+    logarithmic = exact + (share * (num_buckets - exact) + 1e-9).astype(np.int32)
+    buckets = np.where(distance < exact, distance, np.minimum(logarithmic, num_buckets - 1))
+    return buckets.astype(np.int32)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
+from robust_ft.errors import UserError
 from robust_ft.models.peft.base import Peft
 from robust_ft.types import Batch, Params
 
@@ -45,6 +46,9 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peft", tuple(self.peft))
+        names = [method.name for method in self.peft]
+        if len(set(names)) < len(names):
+            raise UserError(f"Model.peft needs methods with different names, not {names}.")
 
     def without(self, *names: str) -> "Model":
         """Returns the model with these PEFT methods removed; parameters stay as they are."""

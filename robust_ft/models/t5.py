@@ -19,6 +19,9 @@ from robust_ft.types import Batch
 
 Cache = dict[str, Any]
 
+ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
+DTYPES = ("float32", "bfloat16")
+
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -58,10 +61,23 @@ class T5Config:
     def __post_init__(self) -> None:
         # gin gives lists; a frozen config has to be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        if self.remat not in REMAT_POLICIES:
+        choices = [("remat", self.remat, tuple(REMAT_POLICIES))]
+        choices += [("mlp_activations", name, ACTIVATIONS) for name in self.mlp_activations]
+        choices += [(field, getattr(self, field), DTYPES) for field in ("dtype", "param_dtype")]
+        for field, value, known in choices:
+            if value not in known:
+                raise UserError(
+                    f"T5Config.{field}='{value}' is not one of {known}." + nearest(value, known)
+                )
+        # Encoders give each direction half of the buckets and one distance each to half of those.
+        if self.relative_num_buckets < 4:
             raise UserError(
-                f"T5Config.remat='{self.remat}' is not one of {tuple(REMAT_POLICIES)}."
-                + nearest(self.remat, REMAT_POLICIES)
+                f"T5Config.relative_num_buckets={self.relative_num_buckets} must be at least 4."
+            )
+        if self.relative_max_distance <= self.relative_num_buckets // 2:
+            raise UserError(
+                f"T5Config.relative_max_distance={self.relative_max_distance} must be above half "
+                f"of relative_num_buckets={self.relative_num_buckets}."
             )
 
     def module(self, peft: tuple[Peft, ...] = ()) -> "T5":
@@ -229,6 +245,7 @@ class Decoder(nn.Module):
                 _dtype(cfg),
                 cfg.param_dtype,
                 peft=self.peft,
+                output_dtype=jnp.float32,
             )
 
     def __call__(
@@ -316,7 +333,7 @@ class T5(nn.Module):
         """Returns float32 logits of hidden states."""
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
-        return self.decoder.logits_dense(hidden).astype(jnp.float32)
+        return self.decoder.logits_dense(hidden)
 
     def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
         return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")

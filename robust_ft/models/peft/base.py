@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from robust_ft.errors import UserError
 from robust_ft.types import Batch, Params
 
 
@@ -26,6 +27,13 @@ class Peft:
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise UserError(
+                f"{type(self).__name__}.name='{self.name}' must be one word of letters, digits "
+                "and underscores."
+            )
 
     def embed(
         self,

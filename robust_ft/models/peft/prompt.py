@@ -37,6 +37,7 @@ class Prompt(Peft):
     first_token: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.initialization not in INITIALIZATIONS:
             raise UserError(
                 f"Prompt.initialization='{self.initialization}' is not one of {INITIALIZATIONS}."
@@ -44,6 +45,11 @@ class Prompt(Peft):
             )
         if self.length < 1:
             raise UserError(f"Prompt.length={self.length} must be at least 1.")
+        if not 0 <= self.first_token < self.vocabulary_top:
+            raise UserError(
+                f"Prompt.first_token={self.first_token} must be from 0 to below "
+                f"Prompt.vocabulary_top={self.vocabulary_top}."
+            )
 
     def embed(
         self,
@@ -67,6 +73,11 @@ class Prompt(Peft):
         if self.initialization == "random_uniform":
             return {}
         table = params["token_embedder"]["embedding"]
+        if self.first_token >= table.shape[0]:
+            raise UserError(
+                f"Prompt.first_token={self.first_token} leaves no token of a vocabulary of "
+                f"{table.shape[0]} to draw from."
+            )
         candidates = jnp.arange(self.first_token, min(self.vocabulary_top, table.shape[0]))
         tokens = jax.random.choice(
             rng, candidates, (self.length,), replace=self.length > candidates.shape[0]
