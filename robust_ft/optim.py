@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
@@ -38,6 +39,8 @@ class Schedule:
                 f"Schedule.decay='{self.decay}' is not one of {DECAYS}."
                 + nearest(self.decay, DECAYS)
             )
+        if self.warmup_steps < 0:
+            raise UserError(f"Schedule.warmup_steps={self.warmup_steps} must not be negative.")
         if self.decay in ("linear", "cosine") and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"Schedule.decay_steps={self.decay_steps} must lie after "
@@ -46,18 +49,18 @@ class Schedule:
 
     def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """Returns the rate of the update that leads from `step` to `step + 1`."""
-        step = jax.numpy.asarray(step, jax.numpy.float32)
+        step = jnp.asarray(step, jnp.float32)
         warmup = max(self.warmup_steps, 1)
-        rate = self.peak * jax.numpy.minimum(1.0, (step + 1) / warmup)
+        rate = self.peak * jnp.minimum(1.0, (step + 1) / warmup)
         if self.decay == "rsqrt":
-            return rate * jax.lax.rsqrt(jax.numpy.maximum(step + 1, warmup) / warmup)
+            return rate * jax.lax.rsqrt(jnp.maximum(step + 1, warmup) / warmup)
         if self.decay == "constant":
             return rate
         rest = self.decay_steps - self.warmup_steps
-        done = jax.numpy.clip((step - self.warmup_steps) / rest, 0.0, 1.0)
+        done = jnp.clip((step - self.warmup_steps) / rest, 0.0, 1.0)
         if self.decay == "linear":
             return rate * (1.0 - done)
-        return rate * 0.5 * (1.0 + jax.numpy.cos(jax.numpy.pi * done))
+        return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
 
 class Optimizer(Protocol):
@@ -137,9 +140,28 @@ class AdamW:
 def _clipped(
     clip_norm: float | None, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    if clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    if clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return _in_float32(optimizer)
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps the state and computes updates in float32, whatever the parameters' type.
+
+    Optax takes the parameters' type, and moving averages in bfloat16 stop moving: they lose the
+    new share of a second moment as soon as it is below 1/256 of the old one.
+    """
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Any:
+        return optimizer.init(widen(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return optimizer.update(widen(updates), state, widen(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def state_axes(opt_state: Any, params: Params, axes: Params) -> Any:
@@ -162,6 +184,8 @@ def state_axes(opt_state: Any, params: Params, axes: Params) -> Any:
             return None
         if leaf.shape == shapes[path]:
             return names[path]
+        if len(shapes[path]) < 2:
+            return None
         # Of the two largest axes, v_row has lost the larger and v_col the smaller one.
         *_, second, largest = np.argsort(shapes[path])
         fields = [k.name for k in key_path if isinstance(k, jax.tree_util.GetAttrKey)]
