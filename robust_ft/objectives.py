@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.types import Batch, Params, Sums
 
@@ -48,6 +49,14 @@ class CrossEntropy:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"CrossEntropy.label_smoothing={self.label_smoothing} must be from 0 to below 1."
+            )
+        if self.z_loss < 0:
+            raise UserError(f"CrossEntropy.z_loss={self.z_loss} must not be negative.")
 
     def __call__(
         self,
@@ -90,5 +99,4 @@ def smoothed_cross_entropy(
 
 def _entropy_of_smoothed(label_smoothing: float, others: int) -> float:
     kept = 1.0 - label_smoothing
-    spread = label_smoothing * math.log(label_smoothing / others)
-    return -((kept * math.log(kept) if kept else 0.0) + spread)
+    return -kept * math.log(kept) - label_smoothing * math.log(label_smoothing / others)

@@ -28,8 +28,10 @@ def trainable_paths(params: Params, patterns: Sequence[str]) -> frozenset[str]:
     """Returns the paths that at least one pattern matches in full.
 
     Raises:
-        UserError: A pattern is no regular expression or matches no parameter.
+        UserError: There is no pattern, or one is no regular expression or matches no parameter.
     """
+    if not patterns:
+        raise UserError("Nothing would train: there must be at least one trainable pattern.")
     paths = list(flatten(params))
     matched: set[str] = set()
     for pattern in patterns:
