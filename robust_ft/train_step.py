@@ -71,10 +71,12 @@ def make_train_step(
             rng,
             microbatches,
         )
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), gradient)
+        # A batch in which nothing counts has a gradient of 0.
+        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        sums["grad_norm"] = optax.global_norm(gradient)
+        sums["grad_norm"] = optax.tree.norm(gradient)
         sums["learning_rate"] = optimizer.learning_rate(state.step)
         return TrainState(state.step + 1, trainable, opt_state), sums
 
@@ -108,5 +110,8 @@ def accumulate(
         return jax.tree.map(jnp.add, total, part)
 
     shapes = jax.eval_shape(gradient_of, microbatch(jnp.asarray(0)), rng)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # In float32 also where gradients are bfloat16, whose sums would soon stop growing.
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
     return jax.lax.fori_loop(0, microbatches, body, zeros)
