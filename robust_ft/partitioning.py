@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from robust_ft.errors import UserError
+from robust_ft.errors import UserError, nearest
 from robust_ft.types import Batch
+
+MESH_AXES = ("data", "model")
 
 LogicalAxes = tuple[str | None, ...]
 Rules = tuple[tuple[str, str | None], ...]
@@ -55,6 +57,16 @@ class Partitioner:
     model_parallel: int = 1
     rules: Rules = STANDARD_RULES
 
+    def __post_init__(self) -> None:
+        # gin gives lists.
+        object.__setattr__(self, "rules", tuple((axis, place) for axis, place in self.rules))
+        for axis, place in self.rules:
+            if place not in (None, *MESH_AXES):
+                raise UserError(
+                    f"Partitioner.rules puts '{axis}' on '{place}', but the mesh has the axes "
+                    f"{MESH_AXES}." + nearest(place, MESH_AXES)
+                )
+
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         devices = jax.device_count()
@@ -65,7 +77,7 @@ class Partitioner:
             )
         return jax.make_mesh(
             (devices // self.model_parallel, self.model_parallel),
-            ("data", "model"),
+            MESH_AXES,
             # Explicit axes, make_mesh's default, would refuse sharding constraints.
             axis_types=(AxisType.Auto, AxisType.Auto),
         )
@@ -108,8 +120,13 @@ class Partitioner:
         rows = self.mesh.devices.reshape(self.mesh.shape["data"], -1)
         owners = [tuple(sorted({device.process_index for device in row})) for row in rows]
         groups = list(dict.fromkeys(owners))
-        (index,) = [i for i, group in enumerate(groups) if jax.process_index() in group]
-        return index, len(groups)
+        mine = [i for i, group in enumerate(groups) if jax.process_index() in group]
+        if len(mine) != 1 or len({owners.count(group) for group in groups}) > 1:
+            raise UserError(
+                f"Partitioner.model_parallel={self.model_parallel} splits processes unevenly; "
+                "choose a divisor or a multiple of a process's number of devices."
+            )
+        return mine[0], len(groups)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """Places this process's rows of a batch on the devices of the "data" axis."""
@@ -140,7 +157,9 @@ def _to_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     known = dict(reversed(rules))
     for axis in axes:
         if axis is not None and axis not in known:
-            raise UserError(f"No partitioning rule for the logical axis '{axis}'.")
+            raise UserError(
+                f"No partitioning rule for the logical axis '{axis}'." + nearest(axis, known)
+            )
         mesh_axis = None if axis is None else known[axis]
         # A mesh axis can split one dimension of an array only: the first one takes it.
         placed.append(None if mesh_axis in placed else mesh_axis)
