@@ -149,13 +149,12 @@ def relative_position_bucket(
     """
     if bidirectional:
         num_buckets //= 2
-        offset = jnp.where(distance > 0, num_buckets, 0)
-        behind = jnp.abs(distance)
-    else:
-        offset = 0
-        behind = jnp.maximum(-distance, 0)
     table = jnp.asarray(_distance_buckets(num_buckets, max_distance))
-    return offset + table[jnp.minimum(behind, max_distance)]
+    behind = table[jnp.clip(-distance, 0, max_distance)]
+    if not bidirectional:
+        return behind
+    ahead = num_buckets + table[jnp.clip(distance, 0, max_distance)]
+    return jnp.where(distance > 0, ahead, behind)
 
 
 def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
