@@ -97,7 +97,7 @@ class StageCheckpoints:
         return self._manager.restore(step, args=args)["params"]
 
     def _check_params(self, step: int, like: Params) -> None:
-        saved = flatten(self._manager.item_metadata(step)["params"].tree)
+        saved = flatten(_shapes(Path(self._manager.directory) / f"{PREFIX}_{step}" / "params"))
         wanted = flatten(like)
         for path in sorted(saved.keys() | wanted.keys()):
             shapes = [tuple(x[path].shape) if path in x else "none" for x in (saved, wanted)]
@@ -158,7 +158,7 @@ def load_params(path: str) -> dict[str, np.ndarray]:
         )
     with ocp.PyTreeCheckpointer() as checkpointer:
         folder = (file / "params").absolute()
-        shapes = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        shapes = _shapes(folder)
         to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         restored = checkpointer.restore(
             folder, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy)
@@ -262,6 +262,11 @@ class Outcome:
 def _rank(metrics: Mapping[str, Any]) -> tuple[float, int]:
     # Of equally good checkpoints the earliest counts: it changed the model least.
     return metrics["score"], -int(metrics["step"])
+
+
+def _shapes(folder: Path) -> Params:
+    """Returns shapes and types of what a checkpoint's item holds."""
+    return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
