@@ -68,12 +68,26 @@ class Predictor:
             return _generate(self.model, decoder, self.params, placed, rng)
 
     def predict(
-        self, texts: Sequence[str], decoder: Decoder, inputs_length: int = 512, batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        decoder: Decoder,
+        inputs_length: int = 512,
+        batch_size: int = 32,
+        rng: jax.Array | None = None,
     ) -> list[str]:
-        """Returns the best output for each text; inputs are cut at `inputs_length` tokens."""
+        """Returns the best output for each text.
+
+        Args:
+            texts: Inputs, cut at `inputs_length` tokens with the end-of-sequence token.
+            decoder: Greedy, beam search or sampling, with its settings.
+            inputs_length: Number of tokens to which inputs are padded.
+            batch_size: Texts decoded at once.
+            rng: A key, for sampling only.
+        """
         outputs: list[str] = []
         for start, rows in _padded_batches(texts, self.vocabulary, inputs_length, batch_size):
-            decoded = self.generate({"encoder_input_tokens": rows}, decoder)
+            batch_rng = None if rng is None else jax.random.fold_in(rng, start)
+            decoded = self.generate({"encoder_input_tokens": rows}, decoder, batch_rng)
             best = np.asarray(decoded.tokens)[:, 0]
             count = min(batch_size, len(texts) - start)
             outputs += [self.vocabulary.decode(tokens.tolist()) for tokens in best[:count]]

@@ -1,0 +1,165 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import random_batch, random_params, tiny_model
+
+from robust_ft.decoding import Decoder
+from robust_ft.errors import UserError
+from robust_ft.models.peft import Prompt
+from robust_ft.predictor import Predictor
+from robust_ft.trainable import flatten, merge, split
+from robust_ft.vocabulary import ByteVocabulary
+
+VOCABULARY = ByteVocabulary(extra_ids=0)
+SIZES = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+LENGTH = 8
+
+
+def predictor_of(peft=(), seed=0):
+    model = tiny_model(peft, vocab_size=VOCABULARY.vocab_size, **SIZES)
+    params = random_params(model, seed)
+    # Outputs depend on inputs, and some end early.
+    attention = params["decoder"]["layers_0"]["encoder_decoder_attention"]
+    attention["out"]["kernel"] *= 4
+    head = params["decoder"]["logits_dense"]["kernel"]
+    params["decoder"]["logits_dense"]["kernel"] = head.at[:, VOCABULARY.eos_id].multiply(1.5)
+    return Predictor(model, params, VOCABULARY)
+
+
+def inputs(seed, lengths):
+    batch = random_batch(seed, lengths, [1] * len(lengths), vocab=VOCABULARY.vocab_size)
+    return {"encoder_input_tokens": batch["encoder_input_tokens"]}
+
+
+def slow_greedy(predictor, batch, length):
+    """Argmax over the logits of the whole prefix, computed anew for each token."""
+    logits = jax.jit(predictor.model.logits)
+    rows = len(batch["encoder_input_tokens"])
+    tokens, scores = np.zeros((rows, length), np.int32), np.zeros(rows)
+    done = np.zeros(rows, bool)
+    for i in range(length):
+        prefix = np.pad(tokens, [(0, 0), (1, 0)])[:, :length]
+        here = logits(predictor.params, batch | {"decoder_input_tokens": prefix})[:, i]
+        log_probs = np.asarray(jax.nn.log_softmax(here), np.float64)
+        best = log_probs.argmax(axis=-1)
+        tokens[:, i] = np.where(done, VOCABULARY.pad_id, best)
+        scores += np.where(done, 0, log_probs.max(axis=-1))
+        done |= best == VOCABULARY.eos_id
+    return tokens, scores
+
+
+@pytest.mark.parametrize("peft", [(), (Prompt(length=3),)], ids=["plain", "prompt"])
+def test_greedy_is_an_argmax_loop_over_uncached_logits(peft):
+    predictor = predictor_of(peft)
+    batch = inputs(2, [6, 1, 4, 3, 5, 2, 6, 6])
+    decoded = predictor.generate(batch, Decoder(max_decode_len=LENGTH))
+    tokens, scores = slow_greedy(predictor, batch, LENGTH)
+    assert decoded.tokens.shape == (8, 1, LENGTH) and decoded.scores.shape == (8, 1)
+    np.testing.assert_array_equal(decoded.tokens[:, 0], tokens)
+    np.testing.assert_allclose(decoded.scores[:, 0], scores, atol=1e-4)
+    ended = (tokens == VOCABULARY.eos_id).any(axis=1)
+    assert 0 < ended.sum() < 8, "some rows, but not all, should end early"
+
+
+def test_generate_ignores_the_targets_in_a_batch():
+    predictor = predictor_of()
+    batch, decoder = inputs(1, [6, 1, 4, 3, 5, 2, 6, 6]), Decoder(max_decode_len=LENGTH)
+    more = batch | {"decoder_target_tokens": np.ones((8, 3)), "example_index": np.arange(8)}
+    expected = predictor.generate(batch, decoder)
+    np.testing.assert_array_equal(predictor.generate(more, decoder).tokens, expected.tokens)
+
+
+def test_a_detached_predictor_has_neither_prompt_nor_its_parameters():
+    predictor = predictor_of((Prompt(length=3),))
+    detached = predictor.without("prompt")
+    assert detached.model == tiny_model(vocab_size=VOCABULARY.vocab_size, **SIZES)
+    assert flatten(detached.params).keys() == flatten(predictor.params).keys() - {"encoder/prompt"}
+    assert "encoder/prompt" in flatten(predictor.params) and predictor.model.peft
+    assert predictor.without() is predictor
+    assert flatten(predictor.without("prefix").params).keys() == flatten(predictor.params).keys()
+    # What it says no longer depends on the prompt.
+    batch, decoder = inputs(2, [6, 1, 4, 3, 5, 2, 6, 6]), Decoder(max_decode_len=LENGTH)
+    prompt, rest = split(predictor.params, frozenset({"encoder/prompt"}))
+    other = Predictor(
+        predictor.model, merge(jax.tree.map(lambda p: p + 5, prompt), rest), VOCABULARY
+    )
+    said, expected, prompted = (
+        p.generate(batch, decoder).tokens for p in (other.without("prompt"), detached, other)
+    )
+    np.testing.assert_array_equal(said, expected)
+    assert np.any(np.asarray(prompted) != np.asarray(expected))
+
+
+# --- Text in, text out
+
+
+@dataclasses.dataclass(frozen=True)
+class Parrot:
+    """A model that says what it read, token by token."""
+
+    start_id: int = 0
+    eos_id: int = VOCABULARY.eos_id
+    pad_id: int = VOCABULARY.pad_id
+    peft: tuple = ()
+
+    def prefill(self, params, batch, max_length):
+        tokens = batch["encoder_input_tokens"]
+        return {"tokens": tokens, "position": jnp.zeros(len(tokens), jnp.int32)}
+
+    def step(self, params, cache, tokens):
+        rows = jnp.arange(len(tokens))
+        said = cache["tokens"][rows, cache["position"]] + params["shift"]
+        logits = 20 * jax.nn.one_hot(said, VOCABULARY.vocab_size)
+        return jax.nn.log_softmax(logits), cache | {"position": cache["position"] + 1}
+
+
+PARROT = Predictor(Parrot(), {"shift": jnp.asarray(0)}, VOCABULARY)
+TEXTS = ["True", "", "naïve Übung", "日本", "a b  c", "False", "x"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_predict_round_trips_text_in_order_whatever_the_batch_size(batch_size):
+    decoder = Decoder(max_decode_len=16)
+    said = PARROT.predict(TEXTS, decoder, inputs_length=16, batch_size=batch_size)
+    assert said == TEXTS
+    assert PARROT.predict([], decoder, inputs_length=16, batch_size=batch_size) == []
+
+
+def test_predict_cuts_inputs_and_keeps_their_end():
+    decoder = Decoder(max_decode_len=16)
+    # 5 tokens are 4 bytes and the end.
+    assert (
+        PARROT.predict(["abcd", "abcdefgh"], decoder, inputs_length=5, batch_size=2) == ["abcd"] * 2
+    )
+
+
+def test_predict_returns_the_best_beam():
+    decoder = Decoder(max_decode_len=16, beam_size=3, num_return=2)
+    assert PARROT.predict(TEXTS, decoder, inputs_length=16, batch_size=4) == TEXTS
+
+
+def test_predict_equals_generate_on_a_real_model():
+    predictor, decoder = predictor_of(), Decoder(max_decode_len=LENGTH)
+    rows = np.zeros((8, 6), np.int32)
+    texts = ["abc", "hello", "x"]
+    for row, text in zip(rows, texts, strict=False):
+        row[: len(text) + 1] = [*VOCABULARY.encode(text), VOCABULARY.eos_id]
+    tokens = predictor.generate({"encoder_input_tokens": rows}, decoder).tokens
+    expected = [VOCABULARY.decode(np.asarray(row[0]).tolist()) for row in tokens[:3]]
+    assert predictor.predict(texts, decoder, inputs_length=6, batch_size=8) == expected
+
+
+def test_sampling_needs_a_key_and_uses_a_new_one_for_each_batch():
+    predictor = predictor_of()
+    decoder = Decoder(max_decode_len=LENGTH, temperature=2.0)
+    with pytest.raises(UserError, match="random key"):
+        predictor.predict(["a"], decoder, inputs_length=6, batch_size=8)
+    settings = {"inputs_length": 6, "batch_size": 8}
+    first, again = (
+        predictor.predict(["a"] * 16, decoder, **settings, rng=jax.random.key(0)) for _ in range(2)
+    )
+    assert first == again
+    assert first[:8] != first[8:]
