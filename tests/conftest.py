@@ -1,0 +1,28 @@
+"""Caches of compiled programs and of tokenized examples that only this test session sees."""
+
+import os
+
+import jax
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write tests/golden anew instead of comparing with it",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_caches(tmp_path_factory):
+    """Sets the environment for this process and the ones it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("caches")
+        patch.setenv("ROBUST_FT_CACHE_DIR", str(folder / "data"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
+        paths = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        yield folder
