@@ -1,0 +1,79 @@
+"""The model families whose checkpoints can be read: one `hf_<family>.py` each."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from robust_ft.checkpoints_io.names import Name, Redundant
+from robust_ft.checkpoints_io.tensors import Tensor
+from robust_ft.errors import UserError, nearest
+from robust_ft.models.model import ModelConfig
+
+# Hugging Face's model_type -> our family.
+MODEL_TYPES = {
+    "t5": "t5",
+    "mt5": "t5",
+    "bart": "bart",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+}
+_MODULES = {family: f"robust_ft.checkpoints_io.hf_{family}" for family in MODEL_TYPES.values()}
+
+
+class Family(Protocol):
+    """What a `hf_<family>.py` module defines.
+
+    Optional functions besides these, found by `optional`:
+    - `tied(settings, tensors) -> {name: the name it is tied to}`, for heads that a file leaves out;
+    - `token_ids(settings) -> {"pad": id, "eos": id, "start": id}`, where config.json's own
+      `pad_token_id`, `eos_token_id` and `decoder_start_token_id` are not what is meant;
+    - `vocabulary(folder, settings) -> {"kind": ..., "path": file's name, ...} | None`, where it is
+      not simply the folder's tokenizer.json.
+
+    Attributes:
+        CONFIG: The family's config dataclass.
+        NAMES: Our paths and Hugging Face's names, for all configs of the family.
+        REDUNDANT: What files may hold beyond these.
+    """
+
+    CONFIG: type
+    NAMES: tuple[Name, ...]
+    REDUNDANT: Redundant
+
+    @staticmethod
+    def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
+        """Reads a config.json, given as a dict; `tensors` has Hugging Face's names."""
+
+    @staticmethod
+    def config_to_hf(config: Any) -> dict[str, Any]:
+        """Returns the config.json of a config, with "model_type" and "architectures"."""
+
+
+def get(family: str) -> Family:
+    """Returns the family's module.
+
+    Raises:
+        UserError: There is no such family.
+    """
+    if family not in _MODULES:
+        known = ", ".join(sorted(_MODULES))
+        raise UserError(f"'{family}' is no model family; known are {known}.")
+    return cast(Family, importlib.import_module(_MODULES[family]))
+
+
+def of_model_type(model_type: Any, source: str) -> str:
+    """Returns the family of Hugging Face's `model_type`."""
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"'{source}' says model_type={model_type!r}, an architecture that is not known; known "
+            f"are {', '.join(MODEL_TYPES)}." + nearest(str(model_type), MODEL_TYPES)
+        )
+    return MODEL_TYPES[model_type]
+
+
+def optional(family: str, function: str) -> Callable[..., Any] | None:
+    """Returns a function that a family's module may have."""
+    return getattr(get(family), function, None)

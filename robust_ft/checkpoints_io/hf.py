@@ -1,0 +1,248 @@
+"""Hugging Face model directories, read and written tensor by tensor."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_ft.checkpoints_io import families, safetensors_files
+from robust_ft.checkpoints_io.names import expand, resolve
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
+from robust_ft.errors import UserError
+from robust_ft.models.model import ModelConfig
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# What belongs to a model besides its weights, carried along as it is.
+COMPANIONS = (
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+# Fields of our configs that say how to compute, not which model it is.
+_FREE = ("dtype", "param_dtype", "remat", "dropout_rate")
+
+
+def is_directory(path: Path) -> bool:
+    """Returns whether a directory looks like Hugging Face's."""
+    return (path / CONFIG).is_file()
+
+
+def read(source: str) -> Checkpoint:
+    """Opens a directory, or a name on the hub; tensors are read when they are needed.
+
+    Raises:
+        UserError: It is no such directory, its architecture is not known, a file is missing or
+            broken, or tensors and model do not fit; the message names file and tensor.
+    """
+    folder = find(source)
+    if not is_directory(folder):
+        raise UserError(f"'{source}' is no Hugging Face model directory: it has no {CONFIG}.")
+    settings = settings_file(folder / CONFIG)
+    name = families.of_model_type(settings.get("model_type"), str(folder / CONFIG))
+    family, tensors = families.get(name), read_weights(folder)
+    try:
+        config = family.config_from_hf(settings, tensors)
+    except UserError as error:
+        raise UserError(f"'{folder}': {error}") from None
+    tied, token_ids = families.optional(name, "tied"), families.optional(name, "token_ids")
+    vocabulary = families.optional(name, "vocabulary") or _vocabulary
+    found = resolve(
+        family.NAMES,
+        config,
+        tensors,
+        source,
+        family.REDUNDANT,
+        tied(settings, tensors) if tied else None,
+    )
+    return Checkpoint(
+        source,
+        name,
+        config,
+        found.tensors,
+        (token_ids or _token_ids)(settings),
+        vocabulary(folder, settings),
+        tuple(folder / file for file in COMPANIONS if (folder / file).is_file()),
+        {"config": settings} | found.notes(),
+    )
+
+
+def write(
+    checkpoint: Checkpoint, folder: Path, shard_bytes: int = safetensors_files.SHARD_BYTES
+) -> None:
+    """Writes config.json, the weights and the files that lie beside them into a directory.
+
+    A checkpoint that came from Hugging Face gets its own config.json and names back.
+    """
+    tensors = _named(checkpoint)
+    text = json.dumps(_settings(checkpoint, tensors), indent=2) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    safetensors_files.write_sharded(folder, tensors, {"format": "pt"}, shard_bytes)
+    for file in checkpoint.files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a directory under the names that its files give them.
+
+    Raises:
+        UserError: There are no weights, a shard is missing, or a file is broken.
+    """
+    if (folder / safetensors_files.WEIGHTS).is_file():
+        return safetensors_files.read(folder / safetensors_files.WEIGHTS)
+    if (folder / INDEX).is_file():
+        return safetensors_files.read_sharded(folder / INDEX)
+    if (folder / TORCH).is_file():
+        return _read_torch(folder / TORCH)
+    if (folder / TORCH_INDEX).is_file():
+        where = safetensors_files.weight_map(folder / TORCH_INDEX)
+        safetensors_files.check_shards(folder / TORCH_INDEX, where)
+        shards = [_read_torch(folder / file) for file in sorted(set(where.values()))]
+        tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+        if lost := sorted(where.keys() - tensors.keys()):
+            raise UserError(f"The shards of '{folder / TORCH_INDEX}' lack {', '.join(lost)}.")
+        return tensors
+    stray = sorted(file.name for file in folder.glob("*-of-*.safetensors"))
+    reason = f"it has {len(stray)} shards but no {INDEX}" if stray else "no weights are in it"
+    raise UserError(
+        f"'{folder}' cannot be read: {reason}; looked for {safetensors_files.WEIGHTS}, {INDEX}, "
+        f"{TORCH} and {TORCH_INDEX}."
+    )
+
+
+def find(source: str) -> Path:
+    """Returns a local directory as it is, and downloads a name of the hub ("google/mt5-small").
+
+    Raises:
+        UserError: There is no such directory, and it is no name, or cannot be downloaded.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise UserError(f"There is no directory '{source}'.")
+    # Imported here: only names on the hub need it.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = [CONFIG, INDEX, TORCH_INDEX, *COMPANIONS]
+    try:
+        local = Path(
+            huggingface_hub.snapshot_download(
+                source, allow_patterns=[*patterns, "model*.safetensors"]
+            )
+        )
+        if not any(local.glob("model*.safetensors")):
+            huggingface_hub.snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return local
+    except errors.RepositoryNotFoundError:
+        reason = "the Hugging Face hub has no such model, or it is not public"
+    except (OSError, ValueError, errors.HfHubHTTPError, RuntimeError) as error:
+        reason = f"the Hugging Face hub cannot be reached ({type(error).__name__})"
+    except Exception as error:  # the HTTP library's own errors, which it may replace
+        reason = f"the Hugging Face hub cannot be reached ({type(error).__name__})"
+    raise UserError(f"There is no directory '{source}', and {reason}.")
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Returns the tensors under Hugging Face's names, with the copies that a source had."""
+    notes = checkpoint.hugging_face
+    stand_ins = notes.get("stand_ins", {})
+    named: dict[str, Tensor] = {}
+    repeated: dict[str, Tensor] = {}
+    for path, (theirs, transpose) in expand(
+        families.get(checkpoint.family).NAMES, checkpoint.config
+    ).items():
+        tensor = checkpoint.tensors[path]
+        target = repeated if theirs in stand_ins else named
+        target[theirs] = tensor.transposed() if transpose else tensor
+    for theirs, tensor in repeated.items():
+        name = stand_ins[theirs]
+        if name not in named:
+            named[name] = tensor
+        elif named[name].digest() != tensor.digest():
+            named[theirs] = tensor  # no longer the same: it was trained
+    for copy, original in notes.get("duplicates", {}).items():
+        if original in named:
+            named.setdefault(copy, named[original])
+    stripped = notes.get("stripped", "")
+    return {name.removeprefix(stripped): tensor for name, tensor in named.items()}
+
+
+def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns config.json: the source's own if it still says the same model, else a new one."""
+    family = families.get(checkpoint.family)
+    original = checkpoint.hugging_face.get("config")
+    if original and _same_model(family.config_from_hf(original, tensors), checkpoint.config):
+        return dict(original)
+    settings = family.config_to_hf(checkpoint.config)
+    ids = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
+    known = {ids[name]: value for name, value in checkpoint.token_ids.items()}
+    return settings | {name: value for name, value in known.items() if name in settings}
+
+
+def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
+    fields = [dataclasses.asdict(config) for config in (one, other)]  # type: ignore[call-overload]
+    return all(fields[0][name] == fields[1][name] for name in fields[0] if name not in _FREE)
+
+
+def _token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
+    ids = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
+    found = {name: settings.get(key) for name, key in ids.items()}
+    firsts = {k: v[0] if isinstance(v, list) and v else v for k, v in found.items()}
+    return {name: value for name, value in firsts.items() if isinstance(value, int)}
+
+
+def _vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    del settings
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return {"kind": "TokenizersVocabulary", "path": "tokenizer.json"}
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"'{file}' can only be read with PyTorch, which is not installed; install it, or "
+            "convert the model to safetensors where it is."
+        ) from None
+    try:
+        # Memory-mapped, so that tensors are read when they are needed. Never unpickles objects.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"'{file}' is no readable file of PyTorch weights: {str(error).splitlines()[0]}"
+        ) from None
+    return {name: _torch_tensor(file, name, value) for name, value in state.items()}
+
+
+def _torch_tensor(file: Path, name: str, value: Any) -> Tensor:
+    import torch
+
+    def load() -> np.ndarray:
+        if value.dtype == torch.bfloat16:  # NumPy has none of its own
+            return value.contiguous().view(torch.int16).numpy().view(dtype)
+        return value.numpy()
+
+    code = str(value.dtype).removeprefix("torch.")
+    where = f"'{name}' in '{file}'"
+    if code not in safetensors_files.TYPES.values():
+        raise UserError(f"{where} has the type {code}, which is not known.")
+    dtype = np.dtype(code) if code != "bfloat16" else safetensors_files.BFLOAT16
+    return Tensor(tuple(value.shape), dtype, load, where)

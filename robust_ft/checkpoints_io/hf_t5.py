@@ -1,0 +1,223 @@
+"""T5 1.0, T5 1.1, LM-adapted T5, mT5 and ByT5 as Hugging Face names them."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robust_ft.checkpoints_io.names import Name, Redundant
+from robust_ft.checkpoints_io.tensors import Tensor, float_type, settings_file
+from robust_ft.errors import UserError
+from robust_ft.models.t5 import T5Config
+
+CONFIG = T5Config
+SHARED, HEAD = "shared.weight", "lm_head.weight"
+_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_GATED = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+
+# Hugging Face's "gated-gelu" is computed with gelu_new, the tanh approximation, as ours is.
+_ACTIVATIONS = {
+    "relu": ("relu",),
+    "gelu_new": ("gelu",),
+    "silu": ("silu",),
+    "gated-gelu": ("gelu", "linear"),
+    "gated-gelu_new": ("gelu", "linear"),
+    "gated-silu": ("silu", "linear"),
+    "gated-relu": ("relu", "linear"),
+}
+_PROJECTIONS = {
+    ("relu",): "relu",
+    ("gelu",): "gelu_new",
+    ("silu",): "silu",
+    ("swish",): "silu",
+    ("gelu", "linear"): "gated-gelu",
+    ("silu", "linear"): "gated-silu",
+    ("swish", "linear"): "gated-silu",
+    ("relu", "linear"): "gated-relu",
+}
+
+
+def _attention(ours: str, theirs: str) -> list[Name]:
+    letters = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    return [
+        Name(f"{ours}/{name}/kernel", f"{theirs}.{letter}.weight", transpose=True)
+        for name, letter in letters.items()
+    ]
+
+
+def _mlp(ours: str, theirs: str) -> list[Name]:
+    return [
+        Name(f"{ours}/mlp/{name}/kernel", f"{theirs}.DenseReluDense.{name}.weight", transpose=True)
+        for name in ("wi", "wi_0", "wi_1", "wo")
+    ]
+
+
+def _stack(ours: str, sublayers: tuple[tuple[str, str, str], ...]) -> list[Name]:
+    names = [
+        Name(f"{ours}/relpos_bias/rel_embedding", f"{ours}.{_BIAS}", transpose=True),
+        Name(f"{ours}/{ours}_norm/scale", f"{ours}.final_layer_norm.weight"),
+    ]
+    for i, (name, norm, theirs) in enumerate(sublayers):
+        layer, block = f"{ours}/layers_{{i}}", f"{ours}.block.{{i}}.layer.{i}"
+        names.append(Name(f"{layer}/{norm}/scale", f"{block}.layer_norm.weight"))
+        if name == "mlp":
+            names += _mlp(layer, block)
+        else:
+            names += _attention(f"{layer}/{name}", f"{block}.{theirs}")
+    return names
+
+
+NAMES = (
+    Name("token_embedder/embedding", SHARED),
+    *_stack(
+        "encoder",
+        (
+            ("attention", "pre_attention_layer_norm", "SelfAttention"),
+            ("mlp", "pre_mlp_layer_norm", ""),
+        ),
+    ),
+    *_stack(
+        "decoder",
+        (
+            ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
+            ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
+            ("mlp", "pre_mlp_layer_norm", ""),
+        ),
+    ),
+    Name("decoder/logits_dense/kernel", HEAD, transpose=True),
+)
+
+REDUNDANT = Redundant(
+    duplicates=(
+        ("encoder.embed_tokens.weight", SHARED),
+        ("decoder.embed_tokens.weight", SHARED),
+        (HEAD, SHARED),
+    ),
+    # The first T5 files hold a bias that the model never had a use for.
+    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+)
+
+
+def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
+    """Reads a config.json; where flags mean different things in time, the tensors decide."""
+    multilingual = settings.get("model_type") == "mt5"
+    if settings.get("layer_norm_epsilon", 1e-6) != 1e-6:
+        raise UserError(
+            f"config.json says layer_norm_epsilon={settings['layer_norm_epsilon']}; T5 here has "
+            "1e-6, as all published ones."
+        )
+    # The classes' defaults, which a config.json may leave out.
+    layers = settings.get("num_layers", 8 if multilingual else 6)
+    decoder_layers = settings.get("num_decoder_layers")
+    return T5Config(
+        vocab_size=settings.get("vocab_size", 250112 if multilingual else 32128),
+        emb_dim=settings.get("d_model", 512),
+        num_heads=settings.get("num_heads", 6 if multilingual else 8),
+        head_dim=settings.get("d_kv", 64),
+        mlp_dim=settings.get("d_ff", 1024 if multilingual else 2048),
+        num_encoder_layers=layers,
+        num_decoder_layers=layers if decoder_layers is None else decoder_layers,
+        mlp_activations=_activations(settings, tensors),
+        logits_via_embedding=_tied_and_scaled(settings, tensors),
+        relative_num_buckets=settings.get("relative_attention_num_buckets", 32),
+        relative_max_distance=settings.get("relative_attention_max_distance", 128),
+        dropout_rate=settings.get("dropout_rate", 0.1),
+        param_dtype="bfloat16" if float_type(tensors.values()) == "bfloat16" else "float32",
+    )
+
+
+def config_to_hf(config: T5Config) -> dict[str, Any]:
+    """Returns a config.json that every version of `transformers` reads alike."""
+    if config.mlp_activations not in _PROJECTIONS:
+        raise UserError(f"Hugging Face's T5 has no feed_forward_proj for {config.mlp_activations}.")
+    projection = _PROJECTIONS[config.mlp_activations]
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "vocab_size": config.vocab_size,
+        "d_model": config.emb_dim,
+        "d_kv": config.head_dim,
+        "d_ff": config.mlp_dim,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.relative_num_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "feed_forward_proj": projection,
+        "is_gated_act": projection.startswith("gated-"),
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": 1e-6,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        # Version 5 reads it as "scale the decoder's output", earlier ones as "tie and scale".
+        "tie_word_embeddings": config.logits_via_embedding,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+
+
+def tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Version 5 ties every head without saying so, those included that it does not scale."""
+    del tensors
+    saved_by_5 = "scale_decoder_outputs" in settings or settings.get("model_type") == "mt5"
+    return {HEAD: SHARED} if saved_by_5 and settings.get("tie_word_embeddings", True) else {}
+
+
+def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
+    """T5's ids, unless config.json says others."""
+    return {
+        "pad": settings.get("pad_token_id") or 0,
+        "eos": settings.get("eos_token_id", 1),
+        "start": settings.get("decoder_start_token_id") or 0,
+    }
+
+
+def vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """T5's and mT5's SentencePiece model, or ByT5's bytes."""
+    tokenizer = settings_file(folder / "tokenizer_config.json")
+    if (folder / "spiece.model").is_file():
+        published = 0 if settings.get("model_type") == "mt5" else 100
+        extra_ids = tokenizer.get("extra_ids", published)
+        return {"kind": "SentencePieceVocabulary", "path": "spiece.model", "extra_ids": extra_ids}
+    name = tokenizer.get("tokenizer_class") or settings.get("tokenizer_class")
+    if name == "ByT5Tokenizer":
+        return {"kind": "ByteVocabulary", "extra_ids": tokenizer.get("extra_ids", 125)}
+    if (folder / "tokenizer.json").is_file():
+        return {"kind": "TokenizersVocabulary", "path": "tokenizer.json"}
+    return None
+
+
+def _activations(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    default = "gated-gelu" if _GATED in tensors else "relu"
+    projection = settings.get("feed_forward_proj", default)
+    if projection not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"config.json says feed_forward_proj={projection!r}; known are {known}.")
+    return _ACTIVATIONS[projection]
+
+
+def _tied_and_scaled(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether the embedding is the head and the decoder's output is scaled for it.
+
+    A head of its own that differs from the embedding is not tied, whatever the flags say: version
+    5 of `transformers` writes `tie_word_embeddings: true` for all of them.
+    """
+    if settings.get("model_type") == "mt5":
+        scaled = False  # all have a head of their own, and version 5 scales none
+    else:
+        tied_flag = settings.get("tie_word_embeddings") is not False
+        scaled = settings.get("scale_decoder_outputs", tied_flag)
+    head, shared = tensors.get(HEAD), tensors.get(SHARED)
+    if head is None or shared is None:
+        return scaled
+    if head.shape == shared.shape and head.digest() == shared.digest():
+        return scaled
+    if settings.get("scale_decoder_outputs"):
+        logging.warning(
+            "config.json says scale_decoder_outputs=true, but %s differs from the embedding; it is "
+            "taken for a head of its own, whose input is not scaled.",
+            head.where,
+        )
+    return False

@@ -1,0 +1,198 @@
+"""Tables between our parameter paths and another format's names, strict both ways."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robust_ft.checkpoints_io.tensors import Tensor
+from robust_ft.errors import UserError
+from robust_ft.models.model import Model, ModelConfig
+from robust_ft.trainable import flatten
+
+LAYER = "{i}"
+
+
+@dataclass(frozen=True)
+class Name:
+    """One row of a family's table; `{i}` stands for the same layer number in both names.
+
+    Attributes:
+        ours: Our path, such as "encoder/layers_{i}/mlp/wo/kernel".
+        theirs: The other format's name.
+        transpose: Whether the other format keeps the transposed matrix.
+    """
+
+    ours: str
+    theirs: str
+    transpose: bool = False
+
+    def match(self, path: str) -> str | None:
+        """Returns the other format's name of the parameter at our path, None if it is not meant."""
+        pattern = re.escape(self.ours).replace(re.escape(LAYER), r"(?P<i>\d+)", 1)
+        pattern = pattern.replace(re.escape(LAYER), r"(?P=i)")
+        found = re.fullmatch(pattern, path)
+        if not found:
+            return None
+        return self.theirs.replace(LAYER, found["i"]) if LAYER in self.ours else self.theirs
+
+
+@dataclass(frozen=True)
+class Redundant:
+    """What a family's files may hold beyond the model's parameters.
+
+    Attributes:
+        duplicates: (name, the name that it repeats), such as the encoder's copy of a shared
+            embedding. They are checked to be equal; either may stand for the other.
+        ignored: Patterns of full names without meaning for the model, such as buffers with masks.
+        prefix: What base models saved without a head leave out of every name ("transformer.").
+    """
+
+    duplicates: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Tensors under our names, and what writing the same files back needs to know."""
+
+    tensors: dict[str, Tensor]
+    duplicates: dict[str, str]
+    stand_ins: dict[str, str]
+    stripped: str = ""
+
+    def notes(self) -> dict[str, Any]:
+        """Returns what is not obvious, as plain data."""
+        notes = {name: getattr(self, name) for name in ("duplicates", "stand_ins", "stripped")}
+        return {name: value for name, value in notes.items() if value}
+
+
+def expand(names: Iterable[Name], config: ModelConfig) -> dict[str, tuple[str, bool]]:
+    """Returns {our path: (their name, transpose)} for every parameter of the config's model.
+
+    The model decides which parameters there are, so a table holds all rows that any config of
+    the family needs and says nothing of sizes.
+    """
+    return _expand(tuple(names), flatten(Model(config).shapes()))
+
+
+def resolve(
+    names: Iterable[Name],
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    redundant: Redundant = Redundant(),
+    tied: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Gives every parameter of the model its tensor, and every tensor its place.
+
+    Args:
+        names: The family's table.
+        config: Says which parameters there are.
+        tensors: What was found, under the other format's names.
+        source: What to call it in errors.
+        redundant: What it may hold beyond the model's parameters.
+        tied: {name: name of the tensor that stands for it if it is not there}.
+
+    Raises:
+        UserError: A tensor has no place, a place no tensor, a shape differs, or a copy is none.
+    """
+    shapes = flatten(Model(config).shapes())
+    table = _expand(tuple(names), shapes)
+    stripped = _lacks(redundant.prefix, table.values(), tensors)
+    if stripped:
+        tensors = {_with_prefix(stripped, name, table): t for name, t in tensors.items()}
+    missing = [theirs for theirs, _ in table.values() if theirs not in tensors]
+    wanted = {theirs for theirs, _ in table.values()}
+    copies = {copy: name for copy, name in redundant.duplicates if copy not in wanted}
+    stand_ins = _stand_ins(missing, tensors, copies, tied or {})
+    claimed = {stand_ins.get(theirs, theirs) for theirs in wanted}
+    duplicates, unplaced = {}, []
+    for name in tensors.keys() - claimed:
+        original = copies.get(name)
+        original = stand_ins.get(original, original) if original else None
+        if original in claimed and original in tensors:
+            _check_equal(tensors[name], tensors[original])
+            duplicates[name] = original
+        elif not any(re.fullmatch(pattern, name) for pattern in redundant.ignored):
+            unplaced.append(name)
+    missing = [theirs for theirs in missing if theirs not in stand_ins]
+    if unplaced or missing:
+        raise UserError(misfit(source, unplaced, missing))
+    ours = {}
+    for path, (theirs, transpose) in table.items():
+        tensor = tensors[stand_ins.get(theirs, theirs)]
+        tensor = tensor.transposed() if transpose else tensor
+        if tensor.shape != shapes[path].shape:
+            raise UserError(
+                f"{tensor.where} has shape {_shape(tensor.shape, transpose)}, the config asks for "
+                f"{_shape(shapes[path].shape, transpose)}."
+            )
+        ours[path] = tensor
+    return Resolved(ours, dict(sorted(duplicates.items())), stand_ins, stripped)
+
+
+def misfit(source: str, unplaced: Sequence[str], missing: Sequence[str]) -> str:
+    """Returns the sentence of a checkpoint that is not the model's, and both lists of names."""
+    lines = [
+        f"'{source}' does not fit the model: {len(unplaced)} tensors have no place in it, "
+        f"{len(missing)} places have no tensor.",
+        f"  Tensors with no place: {', '.join(sorted(unplaced)) or 'none'}",
+        f"  Places with no tensor: {', '.join(sorted(missing)) or 'none'}",
+    ]
+    return "\n".join(lines)
+
+
+def _expand(names: Sequence[Name], paths: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    table = {}
+    for path in paths:
+        hits = [(their, name.transpose) for name in names if (their := name.match(path))]
+        if len(hits) != 1:
+            raise ValueError(f"{len(hits)} rows of the table name the parameter {path}.")
+        table[path] = hits[0]
+    if len({theirs for theirs, _ in table.values()}) < len(table):
+        raise ValueError("Two parameters have the same name in the table.")
+    return table
+
+
+def _lacks(prefix: str, table: Iterable[tuple[str, bool]], tensors: Iterable[str]) -> str:
+    """Returns the prefix if the table's names have it and no tensor's name does."""
+    meant = prefix and any(theirs.startswith(prefix) for theirs, _ in table)
+    return prefix if meant and not any(name.startswith(prefix) for name in tensors) else ""
+
+
+def _with_prefix(prefix: str, name: str, table: Mapping[str, tuple[str, bool]]) -> str:
+    known = {theirs for theirs, _ in table.values()}
+    return name if name in known else prefix + name
+
+
+def _stand_ins(
+    missing: Iterable[str],
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, str],
+    tied: Mapping[str, str],
+) -> dict[str, str]:
+    """Returns {missing name: the tensor to use instead}, for those that have one."""
+    found = {}
+    for name in missing:
+        candidates = [copy for copy, original in copies.items() if original == name]
+        if name in tied:
+            # What it is tied to may itself be there only as a copy.
+            candidates += [tied[name], *(c for c, o in copies.items() if o == tied[name])]
+        present = [candidate for candidate in candidates if candidate in tensors]
+        if present:
+            found[name] = present[0]
+    return found
+
+
+def _check_equal(copy: Tensor, original: Tensor) -> None:
+    if copy.shape != original.shape or copy.digest() != original.digest():
+        raise UserError(
+            f"{copy.where} differs from {original.where}, whose copy it should be; the model has "
+            "one place for both."
+        )
+
+
+def _shape(shape: tuple[int, ...], transpose: bool) -> tuple[int, ...]:
+    return shape[::-1] if transpose else shape

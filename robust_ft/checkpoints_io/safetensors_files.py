@@ -1,0 +1,196 @@
+"""Safetensors files, read and written tensor by tensor.
+
+The `safetensors` package writes only what is in memory as a whole, hence this module. Files are
+laid out as that package lays them out: wide types first, then by name, so that a file written
+back has the same bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ft.checkpoints_io.tensors import Tensor
+from robust_ft.errors import UserError
+
+# In the package's order of types, which files are sorted by, the widest first.
+TYPES = {
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "U32": "uint32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "U16": "uint16",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+BFLOAT16 = jnp.dtype("bfloat16")
+_CODES = {jnp.dtype(name): code for code, name in TYPES.items()}
+_RANKS = {code: rank for rank, code in enumerate(TYPES)}
+_LONGEST_HEADER = 100_000_000
+SHARD_BYTES = 5 * 10**9
+WEIGHTS = "model.safetensors"
+
+
+def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns the tensors of one file; only its header is read now.
+
+    Raises:
+        UserError: It is no safetensors file, is truncated, or has a type that is not known.
+    """
+    file = Path(file)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_LONGEST_HEADER, max(0, size - 8)):
+                raise UserError(f"'{file}' is no safetensors file, or its header is cut off.")
+            header = json.loads(stream.read(length))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"'{file}' is no safetensors file: its header is no JSON.") from None
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read: {error.strerror}.") from None
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {name: _tensor(file, name, entry, start, size) for name, entry in header.items()}
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise UserError(f"'{file}' has {size:,} bytes, its header says {end:,}.")
+    return tensors
+
+
+def read_sharded(index: Path) -> dict[str, Tensor]:
+    """Returns the tensors of all files that an index (`*.safetensors.index.json`) names.
+
+    Raises:
+        UserError: A file is missing or unreadable, or lacks a tensor that it should have.
+    """
+    where = weight_map(index)
+    files = sorted(set(where.values()))
+    check_shards(index, where)
+    held = {name: read(index.parent / name) for name in files}
+    tensors: dict[str, Tensor] = {}
+    for name, file in where.items():
+        if name not in held[file]:
+            raise UserError(
+                f"'{index.parent / file}' has no tensor '{name}', though '{index.name}' says so."
+            )
+        tensors[name] = held[file][name]
+    # A tensor that only a shard names must not vanish: let the model say it has no place.
+    return {name: t for shard in held.values() for name, t in shard.items()} | tensors
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Returns {tensor: file} of an index file."""
+    try:
+        mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(mapped, dict) or not all(isinstance(f, str) for f in mapped.values()):
+            raise TypeError
+        return mapped
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"'{index}' is no index of shards: it has no readable 'weight_map'."
+        ) from None
+
+
+def check_shards(index: Path, where: Mapping[str, str]) -> None:
+    """Raises a UserError that names the shards that are missing and what they should hold."""
+    missing = [f for f in sorted(set(where.values())) if not (index.parent / f).is_file()]
+    if missing:
+        lost = sorted(name for name, file in where.items() if file in missing)
+        raise UserError(
+            f"'{index.parent}' lacks {len(missing)} of {len(set(where.values()))} shards that "
+            f"'{index.name}' names: {', '.join(missing)}.\n"
+            f"  Tensors in them: {', '.join(lost)}"
+        )
+
+
+def write(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file, a block at a time."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    ordered = sorted(tensors.items(), key=lambda item: (_RANKS[_code(item[1])], item[0]))
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _code(tensor), "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            for block in tensor.blocks():
+                stream.write(block.reshape(-1).view(np.uint8).data)
+
+
+def write_sharded(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `model.safetensors`, or shards and their index if that were above `shard_bytes`."""
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
+    for name, tensor in tensors.items():
+        if shards[-1] and sizes[-1] + tensor.nbytes > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor
+        sizes[-1] += tensor.nbytes
+    if len(shards) == 1:
+        write(folder / WEIGHTS, shards[0], metadata)
+        return
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        write(folder / file, shard, metadata)
+        where |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
+
+
+def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
+    where = f"'{name}' in '{file}'"
+    try:
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if code not in TYPES:
+            raise UserError(f"{where} has the type {code}; known are {', '.join(TYPES)}.")
+        dtype = jnp.dtype(TYPES[code])
+        fits = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{where} has no readable entry in the file's header.") from None
+    if not fits:
+        raise UserError(f"{where} has {end - begin:,} bytes, which does not fit its shape {shape}.")
+    if start + end > size:
+        raise UserError(f"'{file}' is truncated: it ends inside or before the tensor '{name}'.")
+
+    def load() -> np.ndarray:
+        array = np.empty(shape, dtype)
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            if stream.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+                raise UserError(f"'{file}' is truncated inside the tensor '{name}'.")
+        return array
+
+    return Tensor(shape, dtype, load, where)
+
+
+def _code(tensor: Tensor) -> str:
+    if tensor.dtype not in _CODES:
+        raise UserError(f"{tensor.where} is {tensor.dtype}, which safetensors cannot hold.")
+    return _CODES[tensor.dtype]

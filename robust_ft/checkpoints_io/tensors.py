@@ -1,0 +1,148 @@
+"""Tensors that are read when they are needed, and the checkpoint that they make up."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ft.errors import UserError
+from robust_ft.models.model import ModelConfig
+
+# What is copied at once: large enough for disks, small against a checkpoint.
+BLOCK_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint; nothing of it is in memory until it is read.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: The type that `blocks` and `load` give; what `read` gives may be another.
+        read: Reads it whole; the result may be a view, such as a transposed array.
+        where: The file and the name in it, for errors.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    where: str
+
+    @classmethod
+    def of(cls, array: np.ndarray, where: str) -> "Tensor":
+        """Wraps an array that is in memory."""
+        return cls(array.shape, array.dtype, lambda: array, where)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def transposed(self) -> "Tensor":
+        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T)
+
+    def cast(self, dtype: str | np.dtype | None) -> "Tensor":
+        """Returns it with floats as `dtype`; as it is if there is none, or it holds no floats."""
+        if dtype is None or not jnp.issubdtype(self.dtype, np.floating):
+            return self
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yields contiguous blocks of rows in order, so that a copy costs a block of memory."""
+        array = self.read()
+        if array.shape != self.shape:
+            raise ValueError(f"{self.where} is {array.shape}, not {self.shape}.")
+        if array.ndim == 0:
+            array = array.reshape(1)
+        row_bytes = max(1, math.prod(array.shape[1:]) * max(array.itemsize, self.dtype.itemsize))
+        rows = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, array.shape[0], rows):
+            yield np.ascontiguousarray(array[start : start + rows], dtype=self.dtype)
+
+    def load(self) -> np.ndarray:
+        """Returns it whole, contiguous, in its type."""
+        return np.asarray(self.read(), dtype=self.dtype, order="C")
+
+    def digest(self) -> str:
+        """Returns a hash of its bytes."""
+        digest = hashlib.sha256(f"{self.shape} {self.dtype}".encode())
+        for block in self.blocks():
+            digest.update(block.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, under our names, whatever the format it is in.
+
+    Attributes:
+        source: What to call it in errors.
+        family: "t5", "bart", ...; see `families`.
+        config: The family's config dataclass.
+        tensors: {parameter path: tensor}, exactly the model's parameters.
+        token_ids: "pad", "eos" and "start", as far as the checkpoint says them.
+        vocabulary: {"kind": class name in `robust_ft.vocabulary`, and its fields}, None if there
+            is none. "path" is a file's name among `files`.
+        files: What lies beside the weights and is carried along (vocabulary files).
+        hugging_face: What a Hugging Face directory holds beyond this and writing it back needs:
+            "config" (its config.json), "duplicates" {name: the name it repeats}, "stand_ins",
+            "stripped" (the prefix that its names lack). Empty if it came from elsewhere.
+    """
+
+    source: str
+    family: str
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    vocabulary: Mapping[str, Any] | None = None
+    files: tuple[Path, ...] = ()
+    hugging_face: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def cast(self, dtype: str | None) -> "Checkpoint":
+        """Returns it with floats of this type."""
+        if dtype is None:
+            return self
+        tensors = {path: tensor.cast(dtype) for path, tensor in self.tensors.items()}
+        kept = "bfloat16" if dtype == "bfloat16" else "float32"
+        config: Any = dataclasses.replace(self.config, param_dtype=kept)  # type: ignore[type-var]
+        notes = dict(self.hugging_face)
+        if "config" in notes:
+            key = "torch_dtype" if "torch_dtype" in notes["config"] else "dtype"
+            notes["config"] = dict(notes["config"]) | {key: dtype}
+        return dataclasses.replace(self, tensors=tensors, config=config, hugging_face=notes)
+
+    def load(self) -> dict[str, np.ndarray]:
+        """Reads all tensors into memory."""
+        return {path: tensor.load() for path, tensor in self.tensors.items()}
+
+
+def float_type(tensors: Iterable[Tensor]) -> str | None:
+    """Returns the floats' type if all have the same, else None."""
+    types = {t.dtype for t in tensors if jnp.issubdtype(t.dtype, np.floating)}
+    return str(types.pop()) if len(types) == 1 else None
+
+
+def settings_file(file: Path) -> dict[str, Any]:
+    """Returns the dict that a JSON file holds, an empty one if there is no such file.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{file}' is no readable JSON file: {error}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"'{file}' holds no JSON object.")
+    return settings
