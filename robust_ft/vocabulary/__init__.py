@@ -1,0 +1,28 @@
+"""Text to token ids and back, without tensorflow: bytes, SentencePiece, `tokenizers`.
+
+Every vocabulary is a frozen, hashable dataclass that says where its files lie and reads them on
+first use; `vocabulary_from_directory` makes the right one for a Hugging Face model directory.
+`robust_ft.data.seqio_vocabulary` wraps one for seqio.
+
+What a model reads for a text is `encode_inputs(vocabulary, text, length)`, what it learns to write
+`encode_targets(vocabulary, text, length)`: caches, evaluation and `Predictor` all use these.
+"""
+
+from robust_ft.vocabulary.base import Vocabulary, cut, encode_inputs, encode_targets
+from robust_ft.vocabulary.byte import ByteVocabulary
+from robust_ft.vocabulary.directory import vocabulary_files, vocabulary_from_directory
+from robust_ft.vocabulary.hub import BpeVocabulary, TokenizersVocabulary
+from robust_ft.vocabulary.sentence_piece import SentencePieceVocabulary
+
+__all__ = [
+    "BpeVocabulary",
+    "ByteVocabulary",
+    "SentencePieceVocabulary",
+    "TokenizersVocabulary",
+    "Vocabulary",
+    "cut",
+    "encode_inputs",
+    "encode_targets",
+    "vocabulary_files",
+    "vocabulary_from_directory",
+]

@@ -1,0 +1,120 @@
+"""What the rest of the library asks of a vocabulary, and what it puts around a text."""
+
+import hashlib
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from robust_ft import assets
+from robust_ft.errors import UserError, nearest
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """Token ids of texts, and the special ids that a model was trained with.
+
+    The three `..._ids` are T5's unless a class says otherwise: inputs and targets end in EOS and
+    start with nothing.
+    """
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding. It may be another token's id: padding is told by length, not by id."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a sequence."""
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of what the vocabulary does not know, None if it knows everything."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, with the extra ids; a model may round its embedding up from this."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the content and the settings: what a cache of token ids depends on."""
+
+    @property
+    def input_prefix_ids(self) -> tuple[int, ...]:
+        """Ids before every input: `<s>` for BART, BOS for Llama."""
+        return ()
+
+    @property
+    def input_suffix_ids(self) -> tuple[int, ...]:
+        """Ids after every input: EOS for T5 and BART, none for decoder-only models."""
+        return (self.eos_id,)
+
+    @property
+    def target_prefix_ids(self) -> tuple[int, ...]:
+        """Ids before every target, learned like the rest: `<s>` for BART. Targets end in EOS."""
+        return ()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone, with nothing before or after."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first EOS; padding and BOS are dropped."""
+
+
+def encode_inputs(vocabulary: Vocabulary, text: str, length: int | None = None) -> list[int]:
+    """Returns what a model reads for `text`: with the vocabulary's prefix and suffix.
+
+    Args:
+      vocabulary: whose ids.
+      text: without special tokens.
+      length: most ids to return, None for all; a text that is too long loses its end, not the
+        suffix.
+    """
+    suffix = vocabulary.input_suffix_ids
+    ids = [*vocabulary.input_prefix_ids, *vocabulary.encode(text), *suffix]
+    return cut(ids, length, suffix)
+
+
+def encode_targets(vocabulary: Vocabulary, text: str, length: int | None = None) -> list[int]:
+    """Returns what a model learns to write for `text`, EOS included; as `encode_inputs`."""
+    suffix = (vocabulary.eos_id,)
+    ids = [*vocabulary.target_prefix_ids, *vocabulary.encode(text), *suffix]
+    return cut(ids, length, suffix)
+
+
+def cut(ids: list[int], length: int | None, suffix: Sequence[int]) -> list[int]:
+    """Returns the first `length` of `ids`, the last of them replaced by `suffix` if it was cut."""
+    if length is None or len(ids) <= length:
+        return ids
+    return [*ids[: max(0, length - len(suffix))], *suffix]
+
+
+def until_eos(ids: Iterable[int], eos_id: int, dropped: Container[int | None]) -> list[int]:
+    """Returns `ids` up to the first EOS, without those that are `dropped`."""
+    kept = []
+    for i in ids:
+        token = int(i)
+        if token == eos_id:
+            break
+        if token not in dropped:
+            kept.append(token)
+    return kept
+
+
+def read(path: str, kind: str) -> bytes:
+    """Returns a file's content; `path` may be an `asset:`. A missing one is a `UserError`."""
+    file = Path(assets.resolve(path)).expanduser()
+    if not file.is_file():
+        folder = file.parent
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        where = "" if names else f" (its folder '{folder}' does not exist or is empty)"
+        raise UserError(
+            f"The {kind} file '{path}' does not exist{where}.{nearest(file.name, names)}"
+        )
+    return file.read_bytes()
+
+
+def fingerprint(kind: str, settings: object, *contents: bytes) -> str:
+    """Returns the SHA-256 (hex) of a vocabulary's settings and files."""
+    digest = hashlib.sha256(f"{kind} {settings!r} ".encode())
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

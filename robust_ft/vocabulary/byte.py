@@ -1,0 +1,51 @@
+"""Bytes as tokens (ByT5)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from robust_ft.vocabulary.base import Vocabulary, fingerprint, until_eos
+
+
+@dataclass(frozen=True)
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes, as in ByT5: 0 pad, 1 EOS, 2 unknown, then 256 bytes, then `extra_ids` ids.
+
+    As in seqio, extra ids never come out of `encode` and have no text in `decode`. ByT5's
+    embedding has 384 rows: `extra_ids=125` covers it.
+    """
+
+    extra_ids: int = 100
+
+    @property
+    def pad_id(self) -> int:
+        """Always 0."""
+        return 0
+
+    @property
+    def eos_id(self) -> int:
+        """Always 1."""
+        return 1
+
+    @property
+    def unk_id(self) -> int:
+        """Always 2; never produced, since every text has bytes."""
+        return 2
+
+    @property
+    def vocab_size(self) -> int:
+        """3 special ids, 256 bytes and the extra ids."""
+        return 259 + self.extra_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Vocabulary`."""
+        return fingerprint("bytes", self.extra_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Vocabulary`; bytes that are no UTF-8 are dropped."""
+        kept = (i - 3 for i in until_eos(ids, self.eos_id, (self.pad_id,)) if 3 <= i < 259)
+        return bytes(kept).decode("utf-8", errors="ignore")
