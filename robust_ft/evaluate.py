@@ -217,7 +217,12 @@ def _decode(
     data = evaluation.data
     outputs: dict[int, str] = {}
     batches = loader.eval_batches(
-        examples, evaluation.batch_size, data.inputs_length, data.targets_length
+        examples,
+        evaluation.batch_size,
+        data.inputs_length,
+        data.targets_length,
+        pad_id=data.vocabulary.pad_id,
+        start_id=predictor.model.start_id,
     )
     for batch in batches:
         # Rows that only fill up the batch repeat a real one, so that none is waited for.

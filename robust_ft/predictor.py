@@ -13,7 +13,7 @@ from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
 from robust_ft.trainable import flatten, split
 from robust_ft.types import Batch, Params
-from robust_ft.vocabulary import Vocabulary
+from robust_ft.vocabulary import Vocabulary, encode_inputs
 
 
 class Predictor:
@@ -111,8 +111,8 @@ def _padded_batches(
     texts: Sequence[str], vocabulary: Vocabulary, length: int, batch_size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(texts), batch_size):
-        rows = np.zeros((batch_size, length), np.int32)
+        rows = np.full((batch_size, length), vocabulary.pad_id, np.int32)
         for row, text in zip(rows, texts[start : start + batch_size], strict=False):
-            tokens = [*vocabulary.encode(text)[: length - 1], vocabulary.eos_id]
+            tokens = encode_inputs(vocabulary, text, length)
             row[: len(tokens)] = tokens
         yield start, rows

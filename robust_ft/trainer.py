@@ -134,6 +134,7 @@ def fit(stage: Stage, params: Params, run: Run) -> Params:
         stage_seed(run.seed, stage.name),
         stage.packing,
         run.partitioner.data_shard(),
+        stage.model.start_id,
     )
     # 3. A fresh state, or the one that the newest checkpoint holds.
     directory = run.directory / stage.name

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from robust_ft import console
 from robust_ft.data import cache, records, sources
 from robust_ft.errors import UserError, nearest
-from robust_ft.vocabulary import Vocabulary
+from robust_ft.vocabulary import Vocabulary, cut
 
 with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
     # Otherwise tensorflow takes all memory of the accelerators that JAX is about to use.
@@ -211,7 +211,19 @@ class _Column:
         self._vocabulary = data.vocabulary
         self._length: int = getattr(data, f"{feature}_length")
         declared = task.output_features.get(feature)
-        self._add_eos = feature == "targets" or declared is None or declared.add_eos
+        ours = data.vocabulary
+        self._prefix: tuple[int, ...] = ours.target_prefix_ids
+        self._suffix: tuple[int, ...] = (ours.eos_id,)
+        if feature == "inputs":
+            # A task says whether its inputs have an end, the vocabulary what that looks like.
+            has_end = declared is None or declared.add_eos
+            self._prefix = ours.input_prefix_ids
+            self._suffix = ours.input_suffix_ids if has_end else ()
+        if self._length <= len(self._prefix) + len(self._suffix):
+            raise UserError(
+                f"{feature}_length of task '{task.name}' is {self._length}, which leaves no place "
+                "for a token between those that the model puts around every text."
+            )
         self._declared = declared.vocabulary if declared is not None else None
         self._checked = False
         self.num_truncated = self.max_length = self.num_tokens = 0
@@ -219,16 +231,16 @@ class _Column:
     def tokens(self, example: Mapping[str, Any]) -> np.ndarray:
         """Returns the ids, cut on the right; a text's EOS is kept, as `append_eos_after_trim`."""
         value = example[self._feature]
+        suffix: tuple[int, ...] = ()
         if isinstance(value, bytes):
-            end = [self._vocabulary.eos_id] if self._add_eos else []
-            tokens = [*self._vocabulary.encode(value.decode("utf-8")), *end]
+            suffix = self._suffix
+            tokens = [*self._prefix, *self._vocabulary.encode(value.decode("utf-8")), *suffix]
         else:
             self._check(value)
-            tokens, end = value, []
+            tokens = value.tolist()
         self.max_length = max(self.max_length, len(tokens))
-        if len(tokens) > self._length:
-            self.num_truncated += 1
-            tokens = [*tokens[: self._length - len(end)], *end]
+        self.num_truncated += len(tokens) > self._length
+        tokens = cut(tokens, self._length, suffix)
         self.num_tokens += len(tokens)
         return np.asarray(tokens, np.int64)
 

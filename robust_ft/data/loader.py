@@ -108,6 +108,7 @@ def train_batches(
     seed: int,
     packing: bool = False,
     shard: tuple[int, int] = (0, 1),
+    start_id: int = 0,
 ) -> BatchSource:
     """Returns endless training batches of a task or mixture, from its cache (built if missing).
 
@@ -121,6 +122,7 @@ def train_batches(
         of each other are the batch of one shard; with packing, shards pack disjoint examples.
       packing: whether to put several examples into one row, with segment ids and positions.
       shard: index and count. All processes that hold a part of one model take the same.
+      start_id: first token of all decoder inputs, the model's; padding is the vocabulary's.
 
     Raises:
       UserError: see `cache.ensure`; or if the batch cannot be divided by the shards.
@@ -141,6 +143,7 @@ def train_batches(
     # (drop_remainder: Grain would round the endless length up, past the largest one it can hold.)
     numbers = _order(tasks, seed).batch(block, drop_remainder=True)[index::count]
     lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
+    pad_id = data.vocabulary.pad_id
     identity = {
         "task": data.task,
         "split": data.split,
@@ -151,7 +154,7 @@ def train_batches(
         "packing": packing,
     }
     if not packing:
-        batches = numbers.map(lambda block: _padded(reader, block, lengths))
+        batches = numbers.map(lambda block: _padded(reader, block, data, start_id))
         return BatchSource(batches.to_iter_dataset(_READ_AHEAD), identity)
     examples = grain.experimental.FlatMapIterDataset(
         numbers.map(reader.examples).to_iter_dataset(_READ_AHEAD), _Unblock()
@@ -162,7 +165,9 @@ def train_batches(
         num_packing_bins=max(_PACKING_ROWS, rows),
         seed=_seed(seed, "packing"),
     )
-    batches = packed.batch(rows, drop_remainder=True).map(records.packed_batch)
+    batches = packed.batch(rows, drop_remainder=True).map(
+        lambda batch: records.packed_batch(batch, pad_id, start_id)
+    )
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
     return BatchSource(ahead, {**identity, "shard": [index, count]})
 
@@ -196,12 +201,18 @@ def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]
 
 
 def eval_batches(
-    examples: Sequence[EvalExample], batch_size: int, inputs_length: int, targets_length: int
+    examples: Sequence[EvalExample],
+    batch_size: int,
+    inputs_length: int,
+    targets_length: int,
+    pad_id: int = 0,
+    start_id: int = 0,
 ) -> list[Arrays]:
     """Returns padded batches of `examples` in their order, each of `batch_size` rows.
 
-    The last batch is filled up with rows of zeros (loss weights 0 too). `example_index`
-    (int32[batch]) says which example a row is, -1 for those.
+    The last batch is filled up with rows of padding (loss weights 0). `example_index`
+    (int32[batch]) says which example a row is, -1 for those. `pad_id` is the vocabulary's,
+    `start_id` (the first token of all decoder inputs) the model's.
 
     Raises:
       ValueError: if an example is longer than its length.
@@ -209,11 +220,18 @@ def eval_batches(
     batches = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
-        inputs = records.pad_right([e.inputs for e in chunk], inputs_length, batch_size)
-        targets = records.pad_right([e.targets for e in chunk], targets_length, batch_size)
+        batch = records.model_batch(
+            [e.inputs for e in chunk],
+            [e.targets for e in chunk],
+            inputs_length,
+            targets_length,
+            rows=batch_size,
+            pad_id=pad_id,
+            start_id=start_id,
+        )
         index = np.full(batch_size, -1, np.int32)
         index[: len(chunk)] = np.arange(start, start + len(chunk))
-        batches.append({**records.model_batch(inputs, targets), "example_index": index})
+        batches.append({**batch, "example_index": index})
     return batches
 
 
@@ -299,12 +317,17 @@ def _order(tasks: Sequence[CachedTask], seed: int) -> grain.MapDataset:
 
 
 def _padded(
-    reader: _Reader, numbers: Int32[np.ndarray, " rows"], lengths: Mapping[str, int]
+    reader: _Reader, numbers: Int32[np.ndarray, " rows"], data: TaskData, start_id: int
 ) -> Arrays:
     examples = reader.examples(numbers)
-    inputs = records.pad_right([e["inputs"] for e in examples], lengths["inputs"])
-    targets = records.pad_right([e["targets"] for e in examples], lengths["targets"])
-    return records.model_batch(inputs, targets)
+    return records.model_batch(
+        [e["inputs"] for e in examples],
+        [e["targets"] for e in examples],
+        data.inputs_length,
+        data.targets_length,
+        pad_id=data.vocabulary.pad_id,
+        start_id=start_id,
+    )
 
 
 def _seed(seed: int, name: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 _HEADER = np.dtype("<u4")
 
@@ -59,17 +59,17 @@ def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:
 
 
 def pad_right(
-    sequences: Sequence[np.ndarray], length: int, rows: int = 0
+    sequences: Sequence[np.ndarray], length: int, rows: int = 0, pad_id: int = 0
 ) -> Int32[np.ndarray, "rows length"]:
-    """Returns `sequences` under each other, filled up with 0 to `length` and to `rows` rows.
+    """Returns `sequences` under each other, filled up with `pad_id` to `length` and `rows` rows.
 
     Raises:
       ValueError: if a sequence is longer than `length`; nothing is cut silently.
     """
-    lengths = np.fromiter((len(s) for s in sequences), np.int64, len(sequences))
+    lengths = _lengths(sequences)
     if lengths.size and lengths.max() > length:
         raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into {length}")
-    out = np.zeros((max(rows, len(sequences)), length), np.int32)
+    out = np.full((max(rows, len(sequences)), length), pad_id, np.int32)
     if lengths.size:
         # One masked assignment fills row after row, in the order of `concatenate`.
         out[: len(sequences)][np.arange(length) < lengths[:, None]] = np.concatenate(sequences)
@@ -77,35 +77,63 @@ def pad_right(
 
 
 def model_batch(
-    inputs: Int32[np.ndarray, "batch source"], targets: Int32[np.ndarray, "batch target"]
+    inputs: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    inputs_length: int,
+    targets_length: int,
+    rows: int = 0,
+    pad_id: int = 0,
+    start_id: int = 0,
 ) -> Arrays:
-    """Returns t5x's features for padded token ids.
+    """Returns t5x's features for token ids without padding, one row an example.
 
-    Decoder inputs are the targets shifted right by one, first 0; the loss weights are 0 on padding.
+    Decoder inputs are the targets shifted right by one, first `start_id`. The loss weights are 0
+    exactly where a row's targets have ended: they tell padding by its place, so that a model may
+    pad with a token that it also uses, such as EOS.
+
+    Args:
+      inputs: ids of each example.
+      targets: ids of each example.
+      inputs_length: length of the rows of inputs.
+      targets_length: length of the rows of targets.
+      rows: fewest rows; those without an example are all padding.
+      pad_id: the vocabulary's.
+      start_id: the model's.
+
+    Raises:
+      ValueError: if an example is longer than its length.
     """
+    padded = pad_right(targets, targets_length, rows, pad_id)
+    lengths = np.zeros(len(padded), np.int64)
+    lengths[: len(targets)] = _lengths(targets)
     return {
-        "encoder_input_tokens": inputs,
-        "decoder_input_tokens": shift_right(targets),
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": (targets != 0).astype(np.float32),
+        "encoder_input_tokens": pad_right(inputs, inputs_length, rows, pad_id),
+        "decoder_input_tokens": shift_right(padded, start_id),
+        "decoder_target_tokens": padded,
+        "decoder_loss_weights": (np.arange(targets_length) < lengths[:, None]).astype(np.float32),
     }
 
 
-def packed_batch(packed: Mapping[str, Int32[np.ndarray, "batch length"]]) -> Arrays:
+def packed_batch(
+    packed: Mapping[str, Int32[np.ndarray, "batch length"]], pad_id: int = 0, start_id: int = 0
+) -> Arrays:
     """Returns t5x's features for rows that Grain packed, with segment ids and positions.
 
-    Every segment's decoder inputs start with 0, so no example sees its neighbour's last token.
-    Segment ids count from 1 in a row and are 0 on padding; positions count from 0 in a segment.
+    Every segment's decoder inputs start with `start_id`, so no example sees its neighbour's last
+    token. Segment ids count from 1 in a row and are 0 on padding; positions count from 0 in a
+    segment.
     """
+    is_target = packed["targets_segment_ids"] > 0
+    targets = np.where(is_target, packed["targets"], pad_id).astype(np.int32)
+    inputs = np.where(packed["inputs_segment_ids"] > 0, packed["inputs"], pad_id).astype(np.int32)
     positions = packed["targets_positions"]
-    decoder_inputs = np.where(positions == 0, 0, shift_right(packed["targets"]))
-    weights: Float32[np.ndarray, "batch length"] = (packed["targets_segment_ids"] > 0).astype(
-        np.float32
-    )
+    first = np.where(is_target, start_id, pad_id)
+    decoder_inputs = np.where(positions == 0, first, shift_right(targets, start_id))
+    weights: Float32[np.ndarray, "batch length"] = is_target.astype(np.float32)
     return {
-        "encoder_input_tokens": packed["inputs"],
+        "encoder_input_tokens": inputs,
         "decoder_input_tokens": decoder_inputs.astype(np.int32),
-        "decoder_target_tokens": packed["targets"],
+        "decoder_target_tokens": targets,
         "decoder_loss_weights": weights,
         "encoder_segment_ids": packed["inputs_segment_ids"],
         "decoder_segment_ids": packed["targets_segment_ids"],
@@ -114,8 +142,14 @@ def packed_batch(packed: Mapping[str, Int32[np.ndarray, "batch length"]]) -> Arr
     }
 
 
-def shift_right(tokens: Int32[np.ndarray, "batch length"]) -> Int32[np.ndarray, "batch length"]:
-    """Returns `tokens` moved one place to the right, with 0 in the first place."""
-    shifted = np.zeros_like(tokens)
+def shift_right(
+    tokens: Int32[np.ndarray, "batch length"], start_id: int = 0
+) -> Int32[np.ndarray, "batch length"]:
+    """Returns `tokens` moved one place to the right, with `start_id` in the first place."""
+    shifted = np.full_like(tokens, start_id)
     shifted[:, 1:] = tokens[:, :-1]
     return shifted
+
+
+def _lengths(sequences: Sequence[np.ndarray]) -> Int64[np.ndarray, " sequences"]:
+    return np.fromiter((len(s) for s in sequences), np.int64, len(sequences))
