@@ -7,6 +7,7 @@ library is decorated: `REGISTERED` lists what a config can name.
 import ast
 import inspect
 import re
+import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ def task_data(
 REGISTERED: dict[str, Callable[..., Any]] = {
     "AdamW": optim.AdamW,
     "Adafactor": optim.Adafactor,
+    "BpeVocabulary": vocabulary.BpeVocabulary,
     "ByteVocabulary": vocabulary.ByteVocabulary,
     "CrossEntropy": objectives.CrossEntropy,
     "Decoder": Decoder,
@@ -73,6 +75,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "TokenizersVocabulary": vocabulary.TokenizersVocabulary,
     "backprop": gradients.backprop,
     "suite": suite,
+    "vocabulary_from_directory": vocabulary.vocabulary_from_directory,
 }
 
 
@@ -109,27 +112,32 @@ def load(
         _check_names(texts, statements)
         gin.parse_config_files_and_bindings(list(files), statements)
         recipe = gin.get_configurable("Recipe")()
-        operative = gin.operative_config_str()
-        return Config(recipe, gin.get_configurable("Inference")(), operative)
+        inference = gin.get_configurable("Inference")()
+        # Last, so that it holds all that a later `train`, `eval` or `infer` needs.
+        return Config(recipe, inference, gin.operative_config_str())
     except UserError as error:
         # gin appends which calls it was in, line by line.
         raise UserError(str(error).split("\n  In call to")[0]) from None
+    except tokenize.TokenError:
+        places = ", ".join([*files, *(f"--gin.{binding}" for binding in bindings)])
+        raise UserError(
+            f"A bracket or quote is opened but never closed; look in {places}."
+        ) from None
     except (ValueError, TypeError, OSError, SyntaxError) as error:
         raise _explain(error) from error
     finally:
         gin.clear_config()
 
 
-# gin keeps search paths and registered names for the life of the process.
-_searched: set[str] = {""}
+# gin keeps registered names for the life of the process.
 _known_to_gin: set[str] = set()
 
 
 def _prepare(folders: Sequence[str]) -> None:
-    for folder in folders:
-        if folder not in _searched:
-            gin.add_config_file_search_path(folder)
-            _searched.add(folder)
+    # gin's own functions only add to these lists: the folders of an earlier call would be searched,
+    # and gin's second reader takes folders for packages, which fails for ours.
+    gin.config._LOCATION_PREFIXES[:] = folders
+    del gin.config._FILE_READERS[1:]
     for name, target in REGISTERED.items():
         if name not in _known_to_gin:
             gin.external_configurable(gin_types.typed(name, target), name=name, module="robust_ft")
@@ -152,8 +160,10 @@ def _quoted(binding: str) -> str:
     return binding
 
 
-def _texts(file: str, folders: Sequence[str]) -> Iterator[str]:
+def _texts(file: str, folders: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the text of a gin file and, before it, of the files it includes; no comments."""
+    if file in above:
+        raise UserError(f"The gin file '{file}' includes itself: {' > '.join((*above, file))}.")
     for folder in folders if not Path(file).is_absolute() else [""]:
         path = Path(folder) / file
         if path.is_file():
@@ -164,7 +174,7 @@ def _texts(file: str, folders: Sequence[str]) -> Iterator[str]:
         raise UserError(f"There is no gin file '{file}' in {where}." + nearest(file, known))
     text = re.sub(r"(?m)^((?:[^#'\"]|'[^']*'|\"[^\"]*\")*?)#.*$", r"\1", path.read_text("utf-8"))
     for include in re.findall(r"""(?m)^include\s+['"](.+)['"]""", text):
-        yield from _texts(include, folders)
+        yield from _texts(include, folders, (*above, file))
     yield text
 
 
@@ -188,7 +198,8 @@ def _check_names(texts: Sequence[str], flags: Sequence[str]) -> None:
     for name in _MACRO.findall(text):
         if name not in (used if name in in_flags else known):
             raise UserError(f"No config reads the macro '{name}'." + nearest(name, used))
-    scopes = set(_SCOPE_USE.findall(text))
+    # gin builds what a macro stands for in a scope of the macro's name.
+    scopes = set(_SCOPE_USE.findall(text)) | used
     for scope in _SCOPE.findall(text):
         if scope not in scopes | set(_SCOPE_USE.findall(shipped)):
             raise UserError(f"No config reads the scope '{scope}/'." + nearest(scope, scopes))

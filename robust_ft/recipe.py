@@ -83,7 +83,6 @@ def run(recipe: Recipe) -> Summary:
                 )
                 params = None
                 continue
-            _check_batches(recipe, stage)
             # The stage before hands its parameters on without a detour over files.
             follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
             params = restore(recipe, stage, params if follows else None)
@@ -167,12 +166,16 @@ def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
 
 
 def claim(recipe: Recipe) -> None:
-    """Makes MODEL_DIR this recipe's: creates it and writes `run.json`.
+    """Checks the recipe, then makes MODEL_DIR its own: creates it and writes `run.json`.
 
     Raises:
-        UserError: It is another recipe's, or one with another seed, or it cannot be written.
-            Nothing in it has been changed.
+        UserError: A stage's patterns or batches do not fit its model or the mesh, or MODEL_DIR is
+            another recipe's, or one with another seed, or it cannot be written. Nothing in it has
+            been changed.
     """
+    for stage in recipe.stages:  # all of them now, not after hours of training
+        trainable.trainable_paths(stage.model.shapes(), stage.trainable)
+        _check_batches(recipe, stage)
     file = Path(recipe.model_dir) / "run.json"
     targets = [e.data.task for s in recipe.stages for e in s.final_evaluations if e.role == TARGET]
     facts = {

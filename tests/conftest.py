@@ -21,7 +21,8 @@ def session_caches(tmp_path_factory):
         folder = tmp_path_factory.mktemp("caches")
         patch.setenv("ROBUST_FT_CACHE_DIR", str(folder / "data"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
-        paths = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+        tests = os.path.dirname(__file__)
+        paths = [tests, os.path.dirname(tests), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
