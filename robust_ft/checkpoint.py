@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from robust_ft import assets
-from robust_ft.errors import UserError, nearest
+from robust_ft.checkpoints_io import sources
+from robust_ft.errors import UserError
 from robust_ft.train_step import TrainState
 from robust_ft.trainable import flatten, unflatten
 from robust_ft.types import Params
@@ -136,30 +136,19 @@ def load_params(path: str) -> dict[str, np.ndarray]:
     """Reads parameters as {path: array} from a file or a checkpoint directory.
 
     Args:
-        path: A `.safetensors` file whose names are parameter paths, or one of this program's
-            `checkpoint_<step>` directories. `asset:` paths are resolved.
+        path: A model directory of Hugging Face's, t5x's or our own, one of this program's
+            `checkpoint_<step>` directories, a `.safetensors` file whose names are parameter
+            paths, or a soft prompt in a `.npy` file. `asset:` paths are resolved.
 
     Raises:
         UserError: There is nothing at this path, or it can't be read.
     """
-    file = Path(assets.resolve(path))
-    if not file.exists():
-        siblings = [str(sibling) for sibling in file.parent.glob("*")]
-        raise UserError(f"There is no checkpoint at '{path}'." + nearest(str(file), siblings))
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' is no readable safetensors file: {error}.") from None
-    if not (file / "params").is_dir():
-        raise UserError(
-            f"'{path}' is neither a .safetensors file nor a checkpoint_<step> directory with a "
-            f"'params' folder."
-        )
+    folder = (Path(assets.resolve(path)) / "params").absolute()
+    if not folder.is_dir():
+        return {name: tensor.load() for name, tensor in sources.weights(path).items()}
+    shapes = _shapes(folder)
+    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        folder = (file / "params").absolute()
-        shapes = _shapes(folder)
-        to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         restored = checkpointer.restore(
             folder, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy)
         )

@@ -1,18 +1,28 @@
-"""Converts checkpoints: python -m robust_ft.convert --from=robust_ft --input=DIR --output=FILE
+"""Converts models: python -m robust_ft.convert --from=hf --to=robust_ft --input=DIR --output=DIR
 
-Reads a stage of a finished run (its selected checkpoint) or one checkpoint_<step> directory, and
-writes all of its parameters to one .safetensors file that INITIAL_CHECKPOINT_PATH can name.
+Formats are hf (a Hugging Face directory, or a name on the hub), t5x (a checkpoint_<step> of t5x)
+and robust_ft (a model directory of this program). --from is told from the files if not given.
+
+A stage of a finished run (its selected checkpoint) or one checkpoint_<step> holds only what was
+trained; --base names the model that it started from, whose other parameters, config and
+vocabulary are taken. An --output that ends in .safetensors is one file with all parameters that
+INITIAL_CHECKPOINT_PATH can name; nothing else is needed for that.
 """
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from robust_ft import command_line
 
-FORMATS = ("robust_ft",)
-DTYPES = ("float32", "float16")
+if TYPE_CHECKING:
+    from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+
+FORMATS = ("hf", "t5x", "robust_ft")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,34 +32,144 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--from", dest="source", choices=FORMATS, default="robust_ft")
-    parser.add_argument("--input", required=True, metavar="DIR", help="the stage or checkpoint")
-    parser.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--from", dest="source_format", choices=FORMATS)
+    parser.add_argument("--to", dest="output_format", choices=FORMATS, default="robust_ft")
+    parser.add_argument("--input", required=True, help="a model, a stage or a checkpoint")
+    parser.add_argument("--output", required=True, help="a directory, or a .safetensors file")
+    parser.add_argument("--base", metavar="DIR", help="the model that a stage started from")
     parser.add_argument("--dtype", choices=DTYPES, help="type of floats; as they are if not given")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the model's config that the input does not tell, such as "
+        "relative_max_distance=128",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output if it is there, once complete"
+    )
     arguments = parser.parse_args(argv)
-    convert(arguments.input, arguments.output, arguments.dtype)
+    convert(
+        arguments.input,
+        arguments.output,
+        arguments.source_format,
+        arguments.output_format,
+        dtype=arguments.dtype,
+        base=arguments.base,
+        config=dict(_field(text) for text in arguments.config),
+        overwrite=arguments.overwrite,
+    )
     return 0
 
 
-def convert(source: str, output: str, dtype: str | None = None) -> None:
-    """Writes the parameters of a stage or checkpoint to a .safetensors file.
+def convert(
+    source: str,
+    output: str,
+    source_format: str | None = None,
+    output_format: str = "robust_ft",
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
+    config: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model in another format, tensor by tensor.
+
+    Args:
+        source: A model directory, a stage's directory, or a file with parameters.
+        output: A directory, or a `.safetensors` file, which holds parameters and no config.
+        source_format: "hf", "t5x" or "robust_ft"; told from the files if not given.
+        output_format: The same, of a directory.
+        dtype: What floats are written as; as they are if not given.
+        base: The model that supplies what `source` does not hold.
+        config: Fields of the model's config that win over what the source says.
+        overwrite: Whether to replace an output that is there.
 
     Raises:
-        UserError: The source is no finished stage and no checkpoint, or the output has another
-            ending.
+        UserError: The source is none, is broken, or does not fit its config, or the output is
+            there or cannot be written. Whatever was there before is untouched.
     """
-    from robust_ft import console, trainable
-    from robust_ft.checkpoint import Outcome, load_params, save_params
+    from robust_ft import console
+    from robust_ft.checkpoints_io import outputs, safetensors_files
     from robust_ft.errors import UserError
 
-    if not output.endswith(".safetensors"):
-        raise UserError(f"--output='{output}' must end in .safetensors.")
+    outputs.check(Path(output).expanduser(), overwrite)
+    if output.endswith(".safetensors"):
+        tensors = {
+            path: tensor.cast(dtype)
+            for path, tensor in _weights(source, source_format, base, config).items()
+        }
+        with outputs.fresh(Path(output), overwrite) as temporary:
+            safetensors_files.write(temporary, tensors)
+        size = Path(output).stat().st_size
+        console.print_line(f"{len(tensors)} parameters in {output} ({size:,} bytes).")
+        return
+    if base is None and _is_partial(source):
+        raise UserError(
+            f"'{source}' holds parameters without a config; give --base=DIR, the model that they "
+            "belong to, or an --output that ends in .safetensors."
+        )
+    checkpoint = _model(source, source_format, base, config).cast(dtype)
+    with outputs.fresh(Path(output), overwrite) as temporary:
+        temporary.mkdir()
+        _write(checkpoint, temporary, output_format)
+    console.print_line(
+        f"{len(checkpoint.tensors)} parameters ({checkpoint.nbytes:,} bytes) of a "
+        f"{checkpoint.family} in {output}."
+    )
+
+
+def _write(checkpoint: "Checkpoint", folder: Path, output_format: str) -> None:
+    from robust_ft.checkpoints_io import hf, native, t5x
+
+    {"hf": hf, "t5x": t5x, "robust_ft": native}[output_format].write(checkpoint, folder)
+
+
+def _model(
+    source: str, source_format: str | None, base: str | None, config: dict[str, Any] | None
+) -> "Checkpoint":
+    from robust_ft.checkpoints_io import sources
+
+    if base is None:
+        return sources.read(source, source_format, config)
+    whole = sources.read(base, None, config)
+    return sources.overlaid(whole, sources.weights(_selected(source)), source)
+
+
+def _weights(
+    source: str, source_format: str | None, base: str | None, config: dict[str, Any] | None
+) -> dict[str, "Tensor"]:
+    from robust_ft.checkpoints_io import sources
+
+    if base is not None or (source_format == "hf" and not Path(source).exists()):
+        return dict(_model(source, source_format, base, config).tensors)
+    return sources.weights(_selected(source))
+
+
+def _selected(source: str) -> str:
+    """Returns the selected checkpoint of a stage's directory; other paths as they are."""
+    from robust_ft.checkpoint import PREFIX, Outcome
+
     outcome = Outcome.read(source)
-    step = f"checkpoint_{outcome.step}" if outcome else ""
-    params = load_params(str(Path(source) / step))
-    save_params(output, trainable.unflatten(params), dtype)
-    size = Path(output).stat().st_size
-    console.print_line(f"{len(params)} parameters in {output} ({size:,} bytes).")
+    return str(Path(source) / f"{PREFIX}_{outcome.step}") if outcome else source
+
+
+def _is_partial(source: str) -> bool:
+    path = Path(_selected(source)).expanduser()
+    return path.is_file() or (path / "params").is_dir()
+
+
+def _field(text: str) -> tuple[str, Any]:
+    from robust_ft.errors import UserError
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--config={text} has no value; write --config=FIELD=VALUE.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a bare word
 
 
 if __name__ == "__main__":

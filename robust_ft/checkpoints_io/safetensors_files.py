@@ -54,10 +54,12 @@ def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_LONGEST_HEADER, max(0, size - 8)):
-                raise UserError(f"'{file}' is no safetensors file, or its header is cut off.")
+                raise UserError(f"'{file}' is no readable safetensors file: its header is cut off.")
             header = json.loads(stream.read(length))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"'{file}' is no safetensors file: its header is no JSON.") from None
+        raise UserError(
+            f"'{file}' is no readable safetensors file: its header is no JSON."
+        ) from None
     except OSError as error:
         raise UserError(f"'{file}' cannot be read: {error.strerror}.") from None
     header.pop("__metadata__", None)

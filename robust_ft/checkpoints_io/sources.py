@@ -1,0 +1,170 @@
+"""What a path holds: one entrance to every format that can be read."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from robust_ft import assets
+from robust_ft.checkpoints_io import hf, native, safetensors_files, t5x
+from robust_ft.checkpoints_io.names import misfit
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+from robust_ft.errors import UserError, nearest
+from robust_ft.trainable import flatten
+
+# Prompt tuning saves a soft prompt as a bare array.
+PROMPT = "encoder/prompt"
+FORMATS = ("hf", "t5x", "robust_ft")
+
+
+def read(
+    path: str, file_format: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Opens a whole model: a directory of Hugging Face's, t5x's or our own.
+
+    Args:
+        path: The directory, or a model's name on the Hugging Face hub.
+        file_format: One of FORMATS; told from the directory's files if not given.
+        overrides: Fields of the config that win over what the directory says.
+
+    Raises:
+        UserError: Nothing is there, or it is broken; the message names file and tensor.
+    """
+    path = assets.resolve(path)
+    file_format = file_format or detect(path)
+    if file_format == "t5x":
+        return t5x.read(path, overrides)
+    checkpoint = hf.read(path) if file_format == "hf" else native.read(path)
+    return overridden(checkpoint, overrides or {})
+
+
+def detect(path: str) -> str:
+    """Returns which of FORMATS a directory is in; what does not exist may be on the hub."""
+    folder = Path(path).expanduser()
+    if native.is_directory(folder):
+        return "robust_ft"
+    if hf.is_directory(folder) or not folder.exists():
+        return "hf"
+    if t5x.is_directory(folder):
+        return "t5x"
+    raise UserError(
+        f"'{path}' is no model directory: it has neither {hf.CONFIG} (Hugging Face), "
+        f"{native.SETTINGS} (robust_ft) nor {t5x.INDEX} (t5x)."
+    )
+
+
+def weights(path: str) -> dict[str, Tensor]:
+    """Returns the parameters in any kind of checkpoint, under our paths.
+
+    Args:
+        path: A directory that `read` opens, one of this program's `checkpoint_<step>`, a
+            `.safetensors` file with our paths, or a soft prompt in a `.npy` file. `asset:` paths
+            are resolved.
+
+    Raises:
+        UserError: Nothing is there, or it is broken.
+    """
+    file = Path(assets.resolve(path)).expanduser()
+    if not file.exists():
+        siblings = [str(sibling) for sibling in file.parent.glob("*")]
+        raise UserError(f"There is no checkpoint at '{path}'." + nearest(str(file), siblings))
+    if file.suffix == ".safetensors":
+        return safetensors_files.read(file)
+    if file.suffix == ".npy":
+        return _prompt(file)
+    if (file / "params").is_dir():
+        return _saved(file / "params")
+    if native.is_directory(file):
+        return native.read_weights(file)
+    if hf.is_directory(file):
+        return dict(hf.read(str(file)).tensors)
+    if t5x.is_directory(file):
+        return t5x.read_weights(file)
+    raise UserError(
+        f"'{path}' is no checkpoint: neither a .safetensors or .npy file, nor a directory with "
+        f"{hf.CONFIG} (Hugging Face), {native.SETTINGS} (robust_ft), {t5x.INDEX} (t5x) or params "
+        "(checkpoint_<step> of a run)."
+    )
+
+
+def overlaid(base: Checkpoint, changed: Mapping[str, Tensor], source: str) -> Checkpoint:
+    """Returns `base` with some of its parameters replaced.
+
+    Args:
+        base: A whole model.
+        changed: Parameters of the same model, such as those that a stage has trained.
+        source: Where these come from.
+
+    Raises:
+        UserError: The model has no place for one of them, or one with another shape.
+    """
+    if strange := sorted(changed.keys() - base.tensors.keys()):
+        raise UserError(misfit(source, strange, ()))
+    for path, tensor in changed.items():
+        if tensor.shape != base.tensors[path].shape:
+            raise UserError(
+                f"{tensor.where} has shape {tensor.shape}, in '{base.source}' it has "
+                f"{base.tensors[path].shape}."
+            )
+    return dataclasses.replace(base, source=source, tensors=dict(base.tensors) | dict(changed))
+
+
+def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
+    """Returns the checkpoint with fields of its config replaced, if the tensors still fit."""
+    if not fields:
+        return checkpoint
+    config: Any = checkpoint.config
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in fields:
+        if name not in known:
+            raise UserError(
+                f"{type(config).__name__} has no field '{name}'." + nearest(name, known)
+            )
+    config = dataclasses.replace(config, **fields)
+    native.check(checkpoint.source, config, checkpoint.tensors)
+    return dataclasses.replace(checkpoint, config=config)
+
+
+def _prompt(file: Path) -> dict[str, Tensor]:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"'{file}' is no readable .npy file, or is truncated.") from None
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise UserError(
+            f"'{file}' holds {array.dtype} {array.shape}, not a soft prompt [length, embed]."
+        )
+    return {PROMPT: Tensor.of(array, f"'{file}'")}
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    """Returns the parameters of a run's checkpoint, each restored when it is read."""
+    folder = folder.absolute()
+    try:
+        leaves = flatten(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    except Exception as error:  # Orbax raises whatever its storage raises
+        raise UserError(f"'{folder}' is no readable checkpoint ({type(error).__name__}).") from None
+    return {path: _leaf(folder, path, leaf) for path, leaf in leaves.items()}
+
+
+def _leaf(folder: Path, path: str, metadata: Any) -> Tensor:
+    where = f"'{path}' in '{folder}'"
+
+    def load() -> np.ndarray:
+        item: Any = metadata
+        wanted: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(path.split("/")):
+            item, wanted = {key: item}, {key: wanted}
+        arguments = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restored = checkpointer.restore(folder, args=arguments)
+        except Exception as error:
+            raise UserError(f"{where} cannot be read ({type(error).__name__}).") from None
+        return jax.tree.leaves(restored)[0]
+
+    return Tensor(tuple(metadata.shape), np.dtype(metadata.dtype), load, where)
