@@ -295,6 +295,6 @@ class TrainingLog:
         weight = totals.pop("weight")
         # The loss and its parts are sums over target tokens, these two are one number a step.
         per_step = {name: totals.pop(name) / len(window) for name in ("grad_norm", "learning_rate")}
-        values = {name: total / max(weight, 1.0) for name, total in totals.items()} | per_step
+        values = {name: total / (weight or 1.0) for name, total in totals.items()} | per_step
         self._writer.write(window[-1][0], values)
         self._shown = {"loss": values["loss"]}
