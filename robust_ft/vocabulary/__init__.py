@@ -10,7 +10,11 @@ What a model reads for a text is `encode_inputs(vocabulary, text, length)`, what
 
 from robust_ft.vocabulary.base import Vocabulary, cut, encode_inputs, encode_targets
 from robust_ft.vocabulary.byte import ByteVocabulary
-from robust_ft.vocabulary.directory import vocabulary_files, vocabulary_from_directory
+from robust_ft.vocabulary.directory import (
+    vocabulary_files,
+    vocabulary_from_directory,
+    vocabulary_settings,
+)
 from robust_ft.vocabulary.hub import BpeVocabulary, TokenizersVocabulary
 from robust_ft.vocabulary.sentence_piece import SentencePieceVocabulary
 
@@ -25,4 +29,5 @@ __all__ = [
     "encode_targets",
     "vocabulary_files",
     "vocabulary_from_directory",
+    "vocabulary_settings",
 ]

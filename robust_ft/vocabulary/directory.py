@@ -1,12 +1,14 @@
 """Which vocabulary a Hugging Face model directory holds."""
 
+import dataclasses
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from robust_ft import assets
 from robust_ft.errors import UserError, nearest
 from robust_ft.vocabulary.base import Vocabulary
 from robust_ft.vocabulary.byte import ByteVocabulary
@@ -105,6 +107,23 @@ def vocabulary_files(directory: str | Path) -> tuple[str, ...]:
     return tuple(sorted(present & {*known, *_SETTINGS}))
 
 
+def vocabulary_settings(vocabulary: Vocabulary) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """Returns what makes a vocabulary again, for a JSON file beside copies of its files.
+
+    Returns:
+      {'kind': name of its class, and its fields}, with files by their names alone; and the files.
+    """
+    settings: dict[str, Any] = {"kind": type(vocabulary).__name__}
+    files = []
+    for field in dataclasses.fields(cast(Any, vocabulary)):
+        value = getattr(vocabulary, field.name)
+        if field.name.endswith("path") and value is not None:
+            files.append(Path(assets.resolve(value)).expanduser())
+            value = files[-1].name
+        settings[field.name] = list(value) if isinstance(value, tuple) else value
+    return settings, tuple(files)
+
+
 class _Settings:
     """What the JSON files of a directory say of its tokenizer."""
 
@@ -149,8 +168,14 @@ class _Settings:
     def added_tokens(self) -> dict[str, int]:
         """Returns the added tokens that the settings declare, by id."""
         found = {token: i for token, i in self._added.items() if isinstance(i, int)}
-        for key, value in (self._tokenizer.get("added_tokens_decoder") or {}).items():
-            found[value["content"] if isinstance(value, dict) else str(value)] = int(key)
+        try:
+            for key, value in (self._tokenizer.get("added_tokens_decoder") or {}).items():
+                found[value["content"] if isinstance(value, dict) else str(value)] = int(key)
+        except (AttributeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"'{self.folder / 'tokenizer_config.json'}' has an added_tokens_decoder that is "
+                "not tokens by their ids."
+            ) from error
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def sentinels(self) -> int | None:
@@ -241,6 +266,7 @@ def _hub(
     kind: Any = TokenizersVocabulary if files == _TOKENIZER else BpeVocabulary
     make = functools.partial(kind, *(str(folder / name) for name in files))
     bare = make()
+    _ = bare.vocab_size  # what is wrong with the files goes before what the settings lack
     declared = settings.added_tokens()
     missing = [token for token in declared if bare.token_id(token) is None]
     tokens = _special_tokens(folder, family, settings, bare)
