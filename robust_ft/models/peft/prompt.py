@@ -19,7 +19,7 @@ INITIALIZATIONS = ("sampled_vocabulary", "random_uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(Peft):
-    """One soft prompt, prepended to the encoder's embedded input.
+    """One soft prompt, prepended to the embedded input.
 
     Attributes:
         length: Number of prompt vectors P.
@@ -82,7 +82,9 @@ class Prompt(Peft):
         tokens = jax.random.choice(
             rng, candidates, (self.length,), replace=self.length > candidates.shape[0]
         )
-        return {f"encoder/{self.name}": table[tokens].astype(jnp.float32)}
+        # Decoder-only models have no encoder, and read the prompt in the decoder.
+        stack = "encoder" if "encoder" in params else "decoder"
+        return {f"{stack}/{self.name}": table[tokens].astype(jnp.float32)}
 
 
 def _uniform(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
