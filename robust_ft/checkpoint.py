@@ -123,6 +123,7 @@ class StageCheckpoints:
 
     def score(self, step: int) -> float | None:
         """Returns the score that a checkpoint was saved with, None if it had none."""
+        self._manager.wait_until_finished()
         metrics = self._manager.metrics(step)
         return None if metrics is None else metrics["score"]
 
@@ -138,7 +139,8 @@ def load_params(path: str) -> dict[str, np.ndarray]:
     Args:
         path: A model directory of Hugging Face's, t5x's or our own, one of this program's
             `checkpoint_<step>` directories, a `.safetensors` file whose names are parameter
-            paths, or a soft prompt in a `.npy` file. `asset:` paths are resolved.
+            paths, or a soft prompt in a `.npy` file. `asset:` paths are resolved. Several,
+            separated by commas, add up.
 
     Raises:
         UserError: There is nothing at this path, or it can't be read.
