@@ -29,9 +29,7 @@ class Family(Protocol):
     Optional functions besides these, found by `optional`:
     - `tied(settings, tensors) -> {name: the name it is tied to}`, for heads that a file leaves out;
     - `token_ids(settings) -> {"pad": id, "eos": id, "start": id}`, where config.json's own
-      `pad_token_id`, `eos_token_id` and `decoder_start_token_id` are not what is meant;
-    - `vocabulary(folder, settings) -> {"kind": ..., "path": file's name, ...} | None`, where it is
-      not simply the folder's tokenizer.json.
+      `pad_token_id`, `eos_token_id` and `decoder_start_token_id` are not what is meant.
 
     Attributes:
         CONFIG: The family's config dataclass.

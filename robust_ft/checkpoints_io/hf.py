@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +15,25 @@ from robust_ft.checkpoints_io.names import expand, resolve
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
 from robust_ft.errors import UserError
 from robust_ft.models.model import ModelConfig
+from robust_ft.vocabulary import (
+    vocabulary_files,
+    vocabulary_from_directory,
+    vocabulary_settings,
+)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # What belongs to a model besides its weights, carried along as it is.
 COMPANIONS = (
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
     "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
 )
@@ -42,8 +46,12 @@ def is_directory(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read(source: str) -> Checkpoint:
+def read(source: str, vocabulary: bool = True) -> Checkpoint:
     """Opens a directory, or a name on the hub; tensors are read when they are needed.
+
+    Args:
+        source: The directory or the name.
+        vocabulary: Whether to look for its vocabulary, too.
 
     Raises:
         UserError: It is no such directory, its architecture is not known, a file is missing or
@@ -60,7 +68,6 @@ def read(source: str) -> Checkpoint:
     except UserError as error:
         raise UserError(f"'{folder}': {error}") from None
     tied, token_ids = families.optional(name, "tied"), families.optional(name, "token_ids")
-    vocabulary = families.optional(name, "vocabulary") or _vocabulary
     found = resolve(
         family.NAMES,
         config,
@@ -75,8 +82,8 @@ def read(source: str) -> Checkpoint:
         config,
         found.tensors,
         (token_ids or _token_ids)(settings),
-        vocabulary(folder, settings),
-        tuple(folder / file for file in COMPANIONS if (folder / file).is_file()),
+        _vocabulary(folder) if vocabulary else None,
+        _companions(folder),
         {"config": settings} | found.notes(),
     )
 
@@ -207,11 +214,18 @@ def _token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in firsts.items() if isinstance(value, int)}
 
 
-def _vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    del settings
-    if not (folder / "tokenizer.json").is_file():
+def _vocabulary(folder: Path) -> dict[str, Any] | None:
+    """Returns the vocabulary's settings; weights without one that is known can be converted too."""
+    try:
+        return vocabulary_settings(vocabulary_from_directory(folder))[0]
+    except UserError as error:
+        logging.warning("The model is converted without a vocabulary: %s", error)
         return None
-    return {"kind": "TokenizersVocabulary", "path": "tokenizer.json"}
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    names = sorted({*vocabulary_files(folder), *COMPANIONS})
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:

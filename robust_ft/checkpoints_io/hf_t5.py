@@ -2,11 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from robust_ft.checkpoints_io.names import Name, Redundant
-from robust_ft.checkpoints_io.tensors import Tensor, float_type, settings_file
+from robust_ft.checkpoints_io.tensors import Tensor, float_type
 from robust_ft.errors import UserError
 from robust_ft.models.t5 import T5Config
 
@@ -172,21 +171,6 @@ def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
         "eos": settings.get("eos_token_id", 1),
         "start": settings.get("decoder_start_token_id") or 0,
     }
-
-
-def vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """T5's and mT5's SentencePiece model, or ByT5's bytes."""
-    tokenizer = settings_file(folder / "tokenizer_config.json")
-    if (folder / "spiece.model").is_file():
-        published = 0 if settings.get("model_type") == "mt5" else 100
-        extra_ids = tokenizer.get("extra_ids", published)
-        return {"kind": "SentencePieceVocabulary", "path": "spiece.model", "extra_ids": extra_ids}
-    name = tokenizer.get("tokenizer_class") or settings.get("tokenizer_class")
-    if name == "ByT5Tokenizer":
-        return {"kind": "ByteVocabulary", "extra_ids": tokenizer.get("extra_ids", 125)}
-    if (folder / "tokenizer.json").is_file():
-        return {"kind": "TokenizersVocabulary", "path": "tokenizer.json"}
-    return None
 
 
 def _activations(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

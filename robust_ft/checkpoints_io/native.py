@@ -133,9 +133,13 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
             f"{', '.join(sorted(known))}." + nearest(str(kind), known)
         )
     lying = {file.name: str(file) for file in checkpoint.files}
-    placed = {k: lying.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name.endswith("path") and value is not None:
+            fields[name] = lying.get(value, value)
     try:
-        return known[kind](**placed)
+        return known[kind](**fields)
     except TypeError as error:
         raise UserError(f"The vocabulary of '{checkpoint.source}': {error}.") from None
 

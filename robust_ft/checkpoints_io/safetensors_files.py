@@ -170,12 +170,12 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
     try:
         code, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if code not in TYPES:
-            raise UserError(f"{where} has the type {code}; known are {', '.join(TYPES)}.")
-        dtype = jnp.dtype(TYPES[code])
-        fits = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
+        dtype = jnp.dtype(TYPES.get(code, "uint8"))
+        fits = 0 <= begin <= end and end - begin == math.prod(shape) * dtype.itemsize
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{where} has no readable entry in the file's header.") from None
+    if code not in TYPES:
+        raise UserError(f"{where} has the type {code}; known are {', '.join(TYPES)}.")
     if not fits:
         raise UserError(f"{where} has {end - begin:,} bytes, which does not fit its shape {shape}.")
     if start + end > size:

@@ -63,11 +63,15 @@ def weights(path: str) -> dict[str, Tensor]:
     Args:
         path: A directory that `read` opens, one of this program's `checkpoint_<step>`, a
             `.safetensors` file with our paths, or a soft prompt in a `.npy` file. `asset:` paths
-            are resolved.
+            are resolved. Several, separated by commas, add up (a model and its prompt); of what
+            two of them hold the later counts.
 
     Raises:
         UserError: Nothing is there, or it is broken.
     """
+    if "," in path and not Path(path).exists():
+        parts = [weights(part.strip()) for part in path.split(",")]
+        return {name: tensor for part in parts for name, tensor in part.items()}
     file = Path(assets.resolve(path)).expanduser()
     if not file.exists():
         siblings = [str(sibling) for sibling in file.parent.glob("*")]
@@ -81,7 +85,7 @@ def weights(path: str) -> dict[str, Tensor]:
     if native.is_directory(file):
         return native.read_weights(file)
     if hf.is_directory(file):
-        return dict(hf.read(str(file)).tensors)
+        return dict(hf.read(str(file), vocabulary=False).tensors)
     if t5x.is_directory(file):
         return t5x.read_weights(file)
     raise UserError(
