@@ -1,5 +1,6 @@
 """Layers shared by the models; each calls the PEFT hooks of its site in one line."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +23,18 @@ MASKED = -1e10
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": nn.gelu,  # with tanh, which Hugging Face calls gelu_new
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "linear": lambda x: x,
+}
+
 
 class Dense(nn.Module):
-    """A matrix product without bias: [..., inputs] -> [..., features].
+    """A matrix product: [..., inputs] -> [..., features].
 
     Attributes:
         features: Size of the output.
@@ -32,6 +42,7 @@ class Dense(nn.Module):
         dtype: Type in which the product is computed.
         output_dtype: Type of the result, by default the inputs'; a wider one loses nothing of
             what accelerators accumulate.
+        use_bias: Whether a bias is added.
     """
 
     features: int
@@ -41,6 +52,7 @@ class Dense(nn.Module):
     kernel_init: Initializer = fan_in_normal
     peft: tuple[Peft, ...] = ()
     output_dtype: Any = None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:
@@ -51,23 +63,31 @@ class Dense(nn.Module):
             self.param_dtype,
         )
         y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.output_dtype)
+        if self.use_bias:
+            init = with_axes(nn.initializers.zeros, self.axes[1])
+            y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
         for method in self.peft:
             y = method.dense(self, x, y)
         return y
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: no mean is subtracted and there is no bias; computed in float32."""
+    """T5's layer norm: no mean is subtracted and there is no bias; computed in float32.
+
+    Attributes:
+        axis: Logical axis of what is normalized.
+    """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     epsilon: float = 1e-6
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest embed"]:
         scale = self.param(
             "scale",
-            with_axes(nn.initializers.ones, "embed"),
+            with_axes(nn.initializers.ones, self.axis),
             (x.shape[-1],),
             self.param_dtype,
         )
@@ -76,18 +96,45 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Mean 0 and variance 1 over the last axis, then scale and bias; computed in float32."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest embed"]:
+        ones, zeros = (
+            with_axes(init, "embed") for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)
+
+
 class Embedding(nn.Module):
-    """A table of token embeddings, also usable as the output head (`attend`)."""
+    """A table of token embeddings, also usable as the output head (`attend`).
+
+    Attributes:
+        axis: Logical axis of the rows: "vocab", or "length" for a table of positions.
+        stddev: Of the initial values.
+    """
 
     vocab_size: int
     features: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    axis: str = "vocab"
+    stddev: float = 1.0
 
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding",
-            with_axes(nn.initializers.normal(1.0), "vocab", "embed"),
+            with_axes(nn.initializers.normal(self.stddev), self.axis, "embed"),
             (self.vocab_size, self.features),
             self.param_dtype,
         )
@@ -174,8 +221,13 @@ def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
 class Attention(nn.Module):
     """Multi-head attention in two halves, so that decoding can keep keys and values.
 
-    `project` makes keys and values of the attended sequence, `__call__` attends to them. As in
-    T5, scores are not divided by sqrt(head_dim); the query kernel is initialized smaller instead.
+    `project` makes keys and values of the attended sequence, `__call__` attends to them.
+
+    Attributes:
+        use_bias: Whether the four projections have a bias.
+        scale: Factor of the scores; where it is 1, as in T5, and not head_dim^-0.5, the query
+            kernel is initialized smaller instead.
+        dropout_dims: Axes of the attention weights along which one dropout mask is shared.
     """
 
     num_heads: int
@@ -185,20 +237,31 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     peft: tuple[Peft, ...] = ()
+    use_bias: bool = False
+    scale: float = 1.0
+    dropout_dims: tuple[int, ...] = (-2,)
 
     def setup(self) -> None:
         def projection(features: int, axes: tuple[str, str], init: Initializer) -> Dense:
-            return Dense(features, axes, self.dtype, self.param_dtype, init, self.peft)
+            return Dense(
+                features,
+                axes,
+                self.dtype,
+                self.param_dtype,
+                init,
+                self.peft,
+                use_bias=self.use_bias,
+            )
 
         def query_init(*args: Any) -> jax.Array:
-            return fan_in_normal(*args) / math.sqrt(self.head_dim)
+            return fan_in_normal(*args) / (math.sqrt(self.head_dim) * self.scale)
 
         joined = self.num_heads * self.head_dim
         self.query = projection(joined, ("embed", "joined_kv"), query_init)
         self.key = projection(joined, ("embed", "joined_kv"), fan_in_normal)
         self.value = projection(joined, ("embed", "joined_kv"), fan_in_normal)
         self.out = projection(self.embed_dim, ("joined_kv", "embed"), fan_in_normal)
-        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=self.dropout_dims)
 
     def project(self, x: Float[Array, "batch key embed"]) -> dict[str, jax.Array]:
         """Returns {"key", "value"}, each [batch, key, heads, head_dim]."""
@@ -212,21 +275,51 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "batch query embed"]:
         query = self._split(self.query(x))
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32
-        )
-        weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, keys["value"])
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+        dropout = functools.partial(self.dropout, deterministic=deterministic)
+        return self.out(attended(query, keys, bias, dropout, self.scale))
 
     def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
-        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
-        return constrain(x, "batch", "length", "heads", "kv")
+        return split_heads(x, self.num_heads)
+
+
+def split_heads(
+    x: Float[Array, "batch length joined"], num_heads: int
+) -> Float[Array, "batch length heads head_dim"]:
+    """Returns the same numbers by head, the heads placed as the mesh has them."""
+    x = x.reshape(*x.shape[:2], num_heads, -1)
+    return constrain(x, "batch", "length", "heads", "kv")
+
+
+def attended(
+    query: Float[Array, "batch query heads head_dim"],
+    keys: dict[str, jax.Array],
+    bias: Float[Array, "#batch #heads query key"],
+    dropout: Callable[[jax.Array], jax.Array],
+    scale: float = 1.0,
+) -> Float[Array, "batch query joined"]:
+    """Returns the values that attention mixes, heads joined; softmax is in float32.
+
+    Args:
+        query: What attends.
+        keys: {"key", "value"} of what is attended to, each [batch, key, heads, head_dim].
+        bias: Added to the scores, such as `mask_bias`.
+        dropout: Applied to the weights.
+        scale: Factor of the scores.
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * scale + bias, axis=-1).astype(query.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights), keys["value"])
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 class MLP(nn.Module):
-    """The feed-forward sublayer: the product of one activation per input kernel, then `wo`."""
+    """The feed-forward sublayer: the product of one activation per input kernel, then `wo`.
+
+    Attributes:
+        activations: Names in `ACTIVATIONS`.
+        dropout_rate: Of what the activations give.
+        dropout_dims: Axes along which one dropout mask is shared.
+    """
 
     hidden_dim: int
     activations: Sequence[str]
@@ -234,6 +327,8 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     peft: tuple[Peft, ...] = ()
+    use_bias: bool = False
+    dropout_dims: tuple[int, ...] = (-2,)
 
     @nn.compact
     def __call__(
@@ -248,10 +343,11 @@ class MLP(nn.Module):
                 self.dtype,
                 self.param_dtype,
                 peft=self.peft,
+                use_bias=self.use_bias,
                 name=name,
             )(x)
-            hidden = hidden * (y if activation == "linear" else getattr(nn, activation)(y))
-        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            hidden = hidden * ACTIVATIONS[activation](y)
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=self.dropout_dims)(
             hidden, deterministic=deterministic
         )
         hidden = constrain(hidden, "batch", "length", "mlp")
@@ -261,6 +357,7 @@ class MLP(nn.Module):
             self.dtype,
             self.param_dtype,
             peft=self.peft,
+            use_bias=self.use_bias,
             name="wo",
         )(hidden)
 
