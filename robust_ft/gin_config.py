@@ -219,7 +219,7 @@ def _explain(error: Exception) -> UserError:
         return UserError(
             f"{owner} has no parameter '{parameter}'{where}." + nearest(parameter, choices)
         )
-    if match := re.search(r"call to configurable 'macro' .* in scope '(.+)'", message):
+    if match := re.search(r"No bindings specified for '(\w+)/gin\.macro'", message):
         return UserError(
             f"The config needs a value for the macro {match[1]}; set it with "
             f"--gin.{match[1]}=VALUE or in a later --gin_file."

@@ -109,8 +109,7 @@ def test_no_file_names_the_recipes(capsys):
 
 def test_a_value_that_is_missing(capsys):
     assert run("--gin_file=gin_configs/common.gin") == command_line.USER_ERROR
-    err = capsys.readouterr().err
-    assert_one_sentence(err)
+    assert_one_sentence(capsys.readouterr().err, "needs a value for the macro MODEL_DIR")
 
 
 def test_a_checkpoint_of_another_shape(tmp_path, capsys):

@@ -121,7 +121,13 @@ def ensure(data: TaskData) -> list[CachedTask]:
     ready = load(data)
     if ready is None:
         with quiet.without_native_log():
-            from robust_ft.data import build  # the one import that brings in tensorflow
+            try:
+                from robust_ft.data import build  # the one import that brings in tensorflow
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"There is no cache of task '{data.task}', split '{data.split}' at "
+                    f"{directory(data)}, and {error.name}, which builds it, is not installed."
+                ) from error
 
         build.build(data)
         ready = load(data)

@@ -1,0 +1,180 @@
+"""Evaluations: what is decoded, what is counted, and how tasks average."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+import toy
+
+from robust_ft import evaluate as evaluate_lib
+from robust_ft.data import loader
+from robust_ft.errors import UserError
+from robust_ft.evaluate import HELD_OUT, TARGET, Result, evaluate, held_out_rows, suite
+
+
+class Recorder:
+    """A predictor that says what it is told to, and keeps the batches.
+
+    Args:
+        say: from the text of an input to the output.
+    """
+
+    def __init__(self, say):
+        self.say = say
+        self.model = toy.PLAIN
+        self.vocabulary = toy.DATA.vocabulary
+        self.batches = []
+        self.detached = ()
+
+    def without(self, *names):
+        self.detached = names
+        return self
+
+    def generate(self, batch, decoder):
+        self.batches.append({name: rows.copy() for name, rows in batch.items()})
+        texts = [self.vocabulary.decode(row.tolist()) for row in batch["encoder_input_tokens"]]
+        tokens = np.zeros((len(texts), 2, 40), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            said = [*self.vocabulary.encode(self.say(text)), self.vocabulary.eos_id]
+            row[0, : len(said)] = said
+            row[1] = 99  # the second best, which does not count
+        return types.SimpleNamespace(tokens=tokens)
+
+
+def make(role, split="test", shots=0, score=0.0, share=None, count=3):
+    data = dataclasses.replace(toy.DATA, split=split)
+    evaluation = dataclasses.replace(toy.TARGET_EVALUATION, data=data, role=role, shots=shots)
+    values = {"accuracy": score, "exact_match": 7.0}
+    if share is not None:
+        values["format_share"] = share
+    return Result(evaluation, "accuracy", values, [{}] * count)
+
+
+def test_every_example_is_scored_once_and_in_order():
+    predictor = Recorder(lambda text: "a" if text == "is 3 odd" else text)
+    evaluation = dataclasses.replace(toy.TARGET_EVALUATION, batch_size=10)
+    result = evaluate(evaluation, predictor)
+    # Of the training split, 24 examples.
+    assert [p["input"] for p in result.predictions] == [f"is {i} odd" for i in range(24)]
+    assert [p["target"] for p in result.predictions] == list("aab" * 8)
+    assert result.predictions[3]["prediction"] == "a"
+    assert result.preferred == "accuracy" and result.score == pytest.approx(100 / 24)
+
+
+def test_rows_that_fill_up_repeat_a_real_one():
+    predictor = Recorder(lambda text: "a")
+    data = dataclasses.replace(toy.DATA, split="test")  # 7 examples
+    result = evaluate(dataclasses.replace(toy.TARGET_EVALUATION, data=data), predictor)
+    assert [batch["encoder_input_tokens"].shape for batch in predictor.batches] == [(4, 12)] * 2
+    last = predictor.batches[-1]["encoder_input_tokens"]
+    np.testing.assert_array_equal(last[3], last[0])
+    assert len(result.predictions) == 7
+    assert result.values == {
+        "accuracy": pytest.approx(500 / 7),
+        "exact_match": pytest.approx(500 / 7),
+        "format_share": 1.0,
+    }
+
+
+def test_format_share_is_of_trimmed_outputs():
+    # Whole outputs: one is in the format as it is, one after trimming, one never.
+    outputs = {"is 0 odd": "b", "is 1 odd": "<extra_id_0> b <extra_id_1> junk", "is 2 odd": "no"}
+    predictor = Recorder(outputs.__getitem__)
+    evaluation = dataclasses.replace(
+        toy.TARGET_EVALUATION, data=dataclasses.replace(toy.DATA, split="validation"), limit=3
+    )
+    examples = [
+        dataclasses.replace(e, inputs=np.array([*toy.DATA.vocabulary.encode(t), 1], np.int32))
+        for e, t in zip(loader.eval_examples(evaluation.data, 3), outputs, strict=True)
+    ]
+    (_, info) = evaluate_lib._examples(evaluation.task_data, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_lib, "_examples", lambda data, limit: (examples, info))
+        result = evaluate(evaluation, predictor)
+    assert result.values["format_share"] == pytest.approx(2 / 3)
+
+
+def test_prompts_are_detached_and_limits_spread():
+    predictor = Recorder(lambda text: "x")
+    evaluation = dataclasses.replace(toy.HELD_OUT_EVALUATION, limit=3, target_format=None)
+    evaluation = dataclasses.replace(
+        evaluation,
+        data=dataclasses.replace(evaluation.data, task="toy_other", split="validation"),
+        shots=1,
+    )
+    result = evaluate(evaluation, predictor)
+    assert predictor.detached == ("prompt",)
+    inputs = ["0 x count 0", "0 x count 2", "0 x count 4"]  # one shot, of the split's 6
+    assert [p["input"] for p in result.predictions] == inputs
+    assert "format_share" not in result.values
+
+
+def test_rows_of_a_result(tmp_path):
+    result = make(HELD_OUT, shots=2, score=50.0)
+    rows = result.rows("model", 4)
+    assert rows[0] == {
+        "stage": "model",
+        "step": 4,
+        "task": "toy",
+        "role": "held_out",
+        "split": "test",
+        "shots": 2,
+        "metric": "accuracy",
+        "value": 50.0,
+        "num_examples": 3,
+    }
+    assert [row["metric"] for row in rows] == ["accuracy", "exact_match"]
+    result = dataclasses.replace(result, predictions=[{"input": "ü\n", "prediction": "☃"}])
+    result.write(tmp_path / "new", 4)
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "toy_2shot-test-000004.jsonl"
+    assert json.loads(file.read_text()) == {"input": "ü\n", "prediction": "☃"}
+
+
+def test_held_out_rows_average_the_preferred_metric_by_split_and_shots():
+    results = [
+        make(TARGET, score=99.0, share=1.0),
+        make(HELD_OUT, score=10.0, share=0.5),
+        make(HELD_OUT, score=30.0, count=5),
+        make(HELD_OUT, shots=1, score=80.0, share=0.25),
+        make(HELD_OUT, split="validation", score=4.0),
+    ]
+    rows = held_out_rows(results, "model", 2)
+    found = {(r["split"], r["shots"], r["metric"]): (r["value"], r["num_examples"]) for r in rows}
+    assert found == {
+        ("test", 0, "norm_avg"): (20.0, 8),
+        ("test", 0, "format_share"): (0.5, 8),
+        ("test", 1, "norm_avg"): (80.0, 3),
+        ("test", 1, "format_share"): (0.25, 3),
+        ("validation", 0, "norm_avg"): (4.0, 3),
+    }
+    assert all((r["task"], r["role"], r["stage"]) == (HELD_OUT, HELD_OUT, "model") for r in rows)
+    assert held_out_rows(results[:1], "model", 2) == []
+
+
+def test_suite():
+    target, held_out = toy.TARGET_EVALUATION, toy.HELD_OUT_EVALUATION
+    found = suite("test", target, held_out, {0: ["a", "b"], 2: ["a"]}, limit=5)
+    assert [e.task for e in found] == ["toy", "a", "b", "a_2shot"]
+    assert [e.role for e in found] == [TARGET, HELD_OUT, HELD_OUT, HELD_OUT]
+    assert [e.detach for e in found] == [(), ("prompt",), ("prompt",), ("prompt",)]
+    assert {e.data.split for e in found} == {"test"} and {e.limit for e in found} == {5}
+    assert found[3].data.task == "a" and found[3].task_data.task == "a_2shot"
+    assert suite("test", target) == suite("test", target, held_out)
+    assert suite("test", target)[0].limit is None
+
+
+def test_settings_are_checked():
+    for field, value in (("batch_size", 0), ("limit", 0), ("limit", -1)):
+        with pytest.raises(UserError, match=f"{field}={value} of the evaluation on 'toy'"):
+            dataclasses.replace(toy.TARGET_EVALUATION, **{field: value})
+
+
+def test_a_task_without_metrics(monkeypatch):
+    examples, info = evaluate_lib._examples(toy.DATA, 2)
+    info = dataclasses.replace(info, metrics=())
+    monkeypatch.setattr(evaluate_lib, "_examples", lambda data, limit: (examples, info))
+    with pytest.raises(UserError, match="Task 'toy' names no metric"):
+        evaluate(toy.TARGET_EVALUATION, Recorder(lambda text: "a"))

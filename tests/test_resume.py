@@ -1,0 +1,108 @@
+"""A run that is killed and started again ends bit by bit where an uninterrupted one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+
+from robust_ft.command_line import RESUME
+
+TESTS = Path(__file__).parent
+# One after the other, on one run.
+INTERRUPTIONS = [
+    ("step", "prompt", 1),  # before the first checkpoint
+    ("saving", "prompt", 2),  # its folder is there, but not complete
+    ("saved", "prompt", 4),
+    ("evaluated", "prompt", 0),  # all done but the note that it is done
+    ("step", "model", 3),
+    ("saving", "model", 8),
+    ("terminated", "model", 11),
+    ("saved", "model", 12),
+]
+
+
+def start(where, stage, step, directory):
+    command = [sys.executable, str(TESTS / "killed_run.py"), where, stage, str(step)]
+    command += [str(directory), str(TESTS / "toy_promot.gin")]
+    return subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of an uninterrupted run and of one that was interrupted everywhere."""
+    folder = tmp_path_factory.mktemp("resume")
+    whole = start("nowhere", "-", 0, folder / "whole")
+    assert whole.returncode == 0, whole.stderr
+    broken = folder / "broken"
+    for where, stage, step in INTERRUPTIONS:
+        ended = start(where, stage, step, broken)
+        wanted = RESUME if where == "terminated" else -signal.SIGKILL
+        assert ended.returncode == wanted, (where, stage, step, ended.stdout, ended.stderr)
+        if where == "saving":
+            assert not (broken / stage / f"checkpoint_{step}").exists(), "killed too late"
+    last = start("nowhere", "-", 0, broken)
+    assert last.returncode == 0, last.stderr
+    return folder / "whole", broken
+
+
+@pytest.mark.parametrize("stage", ["prompt", "model"])
+def test_parameters_and_selected_steps(runs, stage):
+    whole, broken = runs
+    assert (broken / stage / "outcome.json").read_text() == (
+        whole / stage / "outcome.json"
+    ).read_text()
+    toy.assert_same(toy.final(broken, stage), toy.final(whole, stage))
+    steps = [sorted(p.name for p in (run / stage).glob("checkpoint_*")) for run in runs]
+    assert steps[0] == steps[1]
+
+
+def test_the_run_is_worth_comparing(runs):
+    rows = json.loads((runs[0] / "summary.json").read_text())
+    target = [r for r in rows if r["stage"] == "model" and r["task"] == "toy"]
+    accuracy = {
+        r["step"]: r["value"]
+        for r in target
+        if r["split"] == "validation" and r["metric"] == "accuracy"
+    }
+    assert accuracy[0] == 0 < max(accuracy.values())
+    losses = [x["loss"] for x in toy.read_lines(runs[0] / "model" / "metrics.jsonl") if "loss" in x]
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+
+
+def test_results_and_predictions(runs):
+    files = [
+        sorted(
+            str(path.relative_to(run))
+            for path in run.rglob("*")
+            if path.suffix in (".json", ".jsonl", ".gin", ".md", ".txt")
+            and not any(part.startswith("checkpoint_") for part in path.parts)
+        )
+        for run in runs
+    ]
+    assert files[0] == files[1] and len(files[0]) > 20
+    for name in files[0]:
+        texts = [(run / name).read_text() for run in runs]
+        if name.endswith("metrics.jsonl"):
+            # Final evaluations that were cut short are there twice.
+            texts = [list(dict.fromkeys(text.splitlines())) for text in texts]
+        elif name == "config.gin":
+            texts = [text.replace(str(run), "") for text, run in zip(texts, runs, strict=True)]
+        assert texts[0] == texts[1], name
+
+
+def test_a_finished_run_only_reports_again(runs):
+    whole, _ = runs
+    checkpoints = {p: p.stat().st_mtime_ns for p in whole.rglob("checkpoint_*")}
+    summary = (whole / "summary.json").read_text()
+    os.remove(whole / "report.html")
+    again = start("nowhere", "-", 0, whole)
+    assert again.returncode == 0, again.stderr
+    assert "step 2 was selected" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("checkpoint_*")} == checkpoints
+    assert (whole / "summary.json").read_text() == summary
+    assert (whole / "report.html").exists()
