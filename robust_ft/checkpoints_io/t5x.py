@@ -203,8 +203,9 @@ def _tensor(folder: Path, path: tuple[str, ...], leaf: Any) -> Tensor:
     if isinstance(leaf, dict):
         kvstore = leaf.get("kvstore")
         name = kvstore.get("path") if isinstance(kvstore, dict) else leaf.get("path")
-        metadata = leaf.get("metadata")
-        driver = leaf["driver"]
+        metadata, driver = leaf.get("metadata"), leaf["driver"]
+        if metadata and "dtype" in leaf:
+            metadata = {"dtype": _zarr_type(jnp.dtype(leaf["dtype"]))} | metadata
     elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         name, metadata, driver = leaf.removeprefix(_PLACEHOLDER), None, "zarr"
     else:
@@ -224,9 +225,9 @@ def _zarr(folder: Path, metadata: Any, where: str) -> Tensor:
     if not stored and not metadata:
         raise UserError(f"'{folder}' lacks its .zarray, and the index does not describe it either.")
     if not stored:
-        spec |= {"metadata": metadata, "assume_metadata": True}
+        spec["metadata"] = metadata
     try:
-        store = ts.open(spec, open=True, context=_CONTEXT).result()
+        store = ts.open(spec, open=True, assume_metadata=not stored, context=_CONTEXT).result()
     except Exception as error:  # tensorstore raises ValueError, OSError and others
         raise UserError(f"'{folder}' cannot be read ({where}): {_first_line(error)}") from None
     shape, dtype = tuple(store.shape), jnp.dtype(store.dtype.numpy_dtype)
