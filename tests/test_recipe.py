@@ -263,7 +263,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, changes, sentence):
     [
         ("modle.safetensors", "no checkpoint at .*modle.safetensors.* mean .*model.safetensors"),
         ("text.safetensors", "no readable safetensors file"),
-        (".", "neither a .safetensors file nor a checkpoint_<step> directory"),
+        (".", "is no checkpoint: neither "),
     ],
 )
 def test_a_checkpoint_that_is_none(tmp_path, path, sentence):
