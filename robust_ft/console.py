@@ -1,4 +1,4 @@
-"""All that the library prints: a banner, progress, tables and sample outputs.
+"""All that the library prints: a banner, progress, lines and tables.
 
 The functions of this module print through one shared `Console`; `configure(enabled=False)`
 silences them, in a notebook or on every process but the first. Nothing here waits for a device:
@@ -202,39 +202,6 @@ class Console:
         if caption:
             self.print(caption, style="dim")
 
-    def print_samples(
-        self, title: str, rows: Iterable[Mapping[str, object]], limit: int = 5
-    ) -> None:
-        """Prints outputs of an evaluation beside what was wanted.
-
-        Args:
-            title: the line above.
-            rows: mappings with `input`, `target` and `prediction`, as in the files of an
-                evaluation; a target may be a list of references.
-            limit: rows at most.
-        """
-        if not self.enabled:
-            return
-        import rich.box
-        import rich.table
-        import rich.text
-
-        table = rich.table.Table(
-            title=rich.text.Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD
-        )
-        for name, ratio in (("input", 3), ("target", 2), ("prediction", 2)):
-            table.add_column(name, ratio=ratio, overflow="fold")
-        for _, row in zip(range(limit), rows, strict=False):
-            target, prediction = row.get("target", ""), str(row.get("prediction", ""))
-            wanted = target if isinstance(target, list | tuple) else [target]
-            right = prediction in [str(text) for text in wanted]
-            table.add_row(
-                rich.text.Text(str(row.get("input", ""))),
-                rich.text.Text(" | ".join(str(text) for text in wanted)),
-                rich.text.Text(prediction, style="green" if right else "yellow"),
-            )
-        self.rich.print(table)
-
     def progress(
         self,
         stage: str,
@@ -329,11 +296,6 @@ def print_table(
 ) -> None:
     """Prints a table; see `Console.print_table`."""
     _shared.print_table(title, columns, rows, caption)
-
-
-def print_samples(title: str, rows: Iterable[Mapping[str, object]], limit: int = 5) -> None:
-    """Prints sample outputs; see `Console.print_samples`."""
-    _shared.print_samples(title, rows, limit)
 
 
 def progress(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from robust_ft import console
 from robust_ft.evaluate import HELD_OUT, TARGET, Evaluation, Result, evaluate, held_out_rows
@@ -12,7 +13,7 @@ from robust_ft.predictor import Predictor
 from robust_ft.summary import Summary
 from robust_ft.types import Params
 
-SAMPLES_SHOWN = 3
+INPUT_SHOWN = 60  # characters, of an input's end
 
 
 class StageEvaluator:
@@ -76,20 +77,41 @@ class StageEvaluator:
             self._constant[evaluation] = result
         return result
 
-    def _show(self, results: Sequence[Result], rows: list[dict], step: int) -> None:
-        scores = [
+    def _show(self, results: Sequence[Result], rows: list[dict[str, Any]], step: int) -> None:
+        if not results:
+            return
+        values = {(row["shots"], row["metric"]): row["value"] for row in rows if _is_average(row)}
+        facts = [
             f"{r.evaluation.task} {r.preferred} {r.score:.1f}"
             for r in results
             if r.evaluation.role == TARGET
         ]
-        names = {"norm_avg": "held-out Norm. Avg.", "format_share": "in the target's format"}
-        scores += [
-            f"{names[row['metric']]} {row['value']:.3g} ({row['shots']}-shot)"
-            for row in rows
-            if row["task"] == HELD_OUT
-        ]
-        console.print_line(f"[{self._stage}] step {step}: " + ", ".join(scores))
-        shown = [r for r in results if r.evaluation.role == TARGET][:1]
-        shown += [r for r in results if r.evaluation.role != TARGET][:: max(1, len(results) // 3)]
-        samples = [{"task": r.evaluation.task, **r.predictions[0]} for r in shown]
-        console.print_samples(f"step {step}", samples[:SAMPLES_SHOWN])
+        for shots in sorted({shots for shots, _ in values}):
+            share = values.get((shots, "format_share"))
+            in_format = "" if share is None else f" ({share:.1%} in the target's format)"
+            facts.append(f"held-out {shots}-shot {values[shots, 'norm_avg']:.1f}{in_format}")
+        split = results[0].evaluation.data.split
+        console.print_line(f"[{self._stage}] step {step}, {split}: {', '.join(facts)}")
+        for result in _sampled(results):
+            console.print_line("    " + _sample(result, step))
+
+
+def _is_average(row: dict[str, Any]) -> bool:
+    return row["task"] == HELD_OUT
+
+
+def _sampled(results: Sequence[Result]) -> list[Result]:
+    """Returns the target's result and two held-out ones, far apart in the list."""
+    held_out = [r for r in results if r.evaluation.role == HELD_OUT]
+    target = [r for r in results if r.evaluation.role == TARGET][:1]
+    return [r for r in (*target, *held_out[:1], *held_out[1:][-1:]) if r.predictions]
+
+
+def _sample(result: Result, step: int) -> str:
+    """Returns one line with the end of an input, the output, and the target if it is another."""
+    example = result.predictions[step % len(result.predictions)]
+    given = example["input"]
+    given = given if len(given) <= INPUT_SHOWN else "…" + given[-INPUT_SHOWN:]
+    right = example["prediction"] == example["target"]
+    wanted = "" if right else f"  (target: {example['target']})"
+    return f"{result.evaluation.task}: {given} → {example['prediction']}{wanted}"

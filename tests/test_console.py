@@ -109,21 +109,12 @@ def test_table_holds_every_cell_and_no_markup():
     assert re.search(r"promot +–", out)
 
 
-def test_samples_are_limited_and_show_all_references():
-    printer, file, _ = make()
-    rows = [{"input": f"in{i} [b]", "target": ["a", "b"], "prediction": "b"} for i in range(9)]
-    printer.print_samples("mini_qa", rows, limit=2)
-    out = file.getvalue()
-    assert "in1 [b]" in out and "in2" not in out and "a | b" in out
-
-
 def test_disabled_prints_nothing():
     printer, file, clock = make(enabled=False)
     run_steps(printer, clock, 30)
     printer.print("x")
     printer.banner("x", {"a": 1})
     printer.print_table("x", ["a"], [[1]])
-    printer.print_samples("x", [{"input": "a"}])
     assert file.getvalue() == ""
 
 
