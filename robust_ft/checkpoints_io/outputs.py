@@ -43,5 +43,5 @@ def fresh(output: Path, overwrite: bool = False) -> Iterator[Path]:
         for left in (temporary, replaced):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            elif left.exists():
+                left.unlink()

@@ -10,10 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from robust_ft import assets
-from robust_ft.checkpoints_io import hf, native, safetensors_files, t5x
+from robust_ft.checkpoints_io import added_tokens, hf, native, safetensors_files, t5x
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
+from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
 # Prompt tuning saves a soft prompt as a bare array.
@@ -118,7 +119,10 @@ def overlaid(base: Checkpoint, changed: Mapping[str, Tensor], source: str) -> Ch
 
 
 def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
-    """Returns the checkpoint with fields of its config replaced, if the tensors still fit."""
+    """Returns the checkpoint with fields of its config replaced, if the tensors still fit.
+
+    A larger vocabulary fits: see `added_tokens`.
+    """
     if not fields:
         return checkpoint
     config: Any = checkpoint.config
@@ -129,8 +133,10 @@ def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
                 f"{type(config).__name__} has no field '{name}'." + nearest(name, known)
             )
     config = dataclasses.replace(config, **fields)
-    native.check(checkpoint.source, config, checkpoint.tensors)
-    return dataclasses.replace(checkpoint, config=config)
+    model, source = Model(config), checkpoint.source
+    tensors = added_tokens.extended_tensors(model, checkpoint.tensors, source)
+    native.check(source, config, tensors)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
 def _prompt(file: Path) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ def _tensor(folder: Path, path: tuple[str, ...], leaf: Any) -> Tensor:
         name = kvstore.get("path") if isinstance(kvstore, dict) else leaf.get("path")
         metadata, driver = leaf.get("metadata"), leaf["driver"]
         if metadata and "dtype" in leaf:
-            metadata = {"dtype": _zarr_type(jnp.dtype(leaf["dtype"]))} | metadata
+            metadata = {"dtype": _zarr_type(leaf["dtype"])} | metadata
     elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         name, metadata, driver = leaf.removeprefix(_PLACEHOLDER), None, "zarr"
     else:
@@ -279,7 +279,7 @@ def _write_zarr(folder: Path, name: str, tensor: Tensor) -> dict[str, Any]:
         "metadata": {
             "chunks": chunks,
             "compressor": {"id": "gzip", "level": 1},
-            "dtype": _zarr_type(tensor.dtype),
+            "dtype": _zarr_type(str(tensor.dtype)),
             "shape": list(shape),
         },
     }
@@ -292,8 +292,11 @@ def _write_zarr(folder: Path, name: str, tensor: Tensor) -> dict[str, Any]:
     return entry | {"kvstore": {"driver": "file", "path": name}}
 
 
-def _zarr_type(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == jnp.bfloat16 else np.dtype(dtype).newbyteorder("<").str
+def _zarr_type(name: str) -> str:
+    # What NumPy does not know is left to tensorstore to take or to refuse.
+    kinds = {"float": "<f", "int": "<i", "uint": "<u"}
+    found = re.fullmatch(r"(float|int|uint)(8|16|32|64)", name)
+    return f"{kinds[found[1]]}{int(found[2]) // 8}" if found else name
 
 
 def _packed(array: np.ndarray) -> msgpack.ExtType:
