@@ -20,7 +20,7 @@ from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
-from robust_ft.models import peft, t5
+from robust_ft.models import gpt2, peft, t5
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
@@ -62,6 +62,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "CrossEntropy": objectives.CrossEntropy,
     "Decoder": Decoder,
     "Evaluation": Evaluation,
+    "GPT2Config": gpt2.GPT2Config,
     "Inference": Inference,
     "Model": Model,
     "Partitioner": Partitioner,

@@ -14,6 +14,7 @@ import jax
 
 from robust_ft import console, trainable
 from robust_ft.checkpoint import Outcome, load_params, restore_onto, write_json
+from robust_ft.checkpoints_io import added_tokens
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import TARGET
 from robust_ft.partitioning import Partitioner
@@ -108,7 +109,7 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
     if stage.restore == SCRATCH:
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
-        source = load_params(stage.restore)
+        source = added_tokens.extended(stage.model, load_params(stage.restore), stage.restore)
         shapes = stage.model.shapes()
         source = restore_onto(shapes, source, stage.restore, optional=stage.model.peft_owns)
         return place(recipe, stage, source)

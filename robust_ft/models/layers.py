@@ -276,7 +276,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch query embed"]:
         query = self._split(self.query(x))
         dropout = functools.partial(self.dropout, deterministic=deterministic)
-        return self.out(attended(query, keys, bias, dropout, self.scale))
+        return self.out(attended(query, [keys], bias, dropout, self.scale))
 
     def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
         return split_heads(x, self.num_heads)
@@ -292,7 +292,7 @@ def split_heads(
 
 def attended(
     query: Float[Array, "batch query heads head_dim"],
-    keys: dict[str, jax.Array],
+    blocks: Sequence[dict[str, jax.Array]],
     bias: Float[Array, "#batch #heads query key"],
     dropout: Callable[[jax.Array], jax.Array],
     scale: float = 1.0,
@@ -301,15 +301,24 @@ def attended(
 
     Args:
         query: What attends.
-        keys: {"key", "value"} of what is attended to, each [batch, key, heads, head_dim].
+        blocks: {"key", "value"} of what is attended to, each [batch, part, heads, head_dim]. What
+            decoding keeps in parts need not be joined at every step.
         bias: Added to the scores, such as `mask_bias`.
         dropout: Applied to the weights.
         scale: Factor of the scores.
     """
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * scale + bias, axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(weights), keys["value"])
-    return mixed.reshape(*mixed.shape[:2], -1)
+    scores = [
+        jnp.einsum("bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32)
+        for keys in blocks
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1) * scale + bias, axis=-1)
+    weights = dropout(weights.astype(query.dtype))
+    ends = np.cumsum([keys["key"].shape[1] for keys in blocks])
+    mixed = sum(
+        jnp.einsum("bhqk,bkhd->bqhd", part, keys["value"])
+        for part, keys in zip(jnp.split(weights, ends[:-1], axis=-1), blocks, strict=True)
+    )
+    return jnp.reshape(mixed, (*query.shape[:2], -1))
 
 
 class MLP(nn.Module):

@@ -55,7 +55,7 @@ def test_tensors_are_extended_when_they_are_read():
 
 
 def test_a_smaller_vocabulary_is_refused():
-    with pytest.raises(UserError, match=r"shape \(40, 16\).*\(39, 16\)"):
+    with pytest.raises(UserError, match=r"40.*config asks for.*39"):
         sources.overridden(random_checkpoint(), {"vocab_size": VOCAB - 1})
 
 

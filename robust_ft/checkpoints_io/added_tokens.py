@@ -1,0 +1,73 @@
+"""Tokens that a model has and its checkpoint has not: padding and a separator for GPT-2, say.
+
+Their rows are the mean of the checkpoint's. A new token then gets the probability of an average
+one, so the others' probabilities hardly change; small random rows, the other usual choice, can
+get more than all others together where a model's logits are far below 0.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from robust_ft.checkpoints_io.tensors import Tensor
+from robust_ft.models.model import Model
+from robust_ft.trainable import flatten
+
+
+def extended(model: Model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Returns arrays by parameter path, with the rows that the model's larger vocabulary needs.
+
+    Whatever else does not fit the model is left for others to refuse.
+    """
+    wanted = _wanted(model, {path: array.shape for path, array in arrays.items()}, source)
+    return {
+        path: _with_means(array, *wanted[path]) if path in wanted else array
+        for path, array in arrays.items()
+    }
+
+
+def extended_tensors(model: Model, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Does the same to tensors that are read later."""
+    wanted = _wanted(model, {path: tensor.shape for path, tensor in tensors.items()}, source)
+    return {
+        path: _extended(tensor, *wanted[path]) if path in wanted else tensor
+        for path, tensor in tensors.items()
+    }
+
+
+def _wanted(
+    model: Model, found: Mapping[str, tuple[int, ...]], source: str
+) -> dict[str, tuple[int, int]]:
+    """Returns {path: (axis of the vocabulary, its size)} for the parameters that are too small."""
+    wanted = {}
+    shapes = flatten(model.shapes())
+    for path, axes in flatten(model.logical_axes()).items():
+        if "vocab" not in axes or len(found.get(path, ())) != len(axes):
+            continue
+        axis = axes.index("vocab")
+        size, present = shapes[path].shape[axis], found[path][axis]
+        if 0 < present < size:
+            wanted[path] = (axis, size)
+            logging.warning(
+                "%s in '%s' has %d of the model's %d tokens; the other %d start as their mean.",
+                path,
+                source,
+                present,
+                size,
+                size - present,
+            )
+    return wanted
+
+
+def _extended(tensor: Tensor, axis: int, size: int) -> Tensor:
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    return dataclasses.replace(
+        tensor, shape=shape, read=lambda: _with_means(tensor.read(), axis, size)
+    )
+
+
+def _with_means(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    mean = np.mean(array, axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis)], axis)

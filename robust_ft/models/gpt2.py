@@ -1,0 +1,314 @@
+"""GPT-2: a decoder alone, with learned positions and norms before its sublayers.
+
+It reads the same batches as encoder-decoders: the sequence is the input, then the target, whose
+first token (`Model.start_id`) separates them; see `decoder_only`. Without inputs, that is with
+padding alone, it models plain text. `GPT2Config` is flat; the module reads top to bottom.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.models import decoder_only, layers
+from robust_ft.models.decoder_only import Cache, Keys
+from robust_ft.models.peft.base import Peft
+from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
+from robust_ft.partitioning import constrain
+from robust_ft.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Sizes and switches of a GPT-2; the defaults are GPT-2 small.
+
+    Attributes:
+        vocab_size: Rows of the embedding, which is the head too. It may be larger than a
+            checkpoint's: tokens that a task adds, such as padding and a separator, start as the
+            mean of the others (`robust_ft.checkpoints_io.added_tokens`).
+        num_positions: Most tokens that input, target and soft prompts have together.
+        activation: A name in `robust_ft.models.layers.ACTIVATIONS`.
+        pad_id: Tokens of the input that are masked. GPT-2 has no padding token of its own; its
+            end of text serves as one.
+        dropout_rate: Of the embedded sequence and of what sublayers add.
+        attention_dropout_rate: Of the attention weights.
+        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
+            products with parameters, "full" nothing but the layer's input.
+        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
+        param_dtype: Type in which parameters are drawn and kept.
+    """
+
+    vocab_size: int = 50257
+    emb_dim: int = 768
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    num_layers: int = 12
+    num_positions: int = 1024
+    activation: str = "gelu"
+    pad_id: int = 50256
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "remat": tuple(REMAT_POLICIES),
+            "activation": tuple(layers.ACTIVATIONS),
+            "dtype": DTYPES,
+            "param_dtype": DTYPES,
+        }
+        for field, known in choices.items():
+            if (value := getattr(self, field)) not in known:
+                raise UserError(
+                    f"GPT2Config.{field}='{value}' is not one of {known}." + nearest(value, known)
+                )
+        if self.emb_dim % self.num_heads:
+            raise UserError(
+                f"GPT2Config.emb_dim={self.emb_dim} must be a multiple of num_heads="
+                f"{self.num_heads}."
+            )
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise UserError(
+                f"GPT2Config.pad_id={self.pad_id} is no token of a vocabulary of {self.vocab_size}."
+            )
+
+    def module(self, peft: tuple[Peft, ...] = ()) -> "GPT2":
+        return GPT2(self, peft)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose queries, keys and values are one product.
+
+    In two halves, so that decoding can keep keys and values: `project`, then `__call__`.
+    """
+
+    config: GPT2Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.qkv = _dense(cfg, self.peft, 3 * cfg.emb_dim, ("embed", "joined_kv"))
+        self.out = _dense(cfg, self.peft, cfg.emb_dim, ("joined_kv", "embed"))
+        self.dropout = nn.Dropout(cfg.attention_dropout_rate)
+
+    def project(self, x: Float[Array, "batch length embed"]) -> tuple[jax.Array, Keys]:
+        """Returns the queries and {"key", "value"}, each [batch, length, heads, head_dim]."""
+        parts = jnp.split(self.qkv(x), 3, axis=-1)
+        query, key, value = (layers.split_heads(part, self.config.num_heads) for part in parts)
+        return query, {"key": key, "value": value}
+
+    def __call__(
+        self,
+        query: Float[Array, "batch query heads head_dim"],
+        blocks: Sequence[Keys],
+        bias: Float[Array, "batch one query key"],
+    ) -> Float[Array, "batch query embed"]:
+        dropout = functools.partial(self.dropout, deterministic=self.deterministic)
+        return self.out(layers.attended(query, blocks, bias, dropout, query.shape[-1] ** -0.5))
+
+
+class Layer(nn.Module):
+    """Self-attention and MLP, each with norm before and residual around it."""
+
+    config: GPT2Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.pre_self_attention_layer_norm = _norm(cfg)
+        self.self_attention = SelfAttention(cfg, self.peft, self.deterministic)
+        self.pre_mlp_layer_norm = _norm(cfg)
+        self.mlp = layers.MLP(
+            cfg.mlp_dim,
+            (cfg.activation,),
+            dtype=_dtype(cfg),
+            param_dtype=cfg.param_dtype,
+            peft=self.peft,
+            use_bias=True,
+        )
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+
+    def __call__(
+        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch one length length"]
+    ) -> Float[Array, "batch length embed"]:
+        return self.read(x, bias)[0]
+
+    def read(
+        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch one length length"]
+    ) -> tuple[Float[Array, "batch length embed"], Keys]:
+        """Returns the layer's output, and keys and values for those that come later."""
+        query, keys = self.self_attention.project(self.pre_self_attention_layer_norm(x))
+        return self._sublayers(x, query, [keys], bias), keys
+
+    def step(
+        self,
+        x: Float[Array, "batch one embed"],
+        cache: Cache,
+        length: Int[Array, "batch"],
+        bias: Float[Array, "batch one one key"],
+    ) -> tuple[Float[Array, "batch one embed"], Cache]:
+        """Reads the target's token number `length`, which sees what the cache has kept."""
+        query, new = self.self_attention.project(self.pre_self_attention_layer_norm(x))
+        cache = decoder_only.remember(cache, new, length)
+        return self._sublayers(x, query, [cache["input"], cache["target"]], bias), cache
+
+    def _sublayers(
+        self, x: jax.Array, query: jax.Array, blocks: Sequence[Keys], bias: jax.Array
+    ) -> jax.Array:
+        x = x + self._sublayer(self.self_attention(query, blocks, bias))
+        x = x + self._sublayer(self.mlp(self.pre_mlp_layer_norm(x), self.deterministic))
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def _sublayer(self, y: jax.Array) -> jax.Array:
+        for method in self.peft:
+            y = method.residual(self, y)
+        return self.dropout(y, deterministic=self.deterministic)
+
+
+class Decoder(nn.Module):
+    """The stack of layers over the embedded sequence."""
+
+    config: GPT2Config
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.position_embedder = layers.Embedding(
+            cfg.num_positions, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, "length", 0.02
+        )
+        layer_class: Any = Layer
+        if cfg.remat != "none":
+            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[cfg.remat])
+        self.layers = [
+            layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_layers)
+        ]
+        self.decoder_norm = _norm(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+
+    @nn.compact
+    def embedded_input(
+        self, x: Float[Array, "batch source embed"], batch: Batch
+    ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
+        """Returns soft prompts and input, and which of it is no padding."""
+        return decoder_only.embedded_input(self, x, batch, self.config.pad_id, self.peft)
+
+    def __call__(
+        self,
+        inputs: Float[Array, "batch input embed"],
+        valid: Bool[Array, "batch input"],
+        targets: Float[Array, "batch target embed"],
+        batch: Batch,
+    ) -> Float[Array, "batch target embed"]:
+        self._check_length(inputs.shape[1], targets.shape[1])
+        layout = decoder_only.layout(valid, batch)
+        bias = layout.bias()
+        x = self._with_positions(jnp.concatenate([inputs, targets], 1), layout.positions)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.decoder_norm(x[:, inputs.shape[1] :])
+
+    def prefill(
+        self,
+        inputs: Float[Array, "batch input embed"],
+        valid: Bool[Array, "batch input"],
+        max_length: int,
+    ) -> Cache:
+        self._check_length(inputs.shape[1], max_length)
+        layout = decoder_only.layout(valid)
+        bias = layout.bias()
+        x, kept = self._with_positions(inputs, layout.positions), []
+        for layer in self.layers:
+            x, keys = layer.read(x, bias)
+            kept.append(keys)
+        return decoder_only.new_cache(valid, layout, kept, max_length)
+
+    def step(
+        self, x: Float[Array, "batch one embed"], cache: Cache
+    ) -> tuple[Float[Array, "batch one embed"], Cache]:
+        layout = decoder_only.step_layout(cache)
+        x, bias, new_layers = self._with_positions(x, layout.positions), layout.bias(), []
+        for layer, layer_cache in zip(self.layers, cache["layers"], strict=True):
+            x, layer_cache = layer.step(x, layer_cache, cache["length"], bias)
+            new_layers.append(layer_cache)
+        return self.decoder_norm(x), decoder_only.advance(cache, new_layers)
+
+    def _with_positions(
+        self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length embed"]:
+        x = x + self.position_embedder(positions)
+        return self.dropout(x, deterministic=self.deterministic)
+
+    def _check_length(self, inputs: int, targets: int) -> None:
+        available = self.config.num_positions
+        if inputs + targets > available:
+            raise UserError(
+                f"Inputs of {inputs} tokens, soft prompts included, and targets of {targets} do "
+                f"not fit into GPT2Config.num_positions={available}; shorten one of them."
+            )
+
+
+class GPT2(nn.Module):
+    """The whole model. Methods take batches with t5x's feature names (`robust_ft.types`)."""
+
+    config: GPT2Config
+    peft: tuple[Peft, ...] = ()
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.token_embedder = layers.Embedding(
+            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, stddev=0.02
+        )
+        self.decoder = Decoder(cfg, self.peft, self.deterministic)
+
+    def hidden(self, batch: Batch) -> Float[Array, "batch target embed"]:
+        """Returns the last hidden states of the target, what `head` turns into logits."""
+        targets = self.token_embedder(batch["decoder_input_tokens"])
+        return self.decoder(*self._inputs(batch), targets, batch)
+
+    def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
+        """Returns float32 logits of hidden states."""
+        return self.token_embedder.attend(hidden)
+
+    def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
+        return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")
+
+    def prefill(self, batch: Batch, max_length: int) -> Cache:
+        """Reads the input and returns a cache for targets up to `max_length` tokens."""
+        return self.decoder.prefill(*self._inputs(batch), max_length)
+
+    def step(
+        self, cache: Cache, tokens: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Reads one token a row and returns the logits of the next one."""
+        hidden, cache = self.decoder.step(self.token_embedder(tokens[:, None]), cache)
+        return self.head(hidden)[:, 0], cache
+
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x = self.token_embedder(batch["encoder_input_tokens"])
+        return self.decoder.embedded_input(x, batch)
+
+
+def _dtype(cfg: GPT2Config) -> jnp.dtype:
+    return jnp.dtype(cfg.dtype)
+
+
+def _norm(cfg: GPT2Config) -> layers.LayerNorm:
+    return layers.LayerNorm(_dtype(cfg), cfg.param_dtype)
+
+
+def _dense(
+    cfg: GPT2Config, peft: tuple[Peft, ...], features: int, axes: tuple[str, str]
+) -> layers.Dense:
+    return layers.Dense(features, axes, _dtype(cfg), cfg.param_dtype, peft=peft, use_bias=True)
