@@ -110,7 +110,10 @@ class Result:
     def write(self, directory: Path, step: int) -> None:
         """Writes inputs, targets and predictions, one JSON object a line."""
         directory.mkdir(parents=True, exist_ok=True)
-        name = f"{self.evaluation.task}-{self.evaluation.data.split}-{step:06}.jsonl"
+        # As t5x names them; a final evaluation repeats the step on another split.
+        split = self.evaluation.data.split
+        task = self.evaluation.task + ("" if split == "validation" else f"-{split}")
+        name = f"{task}-{step:06}.jsonl"
         lines = (json.dumps(prediction, ensure_ascii=False) for prediction in self.predictions)
         (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

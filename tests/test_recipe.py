@@ -149,7 +149,7 @@ def test_files_of_a_run(finished):
             steps = [x["step"] for x in toy.read_lines(outputs / f"{task}-metrics.jsonl")]
             assert sorted(set(steps)) == [0, 2, 4, 6]
             for step in (0, 2, 4, 6):
-                lines = toy.read_lines(outputs / f"{task}-validation-{step:06}.jsonl")
+                lines = toy.read_lines(outputs / f"{task}-{step:06}.jsonl")
                 assert lines == [{"input": "i", "target": "t", "prediction": "p"}]
             assert (outputs / f"{task}-test-{selected:06}.jsonl").exists()
     info = (finished.directory / "model" / "model-info.txt").read_text()
