@@ -20,7 +20,7 @@ from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
-from robust_ft.models import gpt2, peft, t5
+from robust_ft.models import gpt2, llama, peft, t5
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
@@ -64,6 +64,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Evaluation": Evaluation,
     "GPT2Config": gpt2.GPT2Config,
     "Inference": Inference,
+    "LlamaConfig": llama.LlamaConfig,
     "Model": Model,
     "Partitioner": Partitioner,
     "Prompt": peft.Prompt,

@@ -1,0 +1,424 @@
+"""Llama and its relatives (Mistral, Qwen2, Qwen3): a decoder with rotary positions.
+
+RMSNorm before each sublayer, grouped-query attention, SwiGLU. Input and target are one sequence
+(`models/decoder_only.py`). `LlamaConfig` is flat; the module reads top to bottom.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.models import decoder_only, layers
+from robust_ft.models.decoder_only import Cache, Keys, Layout
+from robust_ft.models.peft.base import Peft
+from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
+from robust_ft.partitioning import constrain
+from robust_ft.types import Batch
+
+ROPE_SCALINGS = ("none", "linear", "llama3")
+
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines, each [batch, length, 1, head_dim / 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and switches of a Llama-style decoder; the defaults are Llama 2 7B.
+
+    Attributes:
+        num_kv_heads: Heads of keys and values; each serves num_heads / num_kv_heads of queries.
+        max_length: Tokens of the longest sequence that the model was trained on; for information.
+        logits_via_embedding: Use the token embedding as the output head; otherwise the head has its
+            own kernel.
+        qkv_bias: Whether queries, keys and values have a bias (Qwen2).
+        out_bias: Whether attention's output has a bias.
+        qk_norm: Whether each head's queries and keys are normalized (Qwen3).
+        sliding_window: How many tokens a token sees, itself included (Mistral); None for all.
+        first_window_layer: The first layer with a window; those below see all tokens.
+        rope_theta: Base of the rotary positions' wavelengths.
+        rope_scaling: How wavelengths are stretched for long sequences: "none", "linear" all by
+            `rope_factor`, "llama3" the long ones only.
+        rope_low_freq_factor: In "llama3", wavelengths above rope_original_length / this are
+            stretched in full.
+        rope_high_freq_factor: And those below rope_original_length / this are not; those between
+            by degrees.
+        rope_original_length: The length that "llama3" models were first trained on.
+        pad_id: The token that is masked in the input.
+        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
+            products with parameters, "full" nothing but the layer's input.
+        dtype: Type of activations. Softmax, norms, rotations and logits are float32 whatever it is.
+        param_dtype: Type in which parameters are drawn and kept.
+    """
+
+    vocab_size: int = 32000
+    emb_dim: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    num_layers: int = 32
+    max_length: int = 4096
+    logits_via_embedding: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    first_window_layer: int = 0
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+    pad_id: int = 0
+    dropout_rate: float = 0.0
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        choices = [("remat", self.remat, tuple(REMAT_POLICIES))]
+        choices += [("rope_scaling", self.rope_scaling, ROPE_SCALINGS)]
+        choices += [(field, getattr(self, field), DTYPES) for field in ("dtype", "param_dtype")]
+        for field, value, known in choices:
+            if value not in known:
+                raise UserError(
+                    f"LlamaConfig.{field}='{value}' is not one of {known}." + nearest(value, known)
+                )
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"LlamaConfig.num_kv_heads={self.num_kv_heads} must divide "
+                f"num_heads={self.num_heads}."
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"LlamaConfig.head_dim={self.head_dim} must be even: rotary positions turn pairs."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(
+                f"LlamaConfig.sliding_window={self.sliding_window} must be at least 1, or None."
+            )
+        if self.rope_scaling != "none" and self.rope_factor < 1:
+            raise UserError(f"LlamaConfig.rope_factor={self.rope_factor} must be at least 1.")
+        if self.rope_scaling == "llama3" and not (
+            0 < self.rope_low_freq_factor < self.rope_high_freq_factor
+        ):
+            raise UserError(
+                f"LlamaConfig.rope_low_freq_factor={self.rope_low_freq_factor} must be above 0 and "
+                f"below rope_high_freq_factor={self.rope_high_freq_factor}."
+            )
+
+    def module(self, peft: tuple[Peft, ...] = ()) -> "Llama":
+        return Llama(self, peft)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over keys and values that are given."""
+
+    config: LlamaConfig
+    peft: tuple[Peft, ...]
+
+    def setup(self) -> None:
+        cfg = self.config
+
+        def projection(heads: int) -> layers.Dense:
+            return _dense(
+                cfg, heads * cfg.head_dim, ("embed", "joined_kv"), self.peft, cfg.qkv_bias
+            )
+
+        self.query = projection(cfg.num_heads)
+        self.key = projection(cfg.num_kv_heads)
+        self.value = projection(cfg.num_kv_heads)
+        self.out = _dense(cfg, cfg.emb_dim, ("joined_kv", "embed"), self.peft, cfg.out_bias)
+        if cfg.qk_norm:
+            self.query_norm = _norm(cfg, "kv")
+            self.key_norm = _norm(cfg, "kv")
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def project(self, x: Float[Array, "batch key embed"], rotary: Rotary) -> Keys:
+        """Returns {"key", "value"}, each [batch, key, kv_heads, head_dim]; keys are rotated."""
+        key = self._split(self.key(x))
+        if self.config.qk_norm:
+            key = self.key_norm(key)
+        return {"key": rotate(key, rotary), "value": self._split(self.value(x))}
+
+    def __call__(
+        self,
+        x: Float[Array, "batch query embed"],
+        rotary: Rotary,
+        blocks: Sequence[Keys],
+        bias: Float[Array, "batch one query key"],
+        deterministic: bool,
+    ) -> Float[Array, "batch query embed"]:
+        """Attends to one or more blocks of keys, whose lengths add up to the bias's."""
+        cfg = self.config
+        query = self._split(self.query(x))
+        if cfg.qk_norm:
+            query = self.query_norm(query)
+        query = rotate(query, rotary)
+        # Heads that share keys lie next to each other: [batch, query, kv_heads, group, head_dim].
+        query = query.reshape(*query.shape[:2], cfg.num_kv_heads, -1, cfg.head_dim)
+        scores = jnp.concatenate(
+            [
+                jnp.einsum(
+                    "bqhgd,bkhd->bhgqk", query, keys["key"], preferred_element_type=jnp.float32
+                )
+                for keys in blocks
+            ],
+            axis=-1,
+        )
+        scores = scores / math.sqrt(cfg.head_dim) + bias[:, None]
+        weights = jax.nn.softmax(scores, axis=-1).astype(_dtype(cfg))
+        weights = self.dropout(weights, deterministic=deterministic)
+        ends = np.cumsum([keys["key"].shape[1] for keys in blocks])[:-1]
+        mixed = sum(
+            jnp.einsum("bhgqk,bkhd->bqhgd", part, keys["value"])
+            for part, keys in zip(jnp.split(weights, ends, axis=-1), blocks, strict=True)
+        )
+        return self.out(jnp.reshape(mixed, (*x.shape[:2], -1)))
+
+    def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
+        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return constrain(x, "batch", "length", "heads", "kv")
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention and MLP, each with norm before and residual around it."""
+
+    config: LlamaConfig
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        rotary: Rotary,
+        bias: Float[Array, "batch one length key"],
+        cache: Cache | None = None,
+        length: Int[Array, "batch"] | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any]:
+        """Returns new states, and the keys and values of x or, given a cache, the cache with them.
+
+        Args:
+            x: States of a sequence or, with a cache, of the one token that follows it.
+            rotary: Of the positions of x.
+            bias: Hides what must not be seen.
+            cache: This layer's, as `decoder_only.new_cache` makes it.
+            length: Number of the target's tokens in the cache.
+        """
+        cfg = self.config
+        attention = Attention(cfg, self.peft, name="self_attention")
+        y = _norm(cfg, name="pre_self_attention_layer_norm")(x)
+        keys = attention.project(y, rotary)
+        kept: Any = keys
+        blocks = [keys]
+        if cache is not None and length is not None:
+            kept = decoder_only.remember(cache, keys, length)
+            blocks = [kept["input"], kept["target"]]
+        x = x + self._sublayer(attention(y, rotary, blocks, bias, self.deterministic))
+        y = _norm(cfg, name="pre_mlp_layer_norm")(x)
+        x = x + self._sublayer(_mlp(cfg, self.peft)(y, self.deterministic))
+        return constrain(x, "batch", "length", "activation_embed"), kept
+
+    def _sublayer(self, y: jax.Array) -> jax.Array:
+        for method in self.peft:
+            y = method.residual(self, y)
+        return _dropout(self.config)(y, deterministic=self.deterministic)
+
+
+class Decoder(nn.Module):
+    """The stack of layers over the embedded input and target."""
+
+    config: LlamaConfig
+    peft: tuple[Peft, ...]
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.config
+        layer_class = _rematerialized(DecoderLayer, cfg.remat)
+        self.layers = [
+            layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_layers)
+        ]
+        self.decoder_norm = _norm(cfg)
+        if not cfg.logits_via_embedding:
+            self.logits_dense = _dense(
+                cfg, cfg.vocab_size, ("embed", "vocab"), self.peft, output_dtype=jnp.float32
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch source embed"],
+        y: Float[Array, "batch target embed"],
+        batch: Batch,
+    ) -> Float[Array, "batch target embed"]:
+        x, valid = self._embedded_input(x, batch)
+        layout = decoder_only.layout(valid, batch)
+        hidden, _ = self._layers(jnp.concatenate([x, y], 1), layout)
+        return self.decoder_norm(hidden[:, x.shape[1] :])
+
+    def prefill(
+        self, x: Float[Array, "batch source embed"], batch: Batch, max_length: int
+    ) -> Cache:
+        x, valid = self._embedded_input(x, batch)
+        layout = decoder_only.layout(valid)
+        _, keys = self._layers(x, layout)
+        return decoder_only.new_cache(valid, layout, keys, max_length)
+
+    def step(
+        self, x: Float[Array, "batch one embed"], cache: Cache
+    ) -> tuple[Float[Array, "batch one embed"], Cache]:
+        x, kept = self._layers(x, decoder_only.step_layout(cache), cache)
+        return self.decoder_norm(x), decoder_only.advance(cache, kept)
+
+    @nn.compact
+    def _embedded_input(
+        self, x: Float[Array, "batch source embed"], batch: Batch
+    ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
+        return decoder_only.embedded_input(self, x, batch, self.config.pad_id, self.peft)
+
+    def _layers(
+        self, x: Float[Array, "batch length embed"], layout: Layout, cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch length embed"], list[Any]]:
+        cfg = self.config
+        rotary = rotary_angles(layout.positions, rotary_frequencies(cfg))
+        # The masks, made once and not in every layer.
+        full, windowed = layout.bias(), layout.bias(cfg.sliding_window)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            bias = windowed if i >= cfg.first_window_layer else full
+            past = () if cache is None else (cache["layers"][i], cache["length"])
+            x, keys = layer(x, rotary, bias, *past)
+            kept.append(keys)
+        return x, kept
+
+
+class Llama(nn.Module):
+    """The whole model. Methods take batches with t5x's feature names (`robust_ft.types`)."""
+
+    config: LlamaConfig
+    peft: tuple[Peft, ...] = ()
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.token_embedder = layers.Embedding(
+            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, stddev=0.02
+        )
+        self.decoder = Decoder(cfg, self.peft, self.deterministic)
+
+    def hidden(self, batch: Batch) -> Float[Array, "batch target embed"]:
+        """Returns the target's last hidden states, what `head` turns into logits."""
+        x = self.token_embedder(batch["encoder_input_tokens"])
+        y = self.token_embedder(batch["decoder_input_tokens"])
+        return self.decoder(x, y, batch)
+
+    def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
+        """Returns float32 logits of hidden states."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(hidden)
+        return self.decoder.logits_dense(hidden)
+
+    def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
+        return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")
+
+    def prefill(self, batch: Batch, max_length: int) -> Cache:
+        """Reads the input and returns a cache for targets up to `max_length` tokens."""
+        x = self.token_embedder(batch["encoder_input_tokens"])
+        return self.decoder.prefill(x, batch, max_length)
+
+    def step(
+        self, cache: Cache, tokens: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Reads one token a row and returns the logits of the next one."""
+        hidden, cache = self.decoder.step(self.token_embedder(tokens[:, None]), cache)
+        return self.head(hidden)[:, 0], cache
+
+
+def rotary_frequencies(cfg: LlamaConfig) -> np.ndarray:
+    """Returns by how many radians a position turns each pair of entries: [head_dim / 2]."""
+    frequencies = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    if cfg.rope_scaling == "none":
+        return frequencies.astype(np.float32)
+    stretched = frequencies / cfg.rope_factor
+    if cfg.rope_scaling == "linear":
+        return stretched.astype(np.float32)
+    # How often a wave fits into the original length tells how much of it is left as it is.
+    turns = cfg.rope_original_length * frequencies / (2 * math.pi)
+    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (kept * frequencies + (1 - kept) * stretched).astype(np.float32)
+
+
+def rotary_angles(positions: Int[Array, "batch length"], frequencies: np.ndarray) -> Rotary:
+    """Returns float32 cosines and sines of each position's angles."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], rotary: Rotary
+) -> Float[Array, "batch length heads head_dim"]:
+    """Turns entries i and i + head_dim / 2 of every head by the same angle, in float32."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)
+
+
+def _dtype(cfg: LlamaConfig) -> jnp.dtype:
+    return jnp.dtype(cfg.dtype)
+
+
+def _norm(cfg: LlamaConfig, axis: str = "embed", name: str | None = None) -> layers.RMSNorm:
+    return layers.RMSNorm(_dtype(cfg), cfg.param_dtype, cfg.norm_epsilon, axis=axis, name=name)
+
+
+def _dense(
+    cfg: LlamaConfig,
+    features: int,
+    axes: tuple[str, str],
+    peft: tuple[Peft, ...],
+    use_bias: bool = False,
+    output_dtype: Any = None,
+) -> layers.Dense:
+    return layers.Dense(
+        features,
+        axes,
+        _dtype(cfg),
+        cfg.param_dtype,
+        peft=peft,
+        output_dtype=output_dtype,
+        use_bias=use_bias,
+    )
+
+
+def _dropout(cfg: LlamaConfig) -> nn.Dropout:
+    # One mask for all positions of an example, as in T5.
+    return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+
+def _mlp(cfg: LlamaConfig, peft: tuple[Peft, ...]) -> layers.MLP:
+    return layers.MLP(
+        cfg.mlp_dim,
+        ("silu", "linear"),
+        cfg.dropout_rate,
+        _dtype(cfg),
+        cfg.param_dtype,
+        peft,
+        name="mlp",
+    )
+
+
+def _rematerialized(layer_class: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer_class
+    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])

@@ -1,0 +1,316 @@
+"""The decoder of Llama, Mistral and Qwen; tests/checkpoints_io/test_hf_llama.py compares logits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import assert_trees_close, random_params
+
+from robust_ft import gin_config
+from robust_ft.errors import UserError
+from robust_ft.models.llama import LlamaConfig, rotary_frequencies
+from robust_ft.models.model import Model
+from robust_ft.models.peft import Prompt
+from robust_ft.objectives import CrossEntropy
+from robust_ft.trainable import flatten
+
+VOCAB = 40
+SEPARATOR = 1
+# Every switch, in few models.
+VARIANTS = {
+    "llama2": {"num_kv_heads": 4},
+    "llama3": {
+        "num_kv_heads": 2,
+        "logits_via_embedding": True,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_length": 16,
+    },
+    "mistral": {"num_kv_heads": 1, "sliding_window": 5},
+    "qwen2": {"qkv_bias": True, "sliding_window": 6, "first_window_layer": 1, "pad_id": 7},
+    "qwen3": {"qk_norm": True, "rope_scaling": "linear", "rope_factor": 3.0},
+}
+
+logits_of = jax.jit(
+    lambda model, params, batch, rng=None: model.logits(params, batch, rng), static_argnums=0
+)
+
+
+def tiny_model(peft=(), **changes):
+    sizes = {
+        "vocab_size": VOCAB,
+        "emb_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "mlp_dim": 24,
+        "num_layers": 2,
+    }
+    config = LlamaConfig(**(sizes | changes))
+    return Model(config, peft, pad_id=config.pad_id, start_id=SEPARATOR)
+
+
+def holes(seed, source=9, target=7, pad_id=0, rows=4):
+    """A batch with padding anywhere in its inputs; the last one is nothing else."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.integers(8, VOCAB, (rows, source))
+    inputs[rng.random(inputs.shape) < 0.4] = pad_id
+    inputs[-1] = pad_id
+    targets = rng.integers(8, VOCAB, (rows, target))
+    return {
+        "encoder_input_tokens": inputs.astype(np.int32),
+        "decoder_input_tokens": np.pad(
+            targets[:, :-1], [(0, 0), (1, 0)], constant_values=SEPARATOR
+        ).astype(np.int32),
+        "decoder_target_tokens": targets.astype(np.int32),
+        "decoder_loss_weights": np.ones(targets.shape, np.float32),
+    }
+
+
+def closed_up(batch, pad_id=0, extra=0):
+    """The same batch with its padding at the right, and more of it."""
+    inputs = np.full(np.add(batch["encoder_input_tokens"].shape, (0, extra)), pad_id, np.int32)
+    for row, tokens in zip(inputs, batch["encoder_input_tokens"], strict=True):
+        kept = tokens[tokens != pad_id]
+        row[: len(kept)] = kept
+    return batch | {"encoder_input_tokens": inputs}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode_cached(model, params, batch, max_length):
+    """Returns log-probabilities [batch, target, vocab], token by token."""
+    cache = model.prefill(params, batch, max_length)
+
+    def body(cache, tokens):
+        log_probs, cache = model.step(params, cache, tokens)
+        return cache, log_probs
+
+    _, log_probs = jax.lax.scan(body, cache, batch["decoder_input_tokens"].T)
+    return jnp.swapaxes(log_probs, 0, 1)
+
+
+def test_parameters_have_names_and_shapes():
+    model = tiny_model((Prompt(length=3),), qkv_bias=True, out_bias=True, qk_norm=True)
+    shapes = {path: leaf.shape for path, leaf in flatten(model.shapes()).items()}
+    expected = {
+        "token_embedder/embedding": (VOCAB, 16),
+        "decoder/decoder_norm/scale": (16,),
+        "decoder/logits_dense/kernel": (16, VOCAB),
+        "decoder/prompt": (3, 16),
+    }
+    for layer in ("decoder/layers_0", "decoder/layers_1"):
+        for name, sizes in {"query": 24, "key": 12, "value": 12}.items():
+            expected[f"{layer}/self_attention/{name}/kernel"] = (16, sizes)
+            expected[f"{layer}/self_attention/{name}/bias"] = (sizes,)
+        expected[f"{layer}/self_attention/out/kernel"] = (24, 16)
+        expected[f"{layer}/self_attention/out/bias"] = (16,)
+        expected[f"{layer}/self_attention/query_norm/scale"] = (6,)
+        expected[f"{layer}/self_attention/key_norm/scale"] = (6,)
+        expected |= {f"{layer}/mlp/{name}/kernel": (16, 24) for name in ("wi_0", "wi_1")}
+        expected[f"{layer}/mlp/wo/kernel"] = (24, 16)
+        for name in ("self_attention", "mlp"):
+            expected[f"{layer}/pre_{name}_layer_norm/scale"] = (16,)
+    assert shapes == expected
+    axes = flatten(model.logical_axes())
+    assert axes.keys() == shapes.keys()
+    assert all(len(names) == len(shapes[path]) for path, names in axes.items())
+    assert axes["decoder/layers_0/self_attention/key_norm/scale"] == ("kv",)
+    assert axes["decoder/layers_1/self_attention/query/bias"] == ("joined_kv",)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama2_13b", 13_015_864_320),
+        ("llama3_8b", 8_030_261_248),
+        ("llama3_1_8b", 8_030_261_248),
+        ("llama3_2_1b", 1_235_814_400),
+        ("mistral_7b", 7_241_732_096),
+        ("qwen2_5_0_5b", 494_032_768),
+        ("qwen2_5_7b", 7_615_616_512),
+        ("qwen3_0_6b", 596_049_920),
+        ("qwen3_8b", 8_190_735_360),
+    ],
+)
+def test_configs_have_the_published_sizes(name, parameters):
+    files = ["gin_configs/full_rte.gin", f"gin_configs/models/{name}.gin"]
+    model = gin_config.load(files, ["MODEL_DIR=unused"]).recipe.stages[0].model
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.shapes())) == parameters
+    assert model.pad_id == model.config.pad_id
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_drawn_models_predict_with_logits_of_scale_1(tied):
+    model = tiny_model(
+        emb_dim=64, head_dim=16, mlp_dim=128, num_layers=1, logits_via_embedding=tied
+    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert 0.1 < float(np.std(logits_of(model, params, holes(0)))) < 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_changes_nothing(name):
+    model = tiny_model((Prompt(length=2),), **VARIANTS[name])
+    params, pad_id = random_params(model), model.pad_id
+    batch = holes(1, pad_id=pad_id)
+    expected = logits_of(model, params, closed_up(batch, pad_id, extra=3))
+    assert np.std(expected) > 0.3
+    np.testing.assert_allclose(logits_of(model, params, batch), expected, atol=1e-5)
+    alone = {field: rows[-1:] for field, rows in batch.items()}
+    alone["encoder_input_tokens"] = np.zeros((1, 0), np.int32)
+    np.testing.assert_allclose(logits_of(model, params, alone), expected[-1:], atol=1e-5)
+
+
+def test_targets_see_no_later_targets():
+    model = tiny_model()
+    params, batch = random_params(model), holes(2)
+    changed = batch | {"decoder_input_tokens": batch["decoder_input_tokens"].copy()}
+    changed["decoder_input_tokens"][:, 4:] = 3
+    before, after = (logits_of(model, params, b) for b in (batch, changed))
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert np.abs(before[:, 4:] - after[:, 4:]).max() > 0.1
+
+
+def test_one_layer_sees_no_further_than_its_window():
+    model = tiny_model(sliding_window=3, num_layers=1)
+    params, batch = random_params(model), closed_up(holes(3, target=5))
+    changed = batch | {"encoder_input_tokens": np.full_like(batch["encoder_input_tokens"], 9)}
+    before, after = (logits_of(model, params, b) for b in (batch, changed))
+    # Two tokens before, and itself: from the third target on, no input is seen.
+    np.testing.assert_allclose(before[:, 2:], after[:, 2:], atol=1e-5)
+    assert np.abs(before[:, 1] - after[:, 1]).max() > 0.1
+
+
+def test_packed_examples_get_the_logits_they_get_alone():
+    model = tiny_model(**VARIANTS["mistral"])
+    params = random_params(model)
+    lengths = [(5, 3), (2, 6), (7, 1)]
+    alone = [
+        {k: rows[:1] for k, rows in holes(10 + i, s, t, pad_id=-1).items()}
+        for i, (s, t) in enumerate(lengths)
+    ]
+    for example in alone:
+        example["encoder_input_tokens"] = np.abs(example["encoder_input_tokens"])
+    names = ("encoder_input_tokens", "decoder_input_tokens")
+    packed = {
+        name: np.pad(np.concatenate([e[name][0] for e in alone]), (0, 3))[None] for name in names
+    }
+    for side, column in (("encoder", 0), ("decoder", 1)):
+        ids = np.repeat([1, 2, 3, 0], [*(pair[column] for pair in lengths), 3])
+        packed[f"{side}_segment_ids"] = ids[None].astype(np.int32)
+    logits = logits_of(model, params, packed)[0]
+    start = 0
+    for (_, length), example in zip(lengths, alone, strict=True):
+        expected = logits_of(model, params, example)[0]
+        np.testing.assert_allclose(logits[start : start + length], expected, atol=1e-5)
+        start += length
+
+
+@pytest.mark.parametrize("peft", [(), (Prompt(length=4),)], ids=["", "prompt"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decoding_is_uncached_decoding(name, peft):
+    model = tiny_model(peft, **VARIANTS[name], remat="full")
+    params, batch = random_params(model), holes(4, target=10, pad_id=model.pad_id)
+    expected = jax.nn.log_softmax(logits_of(model, params, batch))
+    actual = decode_cached(model, params, batch, 12)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_cache_rows_are_independent_and_keep_their_own_positions():
+    model = tiny_model((Prompt(length=2),), **VARIANTS["mistral"])
+    params, batch = random_params(model), holes(5, rows=3)
+    tokens = jnp.asarray(batch["decoder_input_tokens"])
+    step = jax.jit(lambda cache, tokens: model.step(params, cache, tokens))
+    caches = [jax.jit(lambda b: model.prefill(params, b, 5))(batch)]
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(caches[0]))
+    for i in range(4):
+        caches.append(step(caches[-1], tokens[:, i])[1])
+    mixed = jax.tree.map(lambda a, b: jnp.stack([a[1], b[0]]), caches[1], caches[3])
+    log_probs, _ = step(mixed, jnp.stack([tokens[1, 1], tokens[0, 3]]))
+    expected = jax.nn.log_softmax(logits_of(model, params, batch))
+    np.testing.assert_allclose(log_probs[0], expected[1, 1], atol=1e-5)
+    np.testing.assert_allclose(log_probs[1], expected[0, 3], atol=1e-5)
+
+
+def test_the_inputs_keys_are_returned_as_they_came():
+    model = tiny_model(num_layers=1)
+
+    def step(params, batch):
+        cache = model.prefill(params, batch, 3)
+        _, after = model.step(params, cache, batch["decoder_input_tokens"][:, 0])
+        # The same object: so beam search knows that it need not reorder it.
+        assert after["layers"][0]["input"]["key"] is cache["layers"][0]["input"]["key"]
+
+    jax.eval_shape(step, model.shapes(), holes(6))
+
+
+def test_remat_gives_the_same_gradients_also_with_dropout():
+    def gradient(remat):
+        model = tiny_model(remat=remat, dropout_rate=0.3, num_layers=1, **VARIANTS["qwen3"])
+
+        def loss(params):
+            return CrossEntropy()(model, params, holes(7), jax.random.key(5))[0]
+
+        return jax.jit(jax.grad(loss))(random_params(model))
+
+    none = gradient("none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(none))
+    for remat in ("dots", "full"):
+        assert_trees_close(gradient(remat), none, rtol=1e-5)
+
+
+def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
+    model = tiny_model(**VARIANTS["qwen3"])
+    half = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="bfloat16"))
+    params, batch = random_params(model), holes(8)
+    exact, logits = logits_of(model, params, batch), logits_of(half, params, batch)
+    assert logits.dtype == jnp.float32
+    assert np.abs(logits - exact).mean() < 0.03
+    assert np.mean(logits == logits.astype(jnp.bfloat16)) < 0.1
+    stepwise = jax.eval_shape(functools.partial(decode_cached, half, max_length=7), params, batch)
+    assert stepwise.dtype == jnp.float32
+
+
+def test_a_prompt_starts_from_token_embeddings():
+    model = tiny_model((Prompt(length=3, vocabulary_top=30),))
+    params = random_params(model)
+    drawn = model.initialize_peft(jax.random.key(0), params)["decoder"]["prompt"]
+    table = np.asarray(params["token_embedder"]["embedding"])
+    assert all((table == row).all(1).any() for row in np.asarray(drawn))
+
+
+def test_frequencies_by_hand():
+    config = tiny_model(**VARIANTS["llama3"], head_dim=8, rope_theta=100.0).config
+    plain = np.array([1.0, 100**-0.25, 100**-0.5, 100**-0.75])
+    # 16 positions hold 2.5, 0.8, 0.25 and 0.08 waves: from 4 up they stay, from 1 down stretch.
+    share = (16 / (2 * np.pi) - 1) / 3
+    expected = np.append(plain[0] * (share + (1 - share) / 8), plain[1:] / 8)
+    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=1e-6)
+    linear = dataclasses.replace(config, rope_scaling="linear")
+    np.testing.assert_allclose(rotary_frequencies(linear), plain / 8, rtol=1e-6)
+    none = dataclasses.replace(config, rope_scaling="none")
+    np.testing.assert_allclose(rotary_frequencies(none), plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"remat": "ful"}, "full"),
+        ({"dtype": "bfloat"}, "bfloat16"),
+        ({"param_dtype": "int8"}, "param_dtype"),
+        ({"rope_scaling": "lama3"}, "Did you mean 'llama3'"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor"),
+        ({"rope_scaling": "llama3", "rope_low_freq_factor": 4.0}, "rope_high_freq_factor"),
+    ],
+)
+def test_settings_that_no_model_has(changes, named):
+    with pytest.raises(UserError, match=named):
+        tiny_model(**changes)
