@@ -19,6 +19,7 @@ setup(
         "flax~=0.12",
         "gin-config",
         "grain",
+        "huggingface-hub",
         "jax~=0.10.0",
         "jaxtyping",
         "matplotlib",
@@ -32,6 +33,7 @@ setup(
         "seqio",
         "tensorboard",
         "tensorflow-text",
+        "tensorstore",
         "tokenizers",
     ],
     extras_require={

@@ -1,9 +1,12 @@
 """Tables between our parameter paths and another format's names, strict both ways."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import jax
 
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
@@ -74,7 +77,17 @@ def expand(names: Iterable[Name], config: ModelConfig) -> dict[str, tuple[str, b
     The model decides which parameters there are, so a table holds all rows that any config of
     the family needs and says nothing of sizes.
     """
-    return _expand(tuple(names), flatten(Model(config).shapes()))
+    return _expand(tuple(names), parameter_shapes(config))
+
+
+def parameter_shapes(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Returns {our path: shape and type} of the config's model."""
+    return _shapes(cast(Any, config))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: Any) -> Mapping[str, jax.ShapeDtypeStruct]:
+    return flatten(Model(config).shapes())  # tracing a large model takes seconds
 
 
 def resolve(
@@ -98,7 +111,7 @@ def resolve(
     Raises:
         UserError: A tensor has no place, a place no tensor, a shape differs, or a copy is none.
     """
-    shapes = flatten(Model(config).shapes())
+    shapes = parameter_shapes(config)
     table = _expand(tuple(names), shapes)
     stripped = _lacks(redundant.prefix, table.values(), tensors)
     if stripped:

@@ -8,11 +8,10 @@ from typing import Any
 
 import robust_ft.vocabulary
 from robust_ft.checkpoints_io import families, safetensors_files
-from robust_ft.checkpoints_io.names import misfit
+from robust_ft.checkpoints_io.names import misfit, parameter_shapes
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import Model, ModelConfig
-from robust_ft.trainable import flatten
 from robust_ft.vocabulary import Vocabulary
 
 SETTINGS = "robust_ft.json"
@@ -94,7 +93,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def check(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raises a UserError unless these are exactly the parameters of the config's model."""
-    shapes = flatten(Model(config).shapes())
+    shapes = parameter_shapes(config)
     unplaced, missing = tensors.keys() - shapes.keys(), shapes.keys() - tensors.keys()
     if unplaced or missing:
         raise UserError(misfit(source, sorted(unplaced), sorted(missing)))

@@ -96,7 +96,7 @@ def test_overrides_have_to_exist_and_to_fit():
     with pytest.raises(UserError, match=r"no field 'max_distance'. Did you mean 'relative_max_d"):
         sources.overridden(checkpoint, {"max_distance": 30})
     with pytest.raises(UserError, match=r"has shape"):
-        sources.overridden(checkpoint, {"vocab_size": 41})
+        sources.overridden(checkpoint, {"mlp_dim": 25})
 
 
 # --- Our own directories
