@@ -20,7 +20,7 @@ from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
-from robust_ft.models import gpt2, llama, peft, t5
+from robust_ft.models import bart, gpt2, llama, peft, t5
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
@@ -57,6 +57,7 @@ def task_data(
 REGISTERED: dict[str, Callable[..., Any]] = {
     "AdamW": optim.AdamW,
     "Adafactor": optim.Adafactor,
+    "BartConfig": bart.BartConfig,
     "BpeVocabulary": vocabulary.BpeVocabulary,
     "ByteVocabulary": vocabulary.ByteVocabulary,
     "CrossEntropy": objectives.CrossEntropy,

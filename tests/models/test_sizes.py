@@ -10,6 +10,8 @@ from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
 PUBLISHED = {
+    "bart_base": 139_420_416,
+    "bart_large": 406_291_456,
     "gpt2": 124_439_808,
     "gpt2_medium": 354_823_168,
     "gpt2_large": 774_030_080,
