@@ -5,7 +5,7 @@ import math
 import gin
 import pytest
 
-from robust_ft import gin_config
+from robust_ft import gin_config, trainable
 from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
@@ -34,3 +34,15 @@ def test_parameters(name):
     shapes = flatten(Model(config).shapes())
     assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == PUBLISHED[name]
     assert (config.pad_id, config.attention_dropout_rate) == (model.pad_id, 0.1)
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("gpt2", "decoder"), ("bart_base", "encoder")])
+def test_recipes_run_on_these_models(name, prompt):
+    files = ["gin_configs/promot_rte.gin", f"gin_configs/models/{name}.gin"]
+    recipe = gin_config.load(files, ["DROPOUT_RATE=0.1"]).recipe
+    tuned, trained = (
+        trainable.trainable_paths(stage.model.shapes(), stage.trainable) for stage in recipe.stages
+    )
+    assert tuned == {f"{prompt}/prompt"} and not tuned & trained
+    config = recipe.stages[0].model.config
+    assert config.dropout_rate == config.attention_dropout_rate == 0.1
