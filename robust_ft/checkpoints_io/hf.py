@@ -16,6 +16,7 @@ from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
 from robust_ft.errors import UserError
 from robust_ft.models.model import ModelConfig
 from robust_ft.vocabulary import (
+    Vocabulary,
     vocabulary_files,
     vocabulary_from_directory,
     vocabulary_settings,
@@ -37,8 +38,8 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# Fields of our configs that say how to compute, not which model it is.
-_FREE = ("dtype", "param_dtype", "remat", "dropout_rate")
+# Fields of our configs that say how to compute or which padding to expect, not which model it is.
+_FREE = ("dtype", "param_dtype", "remat", "dropout_rate", "pad_id")
 
 
 def is_directory(path: Path) -> bool:
@@ -76,13 +77,20 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         family.REDUNDANT,
         tied(settings, tensors) if tied else None,
     )
+    ids = (token_ids or _token_ids)(settings)
+    own = _vocabulary(folder) if vocabulary else None
+    if own is not None:
+        # What data is padded and ended with: config.json often lacks it, or has several.
+        ids |= {"pad": own.pad_id, "eos": own.eos_id}
+        if hasattr(config, "pad_id"):
+            config = dataclasses.replace(config, pad_id=own.pad_id)  # type: ignore[type-var]
     return Checkpoint(
         source,
         name,
         config,
         found.tensors,
-        (token_ids or _token_ids)(settings),
-        _vocabulary(folder) if vocabulary else None,
+        ids,
+        vocabulary_settings(own)[0] if own else None,
         _companions(folder),
         {"config": settings} | found.notes(),
     )
@@ -214,10 +222,10 @@ def _token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in firsts.items() if isinstance(value, int)}
 
 
-def _vocabulary(folder: Path) -> dict[str, Any] | None:
-    """Returns the vocabulary's settings; weights without one that is known can be converted too."""
+def _vocabulary(folder: Path) -> Vocabulary | None:
+    """Returns the vocabulary; weights without one that is known can be converted too."""
     try:
-        return vocabulary_settings(vocabulary_from_directory(folder))[0]
+        return vocabulary_from_directory(folder)
     except UserError as error:
         logging.warning("The model is converted without a vocabulary: %s", error)
         return None

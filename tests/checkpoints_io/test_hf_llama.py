@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from random_checkpoints import edit_json, same_tensors
 
 from robust_ft.checkpoints_io import hf, hf_llama, native
@@ -396,3 +397,24 @@ def test_files_of_base_models_copies_and_buffers(tmp_path):
     hf.safetensors_files.write_sharded(tmp_path, bare, None, 10**9)
     found = hf.read(str(tmp_path))
     assert same_tensors(found, checkpoint) and found.hugging_face["stripped"] == "model."
+
+
+def test_padding_and_end_are_the_vocabularys(tmp_path):
+    """As in Qwen's chat models: config.json has no padding, and another end than the vocabulary."""
+    hf.write(random_checkpoint(qkv_bias=True), tmp_path)
+    changes = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": [5, 6]}
+    edit_json(tmp_path / "config.json", **changes)
+    assert hf.read(str(tmp_path)).config.pad_id == 5
+    ids = {"<|endoftext|>": 4, "<|im_start|>": 5, "<|im_end|>": 6, "a": 7}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "a"))
+    words.add_special_tokens(list(ids)[:3])
+    words.save(str(tmp_path / "tokenizer.json"))
+    special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    found = hf.read(str(tmp_path))
+    assert found.config.pad_id == 4
+    assert found.token_ids == {"pad": 4, "eos": 6, "start": 5}
+    (tmp_path / "back").mkdir()
+    hf.write(found, tmp_path / "back")
+    before, after = (f / "config.json" for f in (tmp_path, tmp_path / "back"))
+    assert json.loads(before.read_text()) == json.loads(after.read_text())
