@@ -39,7 +39,7 @@ setup(
     extras_require={
         "test": ["hypothesis", "mypy", "pytest", "ruff"],
         # Independent references for the tests; without them those tests are skipped.
-        "parity": ["torch==2.13.0", "transformers~=5.0"],
+        "parity": ["peft", "torch==2.13.0", "transformers~=5.0"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -66,6 +66,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "GPT2Config": gpt2.GPT2Config,
     "Inference": Inference,
     "LlamaConfig": llama.LlamaConfig,
+    "Lora": peft.Lora,
     "Model": Model,
     "Partitioner": Partitioner,
     "Prompt": peft.Prompt,

@@ -1,6 +1,7 @@
 """Parameter-efficient finetuning: one file a method, plugged into the models' hook sites."""
 
 from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.lora import Lora
 from robust_ft.models.peft.prompt import Prompt
 
-__all__ = ["Peft", "Prompt"]
+__all__ = ["Lora", "Peft", "Prompt"]

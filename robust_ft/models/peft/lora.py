@@ -1,0 +1,122 @@
+"""LoRA: a trainable product of two thin matrices beside the kernels of dense layers.
+
+Hu et al., 2021, section 4.1: y = x W + alpha / rank * x A B, where only A and B train.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.models.axes import with_axes
+from robust_ft.models.peft.base import Peft
+from robust_ft.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Peft):
+    """A low-rank update of some dense layers, `<layer>/lora/a` [inputs, rank] and `b`.
+
+    The update starts at zero. It is float32 whatever the kernels are.
+
+    Attributes:
+        rank: Inner size of the product.
+        alpha: The product is scaled by alpha / rank.
+        dropout_rate: Of what goes into the product.
+        target: Which dense layers get one: a pattern that matches their path in full, such as
+            "decoder/layers_0/mlp/wo". GPT-2 has query, key and value in one layer, `qkv`.
+    """
+
+    name: str = "lora"
+    rank: int = 8
+    alpha: float = 8.0
+    dropout_rate: float = 0.0
+    target: str = r".*attention/(query|value|qkv)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise UserError(f"Lora.rank={self.rank} must be at least 1.")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"Lora.dropout_rate={self.dropout_rate} must be from 0 to below 1.")
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise UserError(f"Lora.target='{self.target}' is no valid regex: {error}.") from None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def dense(
+        self, scope: nn.Module, x: Float[Array, "*rest inputs"], y: Float[Array, "*rest outputs"]
+    ) -> Float[Array, "*rest outputs"]:
+        if not re.fullmatch(self.target, "/".join(scope.path)):
+            return y
+        axes: Any = getattr(scope, "axes", (None, None))
+        update = _Product(self.rank, y.shape[-1], axes, self.dropout_rate, name=self.name)(x)
+        return y + (self.scale * update).astype(y.dtype)
+
+    def initialize(self, rng: jax.Array, params: Params) -> Mapping[str, Any]:
+        """Changes nothing; makes sure that there is something to train."""
+        del rng
+        paths = traverse_util.flatten_dict(params, sep="/")
+        if not any(self.owns(path) for path in paths):
+            dense = [path.removesuffix("/kernel") for path in paths if path.endswith("/kernel")]
+            raise UserError(
+                f"Lora.target='{self.target}' matches none of the model's {len(dense)} dense "
+                "layers." + nearest(self.target.removeprefix(".*"), dense)
+            )
+        return {}
+
+    def merge(self, params: Params) -> Params:
+        """Returns parameters of the model without LoRA that computes the same.
+
+        Sums are made in float32 and rounded to the kernels' type.
+        """
+        flat = traverse_util.flatten_dict(params, sep="/")
+        merged = {path: leaf for path, leaf in flat.items() if not self.owns(path)}
+        for path, a in flat.items():
+            if path.endswith(ending := f"/{self.name}/a"):
+                layer = path.removesuffix(ending)
+                b, kernel = flat[f"{layer}/{self.name}/b"], merged[f"{layer}/kernel"]
+                merged[f"{layer}/kernel"] = self.merged_kernel(kernel, a, b)
+        return traverse_util.unflatten_dict(merged, sep="/")
+
+    def merged_kernel(self, kernel: Any, a: Any, b: Any) -> Any:
+        """Returns one kernel with its update; NumPy and JAX arrays stay what they are."""
+        update = self.scale * (a.astype("float32") @ b.astype("float32"))
+        return (kernel.astype("float32") + update).astype(kernel.dtype)
+
+
+class _Product(nn.Module):
+    """x A B, where A is drawn as PEFT draws it, uniformly within inputs^-0.5, and B is zero."""
+
+    rank: int
+    features: int
+    axes: tuple[str | None, str | None]
+    dropout_rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:
+        a_init = with_axes(_bounded, self.axes[0], None)
+        b_init = with_axes(nn.initializers.zeros, None, self.axes[1])
+        a = self.param("a", a_init, (x.shape[-1], self.rank), jnp.float32)
+        b = self.param("b", b_init, (self.rank, self.features), jnp.float32)
+        # Without randomness the model is deterministic (`Model.logits`).
+        deterministic = not self.has_rng("dropout")
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+
+
+def _bounded(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    bound = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(rng, shape, dtype, -bound, bound)
