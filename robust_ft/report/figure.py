@@ -86,7 +86,7 @@ def save_picture(runs: Sequence[Run], path: pathlib.Path) -> None:
         count = len(results.methods(runs)) + 1
         left, right = top.subplots(
             1, 2, gridspec_kw={"left": 0.12, "right": 0.97, "top": 0.55 + 0.02 * min(count, 4),
-                               "bottom": 0.06, "wspace": 0.3}
+                               "bottom": 0.06, "wspace": 0.38}
         )  # fmt: skip
         draw_bars(left, runs, "target", LIGHT)
         draw_bars(right, runs, results.NORM_AVG, LIGHT)
@@ -152,7 +152,7 @@ def draw_bars(
         axes.plot([start, start], [-0.31, len(bars) - 0.6], linestyle=(0, (3, 3)), linewidth=1.1,
                   color=theme.muted, zorder=0)  # fmt: skip
     axes.set(xlim=(0, limit), ylim=(max(1, len(bars)) - 0.5, -0.5), xticks=[])
-    names = [textwrap.fill(name, 15) for name, _, _ in bars]
+    names = [textwrap.fill(name.replace("_", " "), 15) for name, _, _ in bars]
     axes.set_yticks(range(len(bars)), names, fontsize=11, color=theme.ink)
     if not bars:
         axes.text(0, 0, "not measured", color=theme.muted)
