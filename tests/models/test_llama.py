@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny_models import assert_trees_close, random_params
 
-from robust_ft import gin_config
 from robust_ft.errors import UserError
 from robust_ft.models.llama import LlamaConfig, rotary_frequencies
 from robust_ft.models.model import Model
@@ -119,28 +118,6 @@ def test_parameters_have_names_and_shapes():
     assert all(len(names) == len(shapes[path]) for path, names in axes.items())
     assert axes["decoder/layers_0/self_attention/key_norm/scale"] == ("kv",)
     assert axes["decoder/layers_1/self_attention/query/bias"] == ("joined_kv",)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("llama2_7b", 6_738_415_616),
-        ("llama2_13b", 13_015_864_320),
-        ("llama3_8b", 8_030_261_248),
-        ("llama3_1_8b", 8_030_261_248),
-        ("llama3_2_1b", 1_235_814_400),
-        ("mistral_7b", 7_241_732_096),
-        ("qwen2_5_0_5b", 494_032_768),
-        ("qwen2_5_7b", 7_615_616_512),
-        ("qwen3_0_6b", 596_049_920),
-        ("qwen3_8b", 8_190_735_360),
-    ],
-)
-def test_configs_have_the_published_sizes(name, parameters):
-    files = ["gin_configs/full_rte.gin", f"gin_configs/models/{name}.gin"]
-    model = gin_config.load(files, ["MODEL_DIR=unused"]).recipe.stages[0].model
-    assert sum(leaf.size for leaf in jax.tree.leaves(model.shapes())) == parameters
-    assert model.pad_id == model.config.pad_id
 
 
 @pytest.mark.parametrize("tied", [True, False])
