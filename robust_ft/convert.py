@@ -2,6 +2,11 @@
 
 Formats are hf (a Hugging Face directory, or a name on the hub), t5x (a checkpoint_<step> of t5x)
 and robust_ft (a model directory of this program). --from is told from the files if not given.
+peft is an adapter (LoRA, soft prompt or prefix) without the model that it belongs to:
+
+  --from=peft --input=ADAPTER --output=DIR            an adapter that INITIAL_CHECKPOINT_PATH names
+  --from=peft --input=ADAPTER --to=hf --base=DIR ...  the base with a LoRA merged into it
+  --to=peft   --input=STAGE --base=DIR --output=DIR   what a stage trained, for PEFT
 
 A stage of a finished run (its selected checkpoint) or one checkpoint_<step> holds only what was
 trained; --base names the model that it started from, whose other parameters, config and
@@ -11,6 +16,7 @@ INITIAL_CHECKPOINT_PATH can name; nothing else is needed for that.
 
 import argparse
 import ast
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +27,7 @@ from robust_ft import command_line
 if TYPE_CHECKING:
     from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 
-FORMATS = ("hf", "t5x", "robust_ft")
+FORMATS = ("hf", "t5x", "robust_ft", "peft")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -43,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the model's config that the input does not tell, such as "
-        "relative_max_distance=128",
+        help="a field of the model's config, or of the adapter, that the input does not tell, such "
+        "as relative_max_distance=128 or LoRA's alpha=16",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output if it is there, once complete"
@@ -79,11 +85,12 @@ def convert(
     Args:
         source: A model directory, a stage's directory, or a file with parameters.
         output: A directory, or a `.safetensors` file, which holds parameters and no config.
-        source_format: "hf", "t5x" or "robust_ft"; told from the files if not given.
+        source_format: One of FORMATS; told from the files if not given.
         output_format: The same, of a directory.
         dtype: What floats are written as; as they are if not given.
         base: The model that supplies what `source` does not hold.
-        config: Fields of the model's config that win over what the source says.
+        config: Fields of the model's config that win over what the source says; those of the
+            adapter for "peft".
         overwrite: Whether to replace an output that is there.
 
     Raises:
@@ -95,6 +102,10 @@ def convert(
     from robust_ft.errors import UserError
 
     outputs.check(Path(output).expanduser(), overwrite)
+    if "peft" in (source_format, output_format) or _is_adapter(source):
+        reading = "peft" if source_format == "peft" or _is_adapter(source) else "weights"
+        _convert_adapter(source, output, reading, output_format, dtype, base, config, overwrite)
+        return
     if output.endswith(".safetensors"):
         tensors = {
             path: tensor.cast(dtype)
@@ -118,6 +129,54 @@ def convert(
         f"{len(checkpoint.tensors)} parameters ({checkpoint.nbytes:,} bytes) of a "
         f"{checkpoint.family} in {output}."
     )
+
+
+def _convert_adapter(
+    source: str,
+    output: str,
+    reading: str,
+    output_format: str,
+    dtype: str | None,
+    base: str | None,
+    config: dict[str, Any] | None,
+    overwrite: bool,
+) -> None:
+    from robust_ft import console
+    from robust_ft.checkpoints_io import outputs, peft, safetensors_files, sources
+    from robust_ft.errors import UserError
+
+    to_file = output.endswith(".safetensors")
+    if output_format != "robust_ft" and not to_file and base is None:
+        raise UserError(f"--to={output_format} needs --base=DIR, the model the adapter belongs to.")
+    if reading == "peft":
+        adapter = peft.read(source)
+    else:
+        adapter = peft.of_weights(source, sources.weights(_selected(source)), config)
+    whole = sources.read(base) if base is not None else None
+    if whole is not None:
+        peft.check(adapter, whole)
+    tensors = {path: tensor.cast(dtype) for path, tensor in adapter.tensors.items()}
+    alone = dataclasses.replace(adapter, tensors=tensors)
+    with outputs.fresh(Path(output), overwrite) as temporary:
+        if to_file:
+            safetensors_files.write(temporary, tensors)
+        else:
+            temporary.mkdir()
+            if whole is None or output_format == "robust_ft":
+                peft.write_ours(alone, temporary)
+            elif output_format == "peft":
+                peft.write(alone, whole, temporary)
+            else:
+                _write(peft.merged(adapter, whole).cast(dtype), temporary, output_format)
+    console.print_line(
+        f"{len(tensors)} parameters of a {type(adapter.method).__name__} in {output}."
+    )
+
+
+def _is_adapter(source: str) -> bool:
+    from robust_ft.checkpoints_io import peft
+
+    return peft.is_directory(Path(source).expanduser())
 
 
 def _write(checkpoint: "Checkpoint", folder: Path, output_format: str) -> None:

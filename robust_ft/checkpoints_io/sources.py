@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from robust_ft import assets
-from robust_ft.checkpoints_io import added_tokens, hf, native, safetensors_files, t5x
+from robust_ft.checkpoints_io import added_tokens, hf, native, peft, safetensors_files, t5x
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
@@ -63,9 +63,9 @@ def weights(path: str) -> dict[str, Tensor]:
 
     Args:
         path: A directory that `read` opens, one of this program's `checkpoint_<step>`, a
-            `.safetensors` file with our paths, or a soft prompt in a `.npy` file. `asset:` paths
-            are resolved. Several, separated by commas, add up (a model and its prompt); of what
-            two of them hold the later counts.
+            `.safetensors` file with our paths, an adapter's directory, or a soft prompt in a
+            `.npy` file. `asset:` paths are resolved. Several, separated by commas, add up (a model
+            and its prompt); of what two of them hold the later counts.
 
     Raises:
         UserError: Nothing is there, or it is broken.
@@ -83,6 +83,8 @@ def weights(path: str) -> dict[str, Tensor]:
         return _prompt(file)
     if (file / "params").is_dir():
         return _saved(file / "params")
+    if peft.is_directory(file):
+        return dict(peft.read(str(file)).tensors)
     if native.is_directory(file):
         return native.read_weights(file)
     if hf.is_directory(file):
@@ -91,8 +93,8 @@ def weights(path: str) -> dict[str, Tensor]:
         return t5x.read_weights(file)
     raise UserError(
         f"'{path}' is no checkpoint: neither a .safetensors or .npy file, nor a directory with "
-        f"{hf.CONFIG} (Hugging Face), {native.SETTINGS} (robust_ft), {t5x.INDEX} (t5x) or params "
-        "(checkpoint_<step> of a run)."
+        f"{hf.CONFIG} (Hugging Face), {native.SETTINGS} (robust_ft), {t5x.INDEX} (t5x), "
+        f"{peft.CONFIG} (PEFT) or params (checkpoint_<step> of a run)."
     )
 
 
