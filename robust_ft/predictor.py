@@ -7,17 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from robust_ft.decoding import Decoded, Decoder
+from robust_ft.errors import UserError
 from robust_ft.models.model import Model
+from robust_ft.objectives import smoothed_cross_entropy
 from robust_ft.partitioning import Partitioner
 from robust_ft.trainable import flatten, split
 from robust_ft.types import Batch, Params
-from robust_ft.vocabulary import Vocabulary, encode_inputs
+from robust_ft.vocabulary import Vocabulary, encode_inputs, encode_targets
+
+DECODE_LENGTH = 64
+# Positions whose logits are held at once when targets are scored; every bucket is a multiple.
+BLOCK = 16
 
 
 class Predictor:
-    """Decodes batches and texts with one set of parameters.
+    """Decodes and scores batches and texts with one set of parameters.
 
     Attributes:
         model: The architecture with its PEFT methods.
@@ -70,28 +77,137 @@ class Predictor:
     def predict(
         self,
         texts: Sequence[str],
-        decoder: Decoder,
-        inputs_length: int = 512,
+        decoder: Decoder | None = None,
+        inputs_length: int | None = None,
         batch_size: int = 32,
         rng: jax.Array | None = None,
     ) -> list[str]:
         """Returns the best output for each text.
 
         Args:
-            texts: Inputs, cut at `inputs_length` tokens with the end-of-sequence token.
-            decoder: Greedy, beam search or sampling, with its settings.
-            inputs_length: Number of tokens to which inputs are padded.
-            batch_size: Texts decoded at once.
+            texts: Inputs, without special tokens.
+            decoder: Greedy, beam search or sampling, with its settings; by default greedy, up to
+                64 tokens.
+            inputs_length: Number of tokens, the end-of-sequence token among them, at which inputs
+                are cut and to which they are padded. By default none is cut, and texts of about
+                the same length are padded to the same.
+            batch_size: Most texts decoded at once.
             rng: A key, for sampling only.
+
+        Raises:
+            UserError: The model has no place for inputs of this length, or an argument is wrong.
         """
-        outputs: list[str] = []
-        for start, rows in _padded_batches(texts, self.vocabulary, inputs_length, batch_size):
-            batch_rng = None if rng is None else jax.random.fold_in(rng, start)
+        _check_texts("texts", texts)
+        decoder = decoder or Decoder(max_decode_len=DECODE_LENGTH)
+        encoded = [encode_inputs(self.vocabulary, text, inputs_length) for text in texts]
+        outputs = [""] * len(texts)
+        for i, numbers in enumerate(self._groups([len(ids) for ids in encoded], batch_size)):
+            rows = self._padded([encoded[n] for n in numbers], inputs_length, batch_size)
+            batch_rng = None if rng is None else jax.random.fold_in(rng, i)
             decoded = self.generate({"encoder_input_tokens": rows}, decoder, batch_rng)
             best = np.asarray(decoded.tokens)[:, 0]
-            count = min(batch_size, len(texts) - start)
-            outputs += [self.vocabulary.decode(tokens.tolist()) for tokens in best[:count]]
+            for number, tokens in zip(numbers, best, strict=False):
+                outputs[number] = self.vocabulary.decode(tokens.tolist())
         return outputs
+
+    def score(
+        self,
+        inputs: Sequence[str],
+        targets: Sequence[str],
+        per_token: bool = False,
+        inputs_length: int | None = None,
+        targets_length: int = 512,
+        batch_size: int = 32,
+    ) -> Float[np.ndarray, " texts"]:
+        """Returns log p(target | input) for each pair, in nats, as float32.
+
+        It sums over the tokens that the model learns to write for the target: the
+        end-of-sequence token counts, and what the vocabulary has before targets (BART's `<s>`).
+
+        Args:
+            inputs: What the model reads, without special tokens.
+            targets: What it is asked about, one for each input.
+            per_token: Whether each sum is divided by its number of tokens.
+            inputs_length: As in `predict`.
+            targets_length: Most tokens of a target. None is cut: half a target's score would be
+                another target's.
+            batch_size: Most pairs scored at once.
+
+        Raises:
+            UserError: There are more inputs than targets or fewer, a target is too long, or the
+                model has no place for texts of this length.
+        """
+        _check_texts("inputs", inputs)
+        _check_texts("targets", targets)
+        if len(inputs) != len(targets):
+            raise UserError(
+                f"score needs a target for each input, not {len(inputs)} inputs and "
+                f"{len(targets)} targets."
+            )
+        read = [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs]
+        written = [encode_targets(self.vocabulary, text) for text in targets]
+        lengths = np.array([len(ids) for ids in written], np.int32)
+        for i in np.flatnonzero(lengths > targets_length)[:1]:
+            raise UserError(
+                f"Target {i} ('{targets[i][:40]}...') has {lengths[i]} tokens, more than "
+                f"targets_length={targets_length}."
+            )
+        scores = np.zeros(len(inputs), np.float32)
+        joined = [len(ids) + int(length) for ids, length in zip(read, lengths, strict=True)]
+        for numbers in self._groups(joined, batch_size):
+            batch = self._pairs(
+                [read[n] for n in numbers], [written[n] for n in numbers], inputs_length, batch_size
+            )
+            with self._partitioner.activate():
+                placed = self._partitioner.put_batch(batch)
+                found = _score(self.model, self.params, placed)
+            scores[numbers] = np.asarray(found)[: len(numbers)]
+        return scores / lengths if per_token else scores
+
+    def _groups(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Yields the numbers of texts that go together, of similar length, longest first."""
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1.")
+        self._partitioner.check_batch(batch_size, "batch_size")
+        order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+    def _padded(
+        self, sequences: Sequence[Sequence[int]], length: int | None, batch_size: int
+    ) -> Int32[np.ndarray, "batch length"]:
+        """Returns a batch whose shape is one of few, so that few programs are compiled.
+
+        Rows that only fill it up repeat the first, so that decoding does not wait for them.
+        """
+        length = length or _bucket(max(map(len, sequences)))
+        rows = self._partitioner.mesh.shape["data"]
+        while rows < len(sequences):
+            rows *= 2
+        filled = np.full((min(rows, batch_size), length), self.vocabulary.pad_id, np.int32)
+        for i, row in enumerate(filled):
+            tokens = sequences[i if i < len(sequences) else 0]
+            row[: len(tokens)] = tokens
+        return filled
+
+    def _pairs(
+        self,
+        inputs: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        inputs_length: int | None,
+        batch_size: int,
+    ) -> dict[str, np.ndarray]:
+        shifted = [[self.model.start_id, *ids[:-1]] for ids in targets]
+        batch = {
+            "encoder_input_tokens": self._padded(inputs, inputs_length, batch_size),
+            "decoder_input_tokens": self._padded(shifted, None, batch_size),
+            "decoder_target_tokens": self._padded(targets, None, batch_size),
+        }
+        # Padding may be another token's id: only lengths tell which positions count.
+        weights = np.zeros(batch["decoder_target_tokens"].shape, np.float32)
+        for row, ids in zip(weights, targets, strict=False):
+            row[: len(ids)] = 1
+        return batch | {"decoder_loss_weights": weights}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -107,12 +223,32 @@ def _generate(
     return decoder(step_fn, cache, start, model.eos_id, model.pad_id, rng)
 
 
-def _padded_batches(
-    texts: Sequence[str], vocabulary: Vocabulary, length: int, batch_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(texts), batch_size):
-        rows = np.full((batch_size, length), vocabulary.pad_id, np.int32)
-        for row, text in zip(rows, texts[start : start + batch_size], strict=False):
-            tokens = encode_inputs(vocabulary, text, length)
-            row[: len(tokens)] = tokens
-        yield start, rows
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model: Model, params: Params, batch: Batch) -> Float[Array, "batch"]:
+    """Sums log-probabilities block by block, so that all logits are never held at once."""
+    hidden = model.hidden(params, batch)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0], x.shape[1] // BLOCK, BLOCK, *x.shape[2:])
+        return jnp.swapaxes(x.reshape(shape), 0, 1)
+
+    def block(parts: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "batch"]:
+        states, targets, weights = parts
+        loss, _ = smoothed_cross_entropy(model.head(params, states), targets)
+        return -jnp.sum(loss * weights, axis=1)
+
+    parts = (hidden, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+    return jnp.sum(jax.lax.map(block, jax.tree.map(blocks, parts)), axis=0)
+
+
+def _bucket(length: int) -> int:
+    """Returns the length to pad to: a power of 2, above 64 a multiple of 64."""
+    bucket = BLOCK
+    while bucket < min(length, 64):
+        bucket *= 2
+    return bucket if length <= 64 else -(-length // 64) * 64
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise UserError(f"{name} must be a list of texts, not one text; write [{texts[:20]!r}].")

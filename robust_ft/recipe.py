@@ -1,7 +1,6 @@
 """Recipes: stages one after the other, each starting where an earlier one ended."""
 
 import dataclasses
-import functools
 import json
 import signal
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from robust_ft import console, trainable
+from robust_ft import console, pretrained, trainable
 from robust_ft.checkpoint import Outcome, load_params, restore_onto, write_json
 from robust_ft.checkpoints_io import added_tokens
 from robust_ft.errors import UserError, nearest
@@ -144,26 +143,9 @@ def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
         stage: The stage.
         known: Values by parameter path.
     """
-    model, partitioner = stage.model, recipe.partitioner
-    shardings = trainable.flatten(partitioner.shardings(model.logical_axes()))
-    placed = {
-        path: jax.device_put(known[path], shardings[path])
-        for path in shardings.keys() & known.keys()
-    }
-    fresh = sorted(shardings.keys() - placed.keys())
-    if fresh:
-        init_rng = stage_key(recipe.seed, stage.name, "init")
-        peft_rng = stage_key(recipe.seed, stage.name, "peft")
-
-        # Jitted, so that of all initial values only the fresh ones are ever computed.
-        @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
-        def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            params = trainable.flatten(model.init(init_rng)) | dict(placed)
-            params = trainable.flatten(model.initialize_peft(peft_rng, trainable.unflatten(params)))
-            return {path: params[path] for path in fresh}
-
-        placed |= draw(placed)
-    return trainable.unflatten(placed)
+    init_rng = stage_key(recipe.seed, stage.name, "init")
+    peft_rng = stage_key(recipe.seed, stage.name, "peft")
+    return pretrained.place(stage.model, recipe.partitioner, known, init_rng, peft_rng)
 
 
 def claim(recipe: Recipe) -> None:

@@ -163,3 +163,78 @@ def test_sampling_needs_a_key_and_uses_a_new_one_for_each_batch():
     )
     assert first == again
     assert first[:8] != first[8:]
+
+
+# --- Scores
+
+PAIRS = [("abc", "de"), ("hello there", ""), ("", "naïve"), ("x", "a longer target"), ("abc", "d")]
+INPUTS, TARGETS = map(list, zip(*PAIRS, strict=True))
+
+
+def log_likelihood(predictor, text, target):
+    """The sum of one pair's log-softmax, without padding, blocks or batches."""
+    tokens = np.array([[*VOCABULARY.encode(target), VOCABULARY.eos_id]])
+    batch = {
+        "encoder_input_tokens": np.array([[*VOCABULARY.encode(text), VOCABULARY.eos_id]]),
+        "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1],
+    }
+    logits = np.asarray(jax.jit(predictor.model.logits)(predictor.params, batch), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(log_probs, tokens[..., None], -1).sum()
+
+
+@pytest.mark.parametrize("peft", [(), (Prompt(length=3),)], ids=["plain", "prompt"])
+def test_scores_are_sums_of_log_softmax(peft):
+    predictor = predictor_of(peft)
+    expected = [log_likelihood(predictor, *pair) for pair in PAIRS]
+    scores = predictor.score(INPUTS, TARGETS)
+    assert scores.shape == (5,) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    tokens = [len(VOCABULARY.encode(target)) + 1 for target in TARGETS]
+    per_token = predictor.score(INPUTS, TARGETS, per_token=True)
+    np.testing.assert_allclose(per_token, np.array(expected) / tokens, rtol=1e-5)
+
+
+def test_scores_do_not_depend_on_batches_and_padding():
+    predictor = predictor_of()
+    expected = predictor.score(INPUTS, TARGETS)
+    for settings in ({"batch_size": 2}, {"inputs_length": 20}, {"targets_length": 16}):
+        np.testing.assert_allclose(predictor.score(INPUTS, TARGETS, **settings), expected, 1e-5)
+    assert predictor.score([], []).shape == (0,)
+    # Longer than one block of positions, and a sum over several.
+    long = "word " * 20
+    np.testing.assert_allclose(
+        predictor.score(["a", "b"], [long, "x"]),
+        [log_likelihood(predictor, "a", long), log_likelihood(predictor, "b", "x")],
+        rtol=1e-5,
+    )
+
+
+def test_what_cannot_be_scored():
+    predictor = predictor_of()
+    with pytest.raises(UserError, match="2 inputs and 1 targets"):
+        predictor.score(["a", "b"], ["c"])
+    with pytest.raises(UserError, match=r"Target 1 \('toolong.*has 8 tokens.*targets_length=7"):
+        predictor.score(["a", "b"], ["short", "toolong"], targets_length=7)
+    with pytest.raises(UserError, match="targets must be a list of texts"):
+        predictor.score(["a"], "b")
+    with pytest.raises(UserError, match=r"write \['one text'\]"):
+        predictor.predict("one text")
+    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
+        predictor.predict(["a"], batch_size=0)
+
+
+def test_predict_by_default():
+    """Nothing but texts is needed, none is cut, and few shapes are compiled."""
+    texts = ["a", "b" * 40, "c" * 70, "d" * 30, ""]
+    decoder = Decoder(max_decode_len=64)
+    expected = PARROT.predict(texts, decoder, inputs_length=128)
+    assert PARROT.predict(texts) == expected
+    assert [len(text) for text in expected] == [1, 40, 64, 30, 0]
+    read = []
+    predictor = Predictor(Parrot(), PARROT.params, VOCABULARY)
+    predictor.generate = lambda batch, *rest: (
+        read.append(batch["encoder_input_tokens"]) or PARROT.generate(batch, *rest)
+    )
+    predictor.predict(["a" * length for length in range(0, 200, 7)], batch_size=8)
+    assert [rows.shape for rows in read] == [(8, 256), (8, 192), (8, 128), (8, 32)]

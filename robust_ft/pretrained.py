@@ -1,0 +1,182 @@
+"""From a model directory to a Predictor, and from known parameters to all of a model's."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from robust_ft import assets
+from robust_ft.checkpoints_io import hf, native, sources
+from robust_ft.checkpoints_io.names import misfit
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+from robust_ft.errors import UserError, nearest
+from robust_ft.models.model import Model
+from robust_ft.models.peft import Peft
+from robust_ft.partitioning import Partitioner
+from robust_ft.predictor import Predictor
+from robust_ft.trainable import flatten, unflatten
+from robust_ft.types import Params
+from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    vocabulary: Vocabulary | str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    peft: Sequence[Peft] = (),
+    weights: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    partitioner: Partitioner | None = None,
+) -> Predictor:
+    """Loads a pretrained or finetuned model: text in, text or scores out.
+
+    Args:
+        directory: A model directory of Hugging Face's, t5x's or our own (see `convert`), or a
+            model's name on the Hugging Face hub. "asset:mini" is the mini T5.
+        vocabulary: The model's, or a directory that holds it; by default looked for in
+            `directory`. t5x checkpoints have none.
+        dtype: "float32" or "bfloat16", of parameters and of what is computed. By default
+            parameters have the type that they are saved in, and float32 is computed.
+        peft: Methods to plug in, such as `robust_ft.models.peft.Prompt(length=100)`.
+        weights: Parameters that win over the directory's: a run's `checkpoint_<step>`, a
+            `.safetensors` file or a soft prompt in a `.npy` file; several separated by commas.
+            Those of a PEFT method that are nowhere start fresh.
+        config: Fields of the model's config that win over what the directory says; a larger
+            `vocab_size` adds tokens.
+        seed: Of fresh parameters.
+        partitioner: How parameters and batches are spread over devices; by default each device
+            holds all parameters and a part of the batch.
+
+    Raises:
+        UserError: Nothing is there, it is broken, or its parts do not fit together.
+    """
+    path = _existing(os.fspath(directory))
+    checkpoint = sources.read(path, overrides=config)
+    own = _vocabulary(checkpoint, vocabulary)
+    model = _model(checkpoint, own, dtype, tuple(peft))
+    partitioner = partitioner or Partitioner()
+    tensors = dict(checkpoint.tensors)
+    if weights is not None:
+        tensors |= sources.weights(weights)
+    known = _placed(model, partitioner, tensors, weights or path)
+    init_rng, peft_rng = jax.random.split(jax.random.key(seed))
+    return Predictor(model, place(model, partitioner, known, init_rng, peft_rng), own, partitioner)
+
+
+def place(
+    model: Model,
+    partitioner: Partitioner,
+    known: Mapping[str, Any],
+    init_rng: jax.Array,
+    peft_rng: jax.Array,
+) -> Params:
+    """Places those known parameters that the model has on the mesh, and draws its other ones.
+
+    Args:
+        model: The model.
+        partitioner: Gives the mesh.
+        known: Values by parameter path.
+        init_rng: A key for all parameters.
+        peft_rng: A key for those of PEFT methods that depend on the others.
+    """
+    shardings = flatten(partitioner.shardings(model.logical_axes()))
+    placed = {
+        path: jax.device_put(known[path], shardings[path])
+        for path in shardings.keys() & known.keys()
+    }
+    fresh = sorted(shardings.keys() - placed.keys())
+    if fresh:
+        # Jitted, so that of all initial values only the fresh ones are ever computed.
+        @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
+        def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            params = flatten(model.init(init_rng)) | dict(placed)
+            params = flatten(model.initialize_peft(peft_rng, unflatten(params)))
+            return {path: params[path] for path in fresh}
+
+        placed |= draw(placed)
+    return unflatten(placed)
+
+
+def _existing(directory: str) -> str:
+    """Returns the path of a directory, which names on the hub are downloaded to."""
+    path = assets.resolve(directory)
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return path
+    try:
+        return str(hf.find(path))
+    except UserError as error:
+        names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"{error}{nearest(folder.name, names)}") from None
+
+
+def _vocabulary(
+    checkpoint: Checkpoint, given: Vocabulary | str | os.PathLike[str] | None
+) -> Vocabulary:
+    if isinstance(given, str | os.PathLike):
+        return vocabulary_from_directory(os.fspath(given))
+    found = given or native.vocabulary(checkpoint)
+    if found is not None:
+        return found
+    try:
+        return vocabulary_from_directory(checkpoint.source)
+    except UserError as error:
+        raise UserError(
+            f"{error} Give load(..., vocabulary=...): a directory, or an object of "
+            "robust_ft.vocabulary."
+        ) from None
+
+
+def _model(
+    checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str | None, peft: tuple[Peft, ...]
+) -> Model:
+    """Returns the model with the vocabulary's padding and end, and the checkpoint's start."""
+    config: Any = checkpoint.config
+    if vocabulary.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The vocabulary has {vocabulary.vocab_size} tokens, the model in "
+            f"'{checkpoint.source}' {config.vocab_size}; give its own vocabulary or, to add tokens "
+            f"to the model, load(..., config={{'vocab_size': {vocabulary.vocab_size}}})."
+        )
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
+    if hasattr(config, "pad_id"):
+        changes["pad_id"] = vocabulary.pad_id
+    elif vocabulary.pad_id != 0:
+        raise UserError(
+            f"The vocabulary pads with {vocabulary.pad_id}, but T5s are padded with 0, as "
+            f"'{checkpoint.source}' is."
+        )
+    return dataclasses.replace(
+        native.model(checkpoint),
+        config=dataclasses.replace(config, **changes),
+        peft=peft,
+        pad_id=vocabulary.pad_id,
+        eos_id=vocabulary.eos_id,
+    )
+
+
+def _placed(
+    model: Model, partitioner: Partitioner, tensors: Mapping[str, Tensor], source: str
+) -> dict[str, jax.Array]:
+    """Puts tensors on the devices one by one; only PEFT methods' own may be missing."""
+    shapes = flatten(model.shapes())
+    shardings = flatten(partitioner.shardings(model.logical_axes()))
+    missing = [p for p in shapes if p not in tensors and not model.peft_owns(p)]
+    unplaced = [p for p in tensors if p not in shapes]
+    if missing or unplaced:
+        raise UserError(misfit(source, sorted(unplaced), sorted(missing)))
+    placed = {}
+    for path, tensor in tensors.items():
+        if tensor.shape != shapes[path].shape:
+            raise UserError(
+                f"{tensor.where} has shape {tensor.shape}, the model asks for {shapes[path].shape}."
+            )
+        array = tensor.cast(shapes[path].dtype).load()
+        placed[path] = jax.device_put(array, shardings[path])
+    return placed
