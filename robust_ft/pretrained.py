@@ -11,6 +11,7 @@ import jax
 
 from robust_ft import assets
 from robust_ft.checkpoints_io import hf, native, sources
+from robust_ft.checkpoints_io import peft as peft_io
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
@@ -45,8 +46,9 @@ def load(
             parameters have the type that they are saved in, and float32 is computed.
         peft: Methods to plug in, such as `robust_ft.models.peft.Prompt(length=100)`.
         weights: Parameters that win over the directory's: a run's `checkpoint_<step>`, a
-            `.safetensors` file or a soft prompt in a `.npy` file; several separated by commas.
-            Those of a PEFT method that are nowhere start fresh.
+            `.safetensors` file, a soft prompt in a `.npy` file, or an adapter's directory, whose
+            method is plugged in; several separated by commas. Those of a PEFT method that are
+            nowhere start fresh.
         config: Fields of the model's config that win over what the directory says; a larger
             `vocab_size` adds tokens.
         seed: Of fresh parameters.
@@ -59,7 +61,7 @@ def load(
     path = _existing(os.fspath(directory))
     checkpoint = sources.read(path, overrides=config)
     own = _vocabulary(checkpoint, vocabulary)
-    model = _model(checkpoint, own, dtype, tuple(peft))
+    model = _model(checkpoint, own, dtype, _methods(peft, weights))
     partitioner = partitioner or Partitioner()
     tensors = dict(checkpoint.tensors)
     if weights is not None:
@@ -114,6 +116,14 @@ def _existing(directory: str) -> str:
     except UserError as error:
         names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(f"{error}{nearest(folder.name, names)}") from None
+
+
+def _methods(given: Sequence[Peft], weights: str | None) -> tuple[Peft, ...]:
+    """Returns the given methods and those of adapters among the weights."""
+    folders = [Path(part.strip()).expanduser() for part in weights.split(",")] if weights else []
+    adapters = [peft_io.read(str(f)).method for f in folders if peft_io.is_directory(f)]
+    names = {method.name for method in given}
+    return (*given, *(method for method in adapters if method.name not in names))
 
 
 def _vocabulary(

@@ -14,6 +14,9 @@ from tiny_vocabularies import write_bart, write_bpe
 import robust_ft
 from robust_ft.checkpoint import save_params
 from robust_ft.checkpoints_io import hf, native, t5x
+from robust_ft.checkpoints_io import peft as adapters
+from robust_ft.checkpoints_io.peft_methods import Adapter
+from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prompt
@@ -125,6 +128,19 @@ def test_peft_methods_start_fresh_or_from_weights(tmp_path):
         robust_ft.load(folder, weights=f"{tmp_path}/prompt.npy")
     with pytest.raises(UserError, match=r"prompt.npy.*has shape \(3, 16\), .*\(4, 16\)"):
         robust_ft.load(folder, peft=[Prompt(length=4)], weights=f"{tmp_path}/prompt.npy")
+
+
+def test_adapters_bring_their_method_along(tmp_path):
+    folder, _ = write("native", tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    prompt = Tensor.of(np.full((3, 16), 0.5, np.float32), "prompt")
+    adapter = Adapter("test", Prompt(length=3), {"encoder/prompt": prompt})
+    adapters.write_ours(adapter, tmp_path / "adapter")
+    weights = str(tmp_path / "adapter")
+    for given in ([], [Prompt(length=3)]):
+        predictor = robust_ft.load(folder, weights=weights, peft=given)
+        assert predictor.model.peft == (Prompt(length=3),)
+        np.testing.assert_array_equal(predictor.params["encoder"]["prompt"], 0.5)
 
 
 def test_tokens_can_be_added(tmp_path):
