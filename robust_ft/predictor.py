@@ -98,6 +98,7 @@ class Predictor:
             UserError: The model has no place for inputs of this length, or an argument is wrong.
         """
         _check_texts("texts", texts)
+        batch_size = self._divisible(batch_size)
         decoder = decoder or Decoder(max_decode_len=DECODE_LENGTH)
         encoded = [encode_inputs(self.vocabulary, text, inputs_length) for text in texts]
         outputs = [""] * len(texts)
@@ -139,6 +140,7 @@ class Predictor:
         """
         _check_texts("inputs", inputs)
         _check_texts("targets", targets)
+        batch_size = self._divisible(batch_size)
         if len(inputs) != len(targets):
             raise UserError(
                 f"score needs a target for each input, not {len(inputs)} inputs and "
@@ -164,11 +166,15 @@ class Predictor:
             scores[numbers] = np.asarray(found)[: len(numbers)]
         return scores / lengths if per_token else scores
 
-    def _groups(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-        """Yields the numbers of texts that go together, of similar length, longest first."""
+    def _divisible(self, batch_size: int) -> int:
+        """Returns the largest batch, up to this size if possible, that divides over the devices."""
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
-        self._partitioner.check_batch(batch_size, "batch_size")
+        devices = self._partitioner.mesh.shape["data"]
+        return max(batch_size // devices, 1) * devices
+
+    def _groups(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Yields the numbers of texts that go together, of similar length, longest first."""
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
