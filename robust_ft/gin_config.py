@@ -69,6 +69,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Lora": peft.Lora,
     "Model": Model,
     "Partitioner": Partitioner,
+    "Prefix": peft.Prefix,
     "Prompt": peft.Prompt,
     "Recipe": Recipe,
     "Schedule": optim.Schedule,

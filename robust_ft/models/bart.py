@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from robust_ft.errors import UserError, nearest
 from robust_ft.models import layers
 from robust_ft.models.axes import with_axes
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.base import Peft, decoder_slots
 from robust_ft.models.t5 import DTYPES, REMAT_POLICIES, Cache
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         memory_valid: Bool[Array, "batch memory"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        _check_length(self.config, x.shape[1], "Targets")
+        _check_length(self.config, x.shape[1], "Targets", decoder_slots(self.peft))
         positions = jnp.arange(x.shape[1])[None]
         causal = positions[:, :, None] >= positions[:, None, :]
         memory_allowed = memory_valid[:, None, :]
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         max_length: int,
     ) -> Cache:
         cfg = self.config
-        _check_length(cfg, max_length, "Targets")
+        _check_length(cfg, max_length, "Targets", decoder_slots(self.peft))
         shape = (memory.shape[0], max_length, cfg.num_heads, cfg.emb_dim // cfg.num_heads)
         empty = jnp.zeros(shape, _dtype(cfg))
         return {
@@ -300,7 +300,8 @@ class Decoder(nn.Module):
     def _with_positions(
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "#batch length"]
     ) -> Float[Array, "batch length embed"]:
-        x = self.embedding_layer_norm(x + self.position_embedder(positions + OFFSET))
+        positions = positions + OFFSET + decoder_slots(self.peft)
+        x = self.embedding_layer_norm(x + self.position_embedder(positions))
         return self.dropout(x, deterministic=self.deterministic)
 
 
@@ -376,11 +377,12 @@ def _packed_positions(segments: Int[Array, "batch length"]) -> Int[Array, "batch
     return jnp.sum(layers.same_segment(segments, segments) & before, -1) - 1
 
 
-def _check_length(cfg: BartConfig, length: int, what: str) -> None:
-    if length > cfg.num_positions:
+def _check_length(cfg: BartConfig, length: int, what: str, slots: int = 0) -> None:
+    if length + slots > cfg.num_positions:
+        taken = f", of which a prefix takes {slots}" if slots else ""
         raise UserError(
             f"{what} of {length} tokens do not fit into BartConfig.num_positions="
-            f"{cfg.num_positions}; shorten them."
+            f"{cfg.num_positions}{taken}; shorten them."
         )
 
 

@@ -15,11 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
 from robust_ft.models import layers
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.base import Keys, Peft
 from robust_ft.types import Batch
 
 Cache = dict[str, Any]
-Keys = dict[str, jax.Array]  # "key" and "value", each [batch, length, heads, head_dim]
 
 
 class Layout(NamedTuple):

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models import decoder_only, layers
-from robust_ft.models.decoder_only import Cache, Keys
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.decoder_only import Cache
+from robust_ft.models.peft.base import Keys, Peft, decoder_slots
 from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
@@ -106,12 +106,15 @@ class SelfAttention(nn.Module):
         query, key, value = (layers.split_heads(part, self.config.num_heads) for part in parts)
         return query, {"key": key, "value": value}
 
+    @nn.compact
     def __call__(
         self,
         query: Float[Array, "batch query heads head_dim"],
         blocks: Sequence[Keys],
         bias: Float[Array, "batch one query key"],
     ) -> Float[Array, "batch query embed"]:
+        for method in self.peft:
+            blocks, bias = method.kv(self, blocks, bias)
         dropout = functools.partial(self.dropout, deterministic=self.deterministic)
         return self.out(layers.attended(query, blocks, bias, dropout, query.shape[-1] ** -0.5))
 
@@ -246,15 +249,16 @@ class Decoder(nn.Module):
     def _with_positions(
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
-        x = x + self.position_embedder(positions)
+        x = x + self.position_embedder(positions + decoder_slots(self.peft))
         return self.dropout(x, deterministic=self.deterministic)
 
     def _check_length(self, inputs: int, targets: int) -> None:
-        available = self.config.num_positions
-        if inputs + targets > available:
+        available, slots = self.config.num_positions, decoder_slots(self.peft)
+        if slots + inputs + targets > available:
+            taken = f", of which a prefix takes {slots}" if slots else ""
             raise UserError(
                 f"Inputs of {inputs} tokens, soft prompts included, and targets of {targets} do "
-                f"not fit into GPT2Config.num_positions={available}; shorten one of them."
+                f"not fit into GPT2Config.num_positions={available}{taken}; shorten one of them."
             )
 
 

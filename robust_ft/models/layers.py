@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.models.axes import with_axes
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.base import Keys, Peft
 from robust_ft.partitioning import constrain
 
 Initializer = Callable[..., jax.Array]
@@ -267,6 +267,7 @@ class Attention(nn.Module):
         """Returns {"key", "value"}, each [batch, key, heads, head_dim]."""
         return {"key": self._split(self.key(x)), "value": self._split(self.value(x))}
 
+    @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch query embed"],
@@ -275,8 +276,11 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "batch query embed"]:
         query = self._split(self.query(x))
+        blocks: Sequence[Keys] = [keys]
+        for method in self.peft:
+            blocks, bias = method.kv(self, blocks, bias)
         dropout = functools.partial(self.dropout, deterministic=deterministic)
-        return self.out(attended(query, [keys], bias, dropout, self.scale))
+        return self.out(attended(query, blocks, bias, dropout, self.scale))
 
     def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
         return split_heads(x, self.num_heads)
@@ -292,7 +296,7 @@ def split_heads(
 
 def attended(
     query: Float[Array, "batch query heads head_dim"],
-    blocks: Sequence[dict[str, jax.Array]],
+    blocks: Sequence[Keys],
     bias: Float[Array, "#batch #heads query key"],
     dropout: Callable[[jax.Array], jax.Array],
     scale: float = 1.0,

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models import decoder_only, layers
-from robust_ft.models.decoder_only import Cache, Keys, Layout
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.decoder_only import Cache, Layout
+from robust_ft.models.peft.base import Keys, Peft, decoder_slots
 from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
@@ -150,6 +150,7 @@ class Attention(nn.Module):
             key = self.key_norm(key)
         return {"key": rotate(key, rotary), "value": self._split(self.value(x))}
 
+    @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch query embed"],
@@ -160,6 +161,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch query embed"]:
         """Attends to one or more blocks of keys, whose lengths add up to the bias's."""
         cfg = self.config
+        for method in self.peft:
+            blocks, bias = method.kv(self, blocks, bias)
         query = self._split(self.query(x))
         if cfg.qk_norm:
             query = self.query_norm(query)
@@ -289,7 +292,8 @@ class Decoder(nn.Module):
         self, x: Float[Array, "batch length embed"], layout: Layout, cache: Cache | None = None
     ) -> tuple[Float[Array, "batch length embed"], list[Any]]:
         cfg = self.config
-        rotary = rotary_angles(layout.positions, rotary_frequencies(cfg))
+        positions = layout.positions + decoder_slots(self.peft)
+        rotary = rotary_angles(positions, rotary_frequencies(cfg))
         # The masks, made once and not in every layer.
         full, windowed = layout.bias(), layout.bias(cfg.sliding_window)
         kept = []

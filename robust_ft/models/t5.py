@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models import layers
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.base import Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -257,12 +257,15 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch target embed"]:
         positions = jnp.arange(x.shape[1])
         causal = positions[None, :, None] >= positions[None, None, :]
+        slots = decoder_slots(self.peft)
         memory_allowed = memory_valid[:, None, :]
         if "decoder_segment_ids" in batch:
             segments = batch["decoder_segment_ids"]
             causal = causal & layers.same_segment(segments, segments)
             memory_allowed &= layers.same_segment(segments, batch["encoder_segment_ids"])
-        self_bias = self.relpos_bias(positions, positions) + layers.mask_bias(causal)
+        causal = jnp.pad(causal, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
+        key_positions = jnp.arange(-slots, x.shape[1])
+        self_bias = self.relpos_bias(positions, key_positions) + layers.mask_bias(causal)
         memory_bias = layers.mask_bias(memory_allowed)
         x = self.dropout(x, deterministic=self.deterministic)
         for layer in self.layers:
@@ -294,8 +297,9 @@ class Decoder(nn.Module):
         self, x: Float[Array, "batch one embed"], cache: Cache
     ) -> tuple[Float[Array, "batch one embed"], Cache]:
         position = cache["position"]  # [batch], where the token of x stands
-        slots = jnp.arange(cache["layers"][0]["self"]["key"].shape[1])  # [length]
-        seen = slots[None, None, :] <= position[:, None, None]  # [batch, 1, length]
+        length = cache["layers"][0]["self"]["key"].shape[1]
+        slots = jnp.arange(-decoder_slots(self.peft), length)  # [slots + length]
+        seen = slots[None, None, :] <= position[:, None, None]  # [batch, 1, slots + length]
         bias = self.relpos_bias(
             position[:, None], jnp.broadcast_to(slots, (*x.shape[:1], *slots.shape))
         )

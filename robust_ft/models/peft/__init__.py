@@ -2,6 +2,7 @@
 
 from robust_ft.models.peft.base import Peft
 from robust_ft.models.peft.lora import Lora
+from robust_ft.models.peft.prefix import Prefix
 from robust_ft.models.peft.prompt import Prompt
 
-__all__ = ["Lora", "Peft", "Prompt"]
+__all__ = ["Lora", "Peft", "Prefix", "Prompt"]

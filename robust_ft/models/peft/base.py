@@ -7,7 +7,7 @@ method's parameters below that module's path, under `self.name`.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from robust_ft.errors import UserError
 from robust_ft.types import Batch, Params
+
+Keys = Mapping[str, jax.Array]  # "key" and "value", each [batch, length, heads, head_dim]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,26 @@ class Peft:
         """Changes the output y of a dense layer with input x."""
         return y
 
+    def kv(
+        self,
+        scope: nn.Module,
+        blocks: Sequence[Keys],
+        bias: Float[Array, "#batch #heads query key"],
+    ) -> tuple[Sequence[Keys], Float[Array, "#batch #heads query longer"]]:
+        """Changes what attention attends to.
+
+        Args:
+            scope: The attention.
+            blocks: Keys and values in parts, as the cache keeps them; positions are in the keys.
+            bias: Added to the scores of all parts' keys. Where there are relative positions, it has
+                columns for `decoder_slots` before them.
+        """
+        return blocks, bias
+
+    def decoder_slots(self) -> int:
+        """Returns how many positions the method's keys take before the decoder's tokens."""
+        return 0
+
     def residual(
         self, scope: nn.Module, x: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length embed"]:
@@ -72,3 +94,15 @@ class Peft:
     def owns(self, path: str) -> bool:
         """Returns whether the parameter at this path belongs to the method."""
         return re.search(rf"(^|/){re.escape(self.name)}(/|$)", path) is not None
+
+
+def decoder_slots(peft: Sequence[Peft]) -> int:
+    """Returns how many positions methods' keys take before those of the decoder's tokens.
+
+    Raises:
+        UserError: A method without positions would stand between these keys and the tokens.
+    """
+    counts = [method.decoder_slots() for method in peft if type(method).kv is not Peft.kv]
+    if counts != sorted(counts, key=lambda count: count == 0):
+        raise UserError("In Model.peft, prefixes that are counted must come before those that not.")
+    return sum(counts)
