@@ -10,14 +10,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from robust_ft.checkpoints_io import families
 from robust_ft.checkpoints_io.names import expand
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
-from robust_ft.models.peft import Lora, Peft, Prompt
+from robust_ft.models.peft import Lora, Peft, Prefix, Prompt
+from robust_ft.models.peft.prefix import SITES
 
-METHODS: dict[str, type[Peft]] = {"Lora": Lora, "Prompt": Prompt}
-PEFT_TYPES = ("LORA", "PROMPT_TUNING")
+METHODS: dict[str, type[Peft]] = {"Lora": Lora, "Prefix": Prefix, "Prompt": Prompt}
+PEFT_TYPES = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING")
 PROMPT = "prompt_embeddings"
 # Which of our stacks reads a prompt.
 _STACKS = {"SEQ_2_SEQ_LM": "encoder", "CAUSAL_LM": "decoder"}
@@ -77,7 +80,7 @@ def from_peft(source: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
             f"'{source}' says peft_type={kind!r}, which is not known; known are "
             f"{', '.join(PEFT_TYPES)}." + nearest(str(kind), PEFT_TYPES)
         )
-    translate = {"LORA": _from_lora, "PROMPT_TUNING": _from_prompt}[kind]
+    translate = dict(zip(PEFT_TYPES, (_from_lora, _from_prefix, _from_prompt), strict=True))[kind]
     try:
         method, ours = translate(source, config, tensors)
     except KeyError as error:
@@ -87,7 +90,7 @@ def from_peft(source: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 def to_peft(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns an adapter_config.json and the tensors under PEFT's names."""
-    translate: Any = {Lora: _to_lora, Prompt: _to_prompt}[type(adapter.method)]
+    translate: Any = {Lora: _to_lora, Prefix: _to_prefix, Prompt: _to_prompt}[type(adapter.method)]
     config, tensors = translate(adapter, base)
     encoder_decoder = base.family in _ENCODER_DECODERS
     common = {
@@ -115,10 +118,17 @@ def recognized(source: str, tensors: Mapping[str, Tensor]) -> tuple[type[Peft], 
         path, tensor = next(iter(tensors.items()))
         if re.fullmatch(r"(encoder|decoder)/\w+", path) and len(tensor.shape) == 2:
             return Prompt, {"name": path.split("/")[1], "length": tensor.shape[0]}
+    if names and all(parts[-1] in ("key", "value") and len(parts) > 2 for parts in names.values()):
+        name = {parts[-2] for parts in names.values()}
+        lengths = {tensor.shape[0] for tensor in tensors.values()}
+        present = {parts[-3] for parts in names.values()}
+        if len(name) == 1 and len(lengths) == 1:
+            switches = {switch: site in present for switch, site in SITES.items()}
+            return Prefix, {"name": name.pop(), "length": lengths.pop(), **switches}
     shown = ", ".join(sorted(tensors)[:5]) + (", ..." if len(tensors) > 5 else "")
     raise UserError(
-        f"The {len(tensors)} parameters of '{source}' are not those of one LoRA or soft prompt: "
-        f"{shown}."
+        f"The {len(tensors)} parameters of '{source}' are not those of one LoRA, prefix or "
+        f"soft prompt: {shown}."
     )
 
 
@@ -283,3 +293,83 @@ def _stack(source: str, config: Mapping[str, Any]) -> str:
             + nearest(str(task), _STACKS)
         )
     return _STACKS[task]
+
+
+# --- Prefix tuning
+#
+# PEFT's table is [length, entries, heads, head_dim]. In decoder-only models entries 2i and 2i + 1
+# are layer i's keys and values. For encoder-decoders PEFT repeats the entries once and takes four a
+# layer, of which the first two are keys and values of the decoder's self-attention and the others
+# are not used: so layers share entries where their number is even, and we write twice as many.
+
+
+def _from_prefix(
+    source: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Peft, dict[str, Tensor]]:
+    table, length = _virtual_tokens(source, tensors), config["num_virtual_tokens"]
+    count, heads, width = (
+        config[key] for key in ("num_layers", "num_attention_heads", "token_dim")
+    )
+    if table.shape != (length, 2 * count * width) or width % heads:
+        raise UserError(
+            f"{table.where} has shape {table.shape}, its config says num_virtual_tokens={length}, "
+            f"num_layers={count}, token_dim={width} and num_attention_heads={heads}."
+        )
+    step = 4 if _stack(source, config) == "encoder" else 2
+    if step == 4 and config.get("num_transformer_submodules") == 1:
+        raise UserError(f"'{source}' is a prefix of one submodule of two: not known here.")
+    shape = (length, 2 * count, heads, width // heads)
+    layers = count
+    if step == 4 and count % 2 == 0 and config.get("init_weights") != "zero":
+        # What is not used is zero: this program wrote it.
+        unused = table.load().reshape(length, count // 2, 4, -1)[:, :, 2:]
+        layers = layers if np.any(unused) else count // 2
+
+    def part(entry: int) -> Tensor:
+        return dataclasses.replace(
+            table,
+            shape=(length, *shape[2:]),
+            read=lambda: table.read().reshape(shape)[:, entry],
+        )
+
+    ours = {
+        f"decoder/layers_{i}/self_attention/prefix/{name}": part((step * i + j) % (2 * count))
+        for i in range(layers)
+        for j, name in enumerate(("key", "value"))
+    }
+    return Prefix(length=length, encoder=False, cross=False, counted=True), ours
+
+
+def _to_prefix(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    method: Any = adapter.method
+    encoder_decoder = base.family in _ENCODER_DECODERS
+    if not method.counted or (encoder_decoder and (method.encoder or method.cross)):
+        raise UserError(
+            f"'{adapter.source}' is a prefix that PEFT has no place for: it knows those with "
+            "Prefix.counted=True, in encoder-decoders with encoder=False and cross=False."
+        )
+    numbers = {int(path.split("/")[1].removeprefix("layers_")) for path in adapter.tensors}
+    first = next(iter(adapter.tensors.values()))
+    length, heads, head_dim = first.shape
+    step = 4 if encoder_decoder else 2
+    shape = (length, step * len(numbers), heads, head_dim)
+
+    def load() -> np.ndarray:
+        table = np.zeros(shape, first.dtype)
+        for i in sorted(numbers):
+            for j, name in enumerate(("key", "value")):
+                path = f"decoder/layers_{i}/self_attention/{method.name}/{name}"
+                table[:, step * i + j] = adapter.tensors[path].load()
+        return table.reshape(length, -1)
+
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": length,
+        "num_layers": shape[1] // 2,
+        "num_attention_heads": heads,
+        "token_dim": heads * head_dim,
+        "num_transformer_submodules": 2 if encoder_decoder else 1,
+        "prefix_projection": False,
+    }
+    flat = (length, math.prod(shape[1:]))
+    return config, {PROMPT: Tensor(flat, first.dtype, load, first.where)}

