@@ -1,5 +1,6 @@
 """Caches of compiled programs and of tokenized examples that only this test session sees."""
 
+import importlib.util
 import os
 
 import jax
@@ -12,6 +13,14 @@ def pytest_addoption(parser):
         action="store_true",
         help="write tests/golden anew instead of comparing with it",
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Skips comparisons with PyTorch where the extra [parity] is not installed."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    for item in items:
+        if missing and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: [parity]"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -189,8 +189,7 @@ def test_long_sequences_keep_their_rotations(tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["tied llama3", "mistral", "windowed qwen2", "qwen3"])
 def test_greedy_decoding_is_transformers_generate(tmp_path, name):
-    import torch
-
+    torch = pytest.importorskip("torch")
     theirs = reference(name)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), str(tmp_path / "ours"), "hf")
