@@ -337,6 +337,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
 # --- Rematerialization, dropout, types
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_also_with_dropout():
     small = {"num_encoder_layers": 1, "num_decoder_layers": 1}
     rates = {"dropout_rate": 0.3, "attention_dropout_rate": 0.2, "activation_dropout_rate": 0.2}

@@ -329,6 +329,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
 # --- Rematerialization, dropout, types
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_also_with_dropout():
     rates = {"dropout_rate": 0.3, "attention_dropout_rate": 0.2, "num_layers": 1}
     params, batch = params_of(tiny_model(num_layers=1)), batch_of(7, [6, 4], [5, 7])

@@ -225,6 +225,7 @@ def test_the_inputs_keys_are_returned_as_they_came():
     jax.eval_shape(step, model.shapes(), holes(6))
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_also_with_dropout():
     def gradient(remat):
         model = tiny_model(remat=remat, dropout_rate=0.3, num_layers=1, **VARIANTS["qwen3"])

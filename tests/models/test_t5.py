@@ -277,6 +277,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
 # --- Rematerialization, dropout, types
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_also_with_dropout():
     sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dropout_rate": 0.3}
     params, batch = random_params(tiny_model(**sizes)), example_batch(11)
@@ -304,6 +305,7 @@ def test_dropout_is_on_only_with_a_key():
     assert np.abs(first - expected).max() > 0.1
 
 
+@pytest.mark.slow
 def test_dropout_roughly_preserves_the_expectation():
     # A low rate: the mean over masks of a function that is not linear has a bias.
     model = tiny_model(dropout_rate=0.01)
