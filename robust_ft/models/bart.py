@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.models import layers
 from robust_ft.models.axes import with_axes
+from robust_ft.models.options import check_choices, rematerialized
 from robust_ft.models.peft.base import Peft, decoder_slots
-from robust_ft.models.t5 import DTYPES, REMAT_POLICIES, Cache
+from robust_ft.models.t5 import Cache
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -63,17 +63,7 @@ class BartConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        choices = {
-            "remat": tuple(REMAT_POLICIES),
-            "activation": tuple(layers.ACTIVATIONS),
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-        }
-        for field, known in choices.items():
-            if (value := getattr(self, field)) not in known:
-                raise UserError(
-                    f"BartConfig.{field}='{value}' is not one of {known}." + nearest(value, known)
-                )
+        check_choices(self, activation=tuple(layers.ACTIVATIONS))
         if self.emb_dim % self.num_heads:
             raise UserError(
                 f"BartConfig.emb_dim={self.emb_dim} must be a multiple of num_heads="
@@ -141,7 +131,7 @@ class Encoder(nn.Module):
         x = _norm(cfg, "embedding_layer_norm")(x)
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic)
         bias = layers.mask_bias(allowed)
-        layer_class = _rematerialized(EncoderLayer, cfg.remat)
+        layer_class = rematerialized(EncoderLayer, cfg.remat)
         for i in range(cfg.num_encoder_layers):
             x = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")(x, bias)
         return x, valid
@@ -229,7 +219,7 @@ class Decoder(nn.Module):
         cfg = self.config
         self.position_embedder = _position_embedder(cfg)
         self.embedding_layer_norm = _norm(cfg)
-        layer_class = _rematerialized(DecoderLayer, cfg.remat)
+        layer_class = rematerialized(DecoderLayer, cfg.remat)
         self.layers = [
             layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_decoder_layers)
         ]
@@ -417,9 +407,3 @@ def _mlp(cfg: BartConfig, peft: tuple[Peft, ...], name: str | None = "mlp") -> l
         dropout_dims=(),
         name=name,
     )
-
-
-def _rematerialized(layer_class: Any, remat: str) -> Any:
-    if remat == "none":
-        return layer_class
-    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])

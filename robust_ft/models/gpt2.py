@@ -8,18 +8,17 @@ padding alone, it models plain text. `GPT2Config` is flat; the module reads top 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.models import decoder_only, layers
 from robust_ft.models.decoder_only import Cache
+from robust_ft.models.options import check_choices, rematerialized
 from robust_ft.models.peft.base import Keys, Peft, decoder_slots
-from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -59,17 +58,7 @@ class GPT2Config:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        choices = {
-            "remat": tuple(REMAT_POLICIES),
-            "activation": tuple(layers.ACTIVATIONS),
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-        }
-        for field, known in choices.items():
-            if (value := getattr(self, field)) not in known:
-                raise UserError(
-                    f"GPT2Config.{field}='{value}' is not one of {known}." + nearest(value, known)
-                )
+        check_choices(self, activation=tuple(layers.ACTIVATIONS))
         if self.emb_dim % self.num_heads:
             raise UserError(
                 f"GPT2Config.emb_dim={self.emb_dim} must be a multiple of num_heads="
@@ -190,9 +179,7 @@ class Decoder(nn.Module):
         self.position_embedder = layers.Embedding(
             cfg.num_positions, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, "length", 0.02
         )
-        layer_class: Any = Layer
-        if cfg.remat != "none":
-            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[cfg.remat])
+        layer_class = rematerialized(Layer, cfg.remat)
         self.layers = [
             layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_layers)
         ]

@@ -15,11 +15,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.models import decoder_only, layers
 from robust_ft.models.decoder_only import Cache, Layout
+from robust_ft.models.options import check_choices, rematerialized
 from robust_ft.models.peft.base import Keys, Peft, decoder_slots
-from robust_ft.models.t5 import DTYPES, REMAT_POLICIES
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -85,14 +85,7 @@ class LlamaConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        choices = [("remat", self.remat, tuple(REMAT_POLICIES))]
-        choices += [("rope_scaling", self.rope_scaling, ROPE_SCALINGS)]
-        choices += [(field, getattr(self, field), DTYPES) for field in ("dtype", "param_dtype")]
-        for field, value, known in choices:
-            if value not in known:
-                raise UserError(
-                    f"LlamaConfig.{field}='{value}' is not one of {known}." + nearest(value, known)
-                )
+        check_choices(self, rope_scaling=ROPE_SCALINGS)
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"LlamaConfig.num_kv_heads={self.num_kv_heads} must divide "
@@ -247,7 +240,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        layer_class = _rematerialized(DecoderLayer, cfg.remat)
+        layer_class = rematerialized(DecoderLayer, cfg.remat)
         self.layers = [
             layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_layers)
         ]
@@ -420,9 +413,3 @@ def _mlp(cfg: LlamaConfig, peft: tuple[Peft, ...]) -> layers.MLP:
         peft,
         name="mlp",
     )
-
-
-def _rematerialized(layer_class: Any, remat: str) -> Any:
-    if remat == "none":
-        return layer_class
-    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.models import layers
+from robust_ft.models.options import check_choices, rematerialized
 from robust_ft.models.peft.base import Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
@@ -20,13 +21,6 @@ from robust_ft.types import Batch
 Cache = dict[str, Any]
 
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
-DTYPES = ("float32", "bfloat16")
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +55,7 @@ class T5Config:
     def __post_init__(self) -> None:
         # gin gives lists; a frozen config has to be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        choices = [("remat", self.remat, tuple(REMAT_POLICIES))]
-        choices += [("mlp_activations", name, ACTIVATIONS) for name in self.mlp_activations]
-        choices += [(field, getattr(self, field), DTYPES) for field in ("dtype", "param_dtype")]
-        for field, value, known in choices:
-            if value not in known:
-                raise UserError(
-                    f"T5Config.{field}='{value}' is not one of {known}." + nearest(value, known)
-                )
+        check_choices(self, mlp_activations=ACTIVATIONS)
         # Encoders give each direction half of the buckets and one distance each to half of those.
         if self.relative_num_buckets < 4:
             raise UserError(
@@ -128,7 +115,7 @@ class Encoder(nn.Module):
         bias = _relative_bias(cfg, bidirectional=True)(*[jnp.arange(x.shape[1])] * 2)
         bias = bias + layers.mask_bias(self._allowed(valid, batch))
         x = _dropout(cfg)(x, deterministic=self.deterministic)
-        layer_class = _rematerialized(EncoderLayer, cfg.remat)
+        layer_class = rematerialized(EncoderLayer, cfg.remat)
         for i in range(cfg.num_encoder_layers):
             x = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")(x, bias)
         x = _norm(cfg, "encoder_norm")(x)
@@ -232,7 +219,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.relpos_bias = _relative_bias(cfg, bidirectional=False, name=None)
-        layer_class = _rematerialized(DecoderLayer, cfg.remat)
+        layer_class = rematerialized(DecoderLayer, cfg.remat)
         self.layers = [
             layer_class(cfg, self.peft, self.deterministic) for _ in range(cfg.num_decoder_layers)
         ]
@@ -406,9 +393,3 @@ def _relative_bias(
         cfg.param_dtype,
         name=name,
     )
-
-
-def _rematerialized(layer_class: Any, remat: str) -> Any:
-    if remat == "none":
-        return layer_class
-    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])

@@ -1,0 +1,42 @@
+"""Options that the configs of all families have, checked and carried out in one way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from robust_ft.errors import UserError, nearest
+
+DTYPES = ("float32", "bfloat16")
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_choices(config: Any, **choices: Sequence[str]) -> None:
+    """Raises a UserError unless a config's fields have one of their valid values.
+
+    Args:
+        config: A family's config; its `remat`, `dtype` and `param_dtype` are checked too.
+        **choices: For further fields, of a string or of several, the valid ones.
+    """
+    common = {"remat": tuple(REMAT_POLICIES), "dtype": DTYPES, "param_dtype": DTYPES}
+    for field, known in {**common, **choices}.items():
+        values = getattr(config, field)
+        for value in (values,) if isinstance(values, str) else values:
+            if value not in known:
+                raise UserError(
+                    f"{type(config).__name__}.{field}='{value}' is not one of {tuple(known)}."
+                    + nearest(value, known)
+                )
+
+
+def rematerialized(layer_class: Any, remat: str) -> Any:
+    """Returns the layer whose backward pass keeps what the policy `remat` says."""
+    if remat == "none":
+        return layer_class
+    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])
