@@ -5,7 +5,6 @@ mesh axis holds which logical axis; models never mention devices.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
@@ -45,9 +44,8 @@ STANDARD_RULES: Rules = (
     ("prompt", None),
 )
 
-_active_rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar(
-    "active_rules", default=None
-)
+# JAX's own kind of context: what is traced under other rules is another program.
+_active_rules = jax.make_user_context(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +143,8 @@ class Partitioner:
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
         """Makes the mesh and the rules the ones that models traced inside see."""
-        token = _active_rules.set(self._rules)
-        try:
-            with jax.set_mesh(self.mesh):
-                yield
-        finally:
-            _active_rules.reset(token)
+        with _active_rules(self._rules), jax.set_mesh(self.mesh):
+            yield
 
     def spec(self, axes: LogicalAxes | None) -> PartitionSpec:
         """Returns where an array with these logical axes lives; None is replicated."""
@@ -238,7 +232,7 @@ class Partitioner:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the active rules' placement; without active rules, does nothing."""
-    rules = _active_rules.get()
+    rules: Rules | None = _active_rules.value
     if rules is None:
         return x
     return jax.lax.with_sharding_constraint(x, _to_spec(axes, rules))
@@ -249,7 +243,7 @@ def shards(*axes: str | None) -> tuple[int, ...]:
 
     Without active rules nothing is.
     """
-    rules = _active_rules.get()
+    rules: Rules | None = _active_rules.value
     if rules is None:
         return (1,) * len(axes)
     sizes = jax.sharding.get_abstract_mesh().shape

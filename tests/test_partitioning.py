@@ -325,6 +325,21 @@ def test_constrain_does_nothing_outside_and_checks_names_inside():
     assert constrain(x, "batch", "no axis") is x
 
 
+def test_other_rules_on_the_same_mesh_are_another_program():
+    inner = jax.jit(lambda x: constrain(x, "batch", "mlp"))
+    jitted = jax.jit(jax.checkpoint(inner))
+    partitioners = [Partitioner(), Partitioner(rules=(("mlp", None),))]
+    assert partitioners[0].mesh == partitioners[1].mesh
+    programs = []
+    for partitioner in partitioners * 2:
+        with partitioner.activate():
+            programs.append(str(jitted.trace(np.ones((2, 3), np.float32)).jaxpr))
+    split, whole, *again = programs
+    assert "spec=P(('data', 'fsdp'), 'model')" in split
+    assert "spec=P(('data', 'fsdp'), None)" in whole
+    assert again == [split, whole]
+
+
 def test_put_batch_keeps_values_and_types():
     batch = {"tokens": np.arange(6, dtype=np.int32).reshape(2, 3), "weights": np.ones(2)}
     placed = Partitioner().put_batch(batch)
