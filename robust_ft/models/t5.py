@@ -72,7 +72,11 @@ class T5Config:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each with norm before and residual around it."""
+    """Self-attention and MLP, each with norm before and residual around it.
+
+    The bias comes in two parts, by position and by mask. Their sum is as large as the scores,
+    and so is its gradient: made outside of layers, one a layer would stay until all are added up.
+    """
 
     config: T5Config
     peft: tuple[Peft, ...]
@@ -82,10 +86,12 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch source embed"],
-        bias: Float[Array, "batch heads source source"],
+        position_bias: Float[Array, "one heads source source"],
+        mask_bias: Float[Array, "batch one #source source"],
     ) -> Float[Array, "batch source embed"]:
         attention = _attention(self.config, self.peft, "attention")
         y = _norm(self.config, "pre_attention_layer_norm")(x)
+        bias = position_bias + mask_bias
         y = attention(y, attention.project(y), bias, self.deterministic)
         x = x + self._sublayer("attention", y)
         y = _norm(self.config, "pre_mlp_layer_norm")(x)
@@ -114,12 +120,14 @@ class Encoder(nn.Module):
         valid = batch["encoder_input_tokens"] != 0
         for method in self.peft:
             x, valid = method.embed(self, x, valid, batch)
-        bias = _relative_bias(cfg, bidirectional=True)(*[jnp.arange(x.shape[1])] * 2)
-        bias = bias + layers.mask_bias(self._allowed(valid, batch))
+        positions = jnp.arange(x.shape[1])[None]
+        position_bias = _relative_bias(cfg, bidirectional=True)(positions, positions)
+        mask_bias = layers.mask_bias(self._allowed(valid, batch))
         x = _dropout(cfg)(x, deterministic=self.deterministic)
         layer_class = rematerialized(EncoderLayer, cfg.remat)
         for i in range(cfg.num_encoder_layers):
-            x = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")(x, bias)
+            layer = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")
+            x = layer(x, position_bias, mask_bias)
         x = _norm(cfg, "encoder_norm")(x)
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic), valid
 
@@ -160,12 +168,14 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "batch target embed"],
         memory: Float[Array, "batch memory embed"],
-        self_bias: Float[Array, "#batch heads target target"],
+        position_bias: Float[Array, "one heads target target"],
+        mask_bias: Float[Array, "#batch one target target"],
         memory_bias: Float[Array, "batch one #target memory"],
     ) -> Float[Array, "batch target embed"]:
         y = self.pre_self_attention_layer_norm(x)
         keys = self.self_attention.project(y)
         memory_keys = self.project_memory(memory)
+        self_bias = position_bias + mask_bias
         return self._sublayers(x, y, keys, self_bias, memory_keys, memory_bias)
 
     def project_memory(self, memory: Float[Array, "batch memory embed"]) -> dict[str, jax.Array]:
@@ -244,8 +254,8 @@ class Decoder(nn.Module):
         memory_valid: Bool[Array, "batch memory"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        positions = jnp.arange(x.shape[1])
-        causal = positions[None, :, None] >= positions[None, None, :]
+        positions = jnp.arange(x.shape[1])[None]
+        causal = positions[:, :, None] >= positions[:, None, :]
         slots = decoder_slots(self.peft)
         memory_allowed = memory_valid[:, None, :]
         if "decoder_segment_ids" in batch:
@@ -253,12 +263,13 @@ class Decoder(nn.Module):
             causal = causal & layers.same_segment(segments, segments)
             memory_allowed &= layers.same_segment(segments, batch["encoder_segment_ids"])
         causal = jnp.pad(causal, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
-        key_positions = jnp.arange(-slots, x.shape[1])
-        self_bias = self.relpos_bias(positions, key_positions) + layers.mask_bias(causal)
+        key_positions = jnp.arange(-slots, x.shape[1])[None]
+        position_bias = self.relpos_bias(positions, key_positions)
+        mask_bias = layers.mask_bias(causal)
         memory_bias = layers.mask_bias(memory_allowed)
         x = self.dropout(x, deterministic=self.deterministic)
         for layer in self.layers:
-            x = layer(x, memory, self_bias, memory_bias)
+            x = layer(x, memory, position_bias, mask_bias, memory_bias)
         return self.dropout(self.decoder_norm(x), deterministic=self.deterministic)
 
     def empty_cache(
