@@ -14,23 +14,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-gpus="" program=train stops=0 dry_run=""
-while (($#)); do
-  case "$1" in
-    --gpus=*) gpus=${1#*=} ;;
-    --program=*) program=${1#*=} ;;
-    --stops=*) stops=${1#*=} ;;
-    --dry_run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "There is no flag '$1'; see --help. The program's flags come after --." ;;
-  esac
-  shift
-done
+gpus="" stops=0
+read_flags "gpus stops" "" "$@"
 [[ "$stops" == 0 ]] || need_number --stops "$stops"
 [[ -z "$gpus" || "$gpus" =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus=$gpus must be numbers, as in 0,1."
-need_program "$program"
-need_gin_file "$@"
 if [[ -z "$dry_run" ]] && ! command -v nvidia-smi >/dev/null; then
   die "There is no nvidia-smi here, hence no GPU driver; on a CPU, start robust_ft.$program itself."
 fi
@@ -38,7 +25,7 @@ fi
 # Fails where jax has no GPU support, instead of training on the CPU.
 command=(env JAX_PLATFORMS=cuda)
 [[ -z "$gpus" ]] || command+=("CUDA_VISIBLE_DEVICES=$gpus")
-command+=("${PYTHON:-python3}" -m "robust_ft.$program" --num_processes=1 "$@")
+command+=("${PYTHON:-python3}" -m "robust_ft.$program" --num_processes=1 "${program_flags[@]}")
 cd "$here/.."
 while true; do
   status=0

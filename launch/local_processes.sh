@@ -13,22 +13,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-processes=2 program=train logs="" dry_run=""
-while (($#)); do
-  case "$1" in
-    --processes=*) processes=${1#*=} ;;
-    --program=*) program=${1#*=} ;;
-    --logs=*) logs=${1#*=} ;;
-    --dry_run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "There is no flag '$1'; see --help. The program's flags come after --." ;;
-  esac
-  shift
-done
+processes=2 logs=""
+read_flags "processes logs" "" "$@"
 need_number --processes "$processes"
-need_program "$program"
-need_gin_file "$@"
 
 python=${PYTHON:-python3}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -39,7 +26,7 @@ fi
 cd "$here/.."
 children=()
 for ((i = 0; i < processes; i++)); do
-  command=(env JAX_PLATFORMS=cpu "$python" -m "robust_ft.$program" "$@"
+  command=(env JAX_PLATFORMS=cpu "$python" -m "robust_ft.$program" "${program_flags[@]}"
     "--coordinator_address=localhost:$port" "--num_processes=$processes" "--process_id=$i")
   if [[ -n "$dry_run" ]]; then
     run "${command[@]}"

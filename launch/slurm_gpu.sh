@@ -16,39 +16,21 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-nodes="" gpus="" time="" partition="" account="" cpus=8 name=robust_ft program=train dry_run=""
-while (($#)); do
-  case "$1" in
-    --nodes=*) nodes=${1#*=} ;;
-    --gpus_per_node=*) gpus=${1#*=} ;;
-    --time=*) time=${1#*=} ;;
-    --partition=*) partition=${1#*=} ;;
-    --account=*) account=${1#*=} ;;
-    --cpus_per_gpu=*) cpus=${1#*=} ;;
-    --name=*) name=${1#*=} ;;
-    --program=*) program=${1#*=} ;;
-    --dry_run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "There is no flag '$1'; see --help. The program's flags come after --." ;;
-  esac
-  shift
-done
+nodes="" gpus_per_node="" time="" partition="" account="" cpus_per_gpu=8 name=robust_ft
+read_flags "nodes gpus_per_node time partition account cpus_per_gpu name" "" "$@"
 need_number --nodes "$nodes"
-need_number --gpus_per_node "$gpus"
-need_number --cpus_per_gpu "$cpus"
+need_number --gpus_per_node "$gpus_per_node"
+need_number --cpus_per_gpu "$cpus_per_gpu"
 [[ "$time" =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || die "--time=$time must be as in 24:00:00."
-need_program "$program"
-need_gin_file "$@"
 
-flags=$(printf '%q ' "$@")
+flags=$(printf '%q ' "${program_flags[@]}")
 python=$(printf '%q' "${PYTHON:-python3}")
 job="#!/usr/bin/env bash
 #SBATCH --job-name=$name
 #SBATCH --nodes=$nodes
-#SBATCH --ntasks-per-node=$gpus
-#SBATCH --gpus-per-node=$gpus
-#SBATCH --cpus-per-task=$cpus
+#SBATCH --ntasks-per-node=$gpus_per_node
+#SBATCH --gpus-per-node=$gpus_per_node
+#SBATCH --cpus-per-task=$cpus_per_gpu
 #SBATCH --time=$time
 #SBATCH --signal=TERM@120
 #SBATCH --requeue

@@ -16,24 +16,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-name="" zone="" type="" project="" spot="" nfs="" program=train delete="" dry_run=""
-while (($#)); do
-  case "$1" in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --spot) spot=1 ;;
-    --nfs=*) nfs=${1#*=} ;;
-    --program=*) program=${1#*=} ;;
-    --delete) delete=1 ;;
-    --dry_run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "There is no flag '$1'; see --help. The program's flags come after --." ;;
-  esac
-  shift
-done
+name="" zone="" type="" project="" spot="" nfs="" delete=""
+read_flags "name zone type project nfs" "spot delete" "$@"
 [[ "$name" =~ ^[a-z][-a-z0-9]*$ ]] || die "--name=$name must be small letters, digits and dashes."
 [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]-[a-z]$ ]] || die "--zone=$zone must be as in us-west4-a."
 [[ -z "$nfs" || "$nfs" =~ ^[^:]+:/ ]] || die "--nfs=$nfs must be HOST:/SHARE."
@@ -44,8 +28,6 @@ case "$type" in
   v6e-*) runtime="v2-alpha-tpuv6e" ;;
   *) die "--type=$type must be v4-N, v5litepod-N, v5p-N or v6e-N." ;;
 esac
-need_program "$program"
-need_gin_file "$@"
 [[ -n "$dry_run" ]] || command -v gcloud >/dev/null || die "There is no gcloud here; install it."
 
 where=("--zone=$zone" ${project:+"--project=$project"})
@@ -90,7 +72,7 @@ on_all_workers "$setup"
 
 # 3. The run.
 status=0
-on_all_workers "cd robust_ft && .venv/bin/python -m robust_ft.$program $(printf '%q ' "$@")" ||
+on_all_workers "cd robust_ft && .venv/bin/python -m robust_ft.$program $(printf '%q ' "${program_flags[@]}")" ||
   status=$?
 if [[ -n "$delete" ]]; then
   run "${tpu[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet

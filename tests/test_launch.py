@@ -109,6 +109,9 @@ def test_tpu_runs_on_all_workers():
         ("tpu_vm", "--zone=us", "--zone=us"),
         ("tpu_vm", "--nfs=/share", "HOST:/SHARE"),
         ("tpu_vm", "--program=convert", "train, eval or infer"),
+        ("tpu_vm", "--spot=yes", "'--spot=yes'"),
+        ("tpu_vm", "--name", "'--name'"),
+        ("tpu_vm", "--name zone=a", "'--name zone=a'"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(script, flag, said):
