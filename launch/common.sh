@@ -48,6 +48,7 @@ read_flags() {
     shift
   done
   [[ "$program" =~ ^(train|eval|infer)$ ]] || die "--program=$program must be train, eval or infer."
+  # shellcheck disable=SC2034  # launchers use it
   program_flags=("${@:2}")
   local flag
   for flag in "${@:2}"; do
