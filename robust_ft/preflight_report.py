@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from robust_ft import console, programs
+from robust_ft import console, flops, programs
 from robust_ft.compiled import Compiled, compile_for
 from robust_ft.errors import UserError
 from robust_ft.recipe import Recipe
@@ -178,7 +178,7 @@ def _row(
         hbm_bytes=topology.chip.hbm,
         parameter_bytes=program.parameter_bytes,
         optimizer_bytes=optimizer_bytes,
-        flops=programs.flops(program.traced, program.trips),
+        flops=flops.count(program.traced, program.trips),
         collectives=compiled.collective_bytes,
         compile_seconds=compiled.seconds,
     )

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; a module imports from its own layer and the ones below it.
 LAYERS = [
-    {"errors", "types", "assets", "fingerprint", "mixture_weight", "multihost"},
+    {"errors", "types", "assets", "fingerprint", "flops", "mixture_weight", "multihost"}
+    | {"xla_flags"},
     {"console", "vocabulary", "metrics", "metric_writer", "partitioning", "topology"},
     {"models", "decoding", "data"},
     {"gradients", "objectives", "blocked_loss", "vocab_blocks"}

@@ -78,40 +78,6 @@ def test_mistakes_are_one_sentence_before_anything_is_compiled():
 # --- Counting
 
 
-def traced(function, *shapes):
-    return jax.jit(function).trace(*[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
-
-
-def test_flops_of_products():
-    product = traced(lambda a, b: jnp.tanh(a @ b), (3, 5), (5, 7))
-    assert programs.flops(product) == 2 * 3 * 5 * 7
-    batched = traced(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (2, 3, 5), (2, 5, 7))
-    assert programs.flops(batched) == 2 * 2 * 3 * 5 * 7
-
-
-def test_flops_of_loops():
-    def scanned(a, b):
-        return jax.lax.fori_loop(0, 4, lambda i, x: x @ b, a)
-
-    def endless(a, b):
-        return jax.lax.while_loop(lambda x: jnp.sum(x) < 9, lambda x: x @ b, a)
-
-    once = 2 * 3 * 5 * 5
-    assert programs.flops(traced(scanned, (3, 5), (5, 5))) == 4 * once
-    assert programs.flops(traced(endless, (3, 5), (5, 5)), trips=6) == 6 * once
-
-
-def test_flops_of_gradients_and_what_is_computed_again():
-    def loss(a, b):
-        return jnp.sum(jnp.tanh(a @ b))
-
-    once = 2 * 3 * 5 * 7
-    both = traced(jax.grad(loss, argnums=(0, 1)), (3, 5), (5, 7))
-    assert programs.flops(both) == 3 * once
-    again = traced(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), (3, 5), (5, 7))
-    assert programs.flops(again) == 4 * once
-
-
 def test_bytes_a_device():
     partitioner = Partitioner().on(jax.devices()[:1])
     struct = jax.ShapeDtypeStruct((4, 6), jnp.bfloat16, sharding=partitioner.replicated)
