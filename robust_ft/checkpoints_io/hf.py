@@ -39,7 +39,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 # Fields of our configs that say how to compute or which padding to expect, not which model it is.
-_FREE = ("dtype", "param_dtype", "remat", "dropout_rate", "pad_id")
+_FREE = ("dtype", "param_dtype", "attention", "remat", "dropout_rate", "pad_id")
 
 
 def is_directory(path: Path) -> bool:

@@ -250,7 +250,7 @@ def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_said(config: LlamaConfig, settings: Mapping[str, Any]) -> None:
     """Raises a UserError unless the config.json is read as the config that it is of."""
-    computing = ("dtype", "param_dtype", "remat", "dropout_rate")
+    computing = ("dtype", "param_dtype", "attention", "remat", "dropout_rate")
     same = {name: getattr(config, name) for name in computing}
     read = dataclasses.replace(config_from_hf(settings, {}), **same)
     differing = [

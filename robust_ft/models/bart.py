@@ -38,6 +38,8 @@ class BartConfig:
         dropout_rate: Of embedded tokens and of what sublayers add.
         attention_dropout_rate: Of the attention weights.
         activation_dropout_rate: Of what the MLP's activation gives.
+        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
+            where it applies; see `attention_kernels`.
         remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
             products with parameters, "full" nothing but the layer's input.
         dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
@@ -58,6 +60,7 @@ class BartConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     activation_dropout_rate: float = 0.0
+    attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -387,6 +390,7 @@ def _attention(
         use_bias=True,
         scale=head_dim**-0.5,
         dropout_dims=(),
+        kernel=cfg.attention,
         name=name,
     )
 

@@ -6,7 +6,6 @@ padding alone, it models plain text. `GPT2Config` is flat; the module reads top 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -37,6 +36,8 @@ class GPT2Config:
             end of text serves as one.
         dropout_rate: Of the embedded sequence and of what sublayers add.
         attention_dropout_rate: Of the attention weights.
+        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
+            where it applies; see `attention_kernels`.
         remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
             products with parameters, "full" nothing but the layer's input.
         dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
@@ -53,6 +54,7 @@ class GPT2Config:
     pad_id: int = 50256
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -104,8 +106,9 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "batch query embed"]:
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
-        dropout = functools.partial(self.dropout, deterministic=self.deterministic)
-        return self.out(layers.attended(query, blocks, bias, dropout, query.shape[-1] ** -0.5))
+        dropout = layers.active(self.dropout, self.deterministic)
+        scale, kernel = query.shape[-1] ** -0.5, self.config.attention
+        return self.out(layers.attended(query, blocks, bias, dropout, scale, kernel))
 
 
 class Layer(nn.Module):

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_ft.models import attention_kernels
 from robust_ft.models.axes import with_axes
 from robust_ft.models.options import ACTIVATIONS
 from robust_ft.models.peft.base import Keys, Peft
@@ -222,6 +223,7 @@ class Attention(nn.Module):
         scale: Factor of the scores; where it is 1, as in T5, and not head_dim^-0.5, the query
             kernel is initialized smaller instead.
         dropout_dims: Axes of the attention weights along which one dropout mask is shared.
+        kernel: What computes it, a config's `attention`.
     """
 
     num_heads: int
@@ -234,6 +236,7 @@ class Attention(nn.Module):
     use_bias: bool = False
     scale: float = 1.0
     dropout_dims: tuple[int, ...] = (-2,)
+    kernel: str = "xla"
 
     def setup(self) -> None:
         def projection(features: int, axes: tuple[str, str], init: Initializer) -> Dense:
@@ -273,8 +276,8 @@ class Attention(nn.Module):
         blocks: Sequence[Keys] = [keys]
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
-        dropout = functools.partial(self.dropout, deterministic=deterministic)
-        return self.out(attended(query, blocks, bias, dropout, self.scale))
+        dropout = active(self.dropout, deterministic)
+        return self.out(attended(query, blocks, bias, dropout, self.scale, self.kernel))
 
     def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
         return split_heads(x, self.num_heads)
@@ -288,12 +291,20 @@ def split_heads(
     return constrain(x, "batch", "length", "heads", "kv")
 
 
+def active(dropout: nn.Dropout, deterministic: bool) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns the dropout as a function, None if it changes nothing."""
+    if deterministic or dropout.rate == 0:
+        return None
+    return functools.partial(dropout, deterministic=False)
+
+
 def attended(
     query: Float[Array, "batch query heads head_dim"],
     blocks: Sequence[Keys],
     bias: Float[Array, "#batch #heads query key"],
-    dropout: Callable[[jax.Array], jax.Array],
+    dropout: Callable[[jax.Array], jax.Array] | None,
     scale: float = 1.0,
+    kernel: str = "xla",
 ) -> Float[Array, "batch query joined"]:
     """Returns the values that attention mixes, heads joined; softmax is in float32.
 
@@ -302,15 +313,20 @@ def attended(
         blocks: {"key", "value"} of what is attended to, each [batch, part, heads, head_dim]. What
             decoding keeps in parts need not be joined at every step.
         bias: Added to the scores, such as `mask_bias`.
-        dropout: Applied to the weights.
+        dropout: Applied to the weights, if any.
         scale: Factor of the scores.
+        kernel: What computes it, see `attention_kernels`.
     """
+    if attention_kernels.uses_cudnn(kernel, query, blocks, dropout is not None):
+        return attention_kernels.fused(query, blocks, bias, scale)
     scores = [
         jnp.einsum("bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32)
         for keys in blocks
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, -1) * scale + bias, axis=-1)
-    weights = dropout(weights.astype(query.dtype))
+    weights = weights.astype(query.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
     ends = np.cumsum([keys["key"].shape[1] for keys in blocks])
     mixed = sum(
         jnp.einsum("bhqk,bkhd->bqhd", part, keys["value"])

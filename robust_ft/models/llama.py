@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
-from robust_ft.models import decoder_only, layers
+from robust_ft.models import attention_kernels, decoder_only, layers
 from robust_ft.models.decoder_only import Cache, Layout
 from robust_ft.models.options import check_choices, rematerialized
 from robust_ft.models.peft.base import Keys, Peft, decoder_slots
@@ -51,6 +51,8 @@ class LlamaConfig:
             by degrees.
         rope_original_length: The length that "llama3" models were first trained on.
         pad_id: The token that is masked in the input.
+        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
+            where it applies; see `attention_kernels`.
         remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
             products with parameters, "full" nothing but the layer's input.
         dtype: Type of activations. Softmax, norms, rotations and logits are float32 whatever it is.
@@ -80,6 +82,7 @@ class LlamaConfig:
     rope_original_length: int = 8192
     pad_id: int = 0
     dropout_rate: float = 0.0
+    attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -160,6 +163,11 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             query = self.query_norm(query)
         query = rotate(query, rotary)
+        dropout = layers.active(self.dropout, deterministic)
+        if attention_kernels.uses_cudnn(cfg.attention, query, blocks, dropout is not None):
+            return self.out(
+                attention_kernels.fused(query, blocks, bias, 1 / math.sqrt(cfg.head_dim))
+            )
         # Heads that share keys lie next to each other: [batch, query, kv_heads, group, head_dim].
         query = query.reshape(*query.shape[:2], cfg.num_kv_heads, -1, cfg.head_dim)
         scores = jnp.concatenate(
@@ -173,7 +181,8 @@ class Attention(nn.Module):
         )
         scores = scores / math.sqrt(cfg.head_dim) + bias[:, None]
         weights = jax.nn.softmax(scores, axis=-1).astype(_dtype(cfg))
-        weights = self.dropout(weights, deterministic=deterministic)
+        if dropout is not None:
+            weights = dropout(weights)
         ends = np.cumsum([keys["key"].shape[1] for keys in blocks])[:-1]
         mixed = sum(
             jnp.einsum("bhgqk,bkhd->bqhgd", part, keys["value"])

@@ -254,7 +254,11 @@ class Model:
         }
         if self.tasks:
             batch["task_index"] = jnp.zeros((1,), jnp.int32)
-        params = self.config.module(self.peft).init(rng, batch)["params"]
+        config: Any = self.config
+        if hasattr(config, "attention"):
+            # Shapes are asked for also where a fused kernel does not apply.
+            config = dataclasses.replace(config, attention="xla")
+        params = config.module(self.peft).init(rng, batch)["params"]
         for i, method in enumerate(self.peft):
             params = method.reparameterize(jax.random.fold_in(rng, i + 1), params)
         return params

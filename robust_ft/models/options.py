@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.models import attention_kernels
 
 DTYPES = ("float32", "bfloat16")
 
@@ -31,10 +32,16 @@ def check_choices(config: Any, **choices: Sequence[str]) -> None:
     """Raises a UserError unless a config's fields have one of their valid values.
 
     Args:
-        config: A family's config; its `remat`, `dtype` and `param_dtype` are checked too.
+        config: A family's config; its `attention`, `remat`, `dtype` and `param_dtype` are checked
+            too.
         **choices: For further fields, of a string or of several, the valid ones.
     """
-    common = {"remat": tuple(REMAT_POLICIES), "dtype": DTYPES, "param_dtype": DTYPES}
+    common = {
+        "attention": attention_kernels.CHOICES,
+        "remat": tuple(REMAT_POLICIES),
+        "dtype": DTYPES,
+        "param_dtype": DTYPES,
+    }
     for field, known in {**common, **choices}.items():
         values = getattr(config, field)
         for value in (values,) if isinstance(values, str) else values:

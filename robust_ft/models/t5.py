@@ -30,6 +30,8 @@ class T5Config:
     Attributes:
         logits_via_embedding: Use the token embedding as the output head, scaled by
             emb_dim^-0.5 (T5 1.0); otherwise the head has its own kernel (T5 1.1, mT5).
+        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
+            where it applies; see `attention_kernels`.
         remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
             products with parameters, "full" nothing but the layer's input.
         dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
@@ -48,6 +50,7 @@ class T5Config:
     relative_num_buckets: int = 32
     relative_max_distance: int = 128
     dropout_rate: float = 0.0
+    attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -372,6 +375,7 @@ def _attention(cfg: T5Config, peft: tuple[Peft, ...], name: str | None = None) -
         _dtype(cfg),
         cfg.param_dtype,
         peft,
+        kernel=cfg.attention,
         name=name,
     )
 
