@@ -59,6 +59,7 @@ class Arguments(argparse.Namespace):
     num_processes: int | None
     process_id: int | None
     process_timeout: float
+    xla_flags: str | None
 
 
 def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
@@ -72,6 +73,11 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
         "--dry_run",
         action="store_true",
         help="print the resolved recipe, all parameters and the shapes, without training",
+    )
+    parser.add_argument(
+        "--xla_flags",
+        metavar="gpu",
+        help="settings of the compiler that suit several GPUs; those in XLA_FLAGS win",
     )
     _add_processes(parser)
     return parse_gin(parser, argv)
@@ -147,6 +153,10 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
         arguments: The flags.
         stops: Whether the program saves and ends when SIGTERM arrives.
     """
+    from robust_ft import xla_flags
+
+    if arguments.xla_flags is not None:
+        xla_flags.use(arguments.xla_flags)  # before anything imports jax
     from robust_ft import console, multihost
 
     processes = multihost.Processes(
