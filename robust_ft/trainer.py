@@ -225,7 +225,7 @@ def _train(
     checkpoints: StageCheckpoints,
     evaluator: StageEvaluator,
 ) -> TrainState:
-    train_step = compile_train_step(stage)
+    train_step = compile_train_step(stage, state)
     rng = stage_key(run.seed, stage.name, "dropout")
     log = TrainingLog(evaluator.writer)
     step = saved = int(state.step)
@@ -276,8 +276,14 @@ def pretrained(stage: Stage) -> list[Evaluation]:
     return [dataclasses.replace(e, detach=ALL) for e in stage.final_evaluations]
 
 
-def compile_train_step(stage: Stage) -> TrainStep:
-    """Returns the stage's jitted step; it donates the state it gets."""
+def compile_train_step(stage: Stage, state: TrainState) -> TrainStep:
+    """Returns the stage's jitted step; it donates the state it gets.
+
+    Args:
+        stage: The stage.
+        state: Where the next state shall be too: arrays, or shapes with shardings. The compiler
+            would move some of it, and compile the second step anew.
+    """
     train_step = make_train_step(
         stage.model,
         stage.objective,
@@ -286,7 +292,8 @@ def compile_train_step(stage: Stage) -> TrainStep:
         stage.microbatches,
         stage.gradient_dtype,
     )
-    return jax.jit(train_step, donate_argnums=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
 
 
 def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> TrainState:

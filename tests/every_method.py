@@ -54,7 +54,7 @@ PLUGGED = {
     "infix": Method((Prompt(length=3, position="infix"),)),
     "task prompts": Method((Prompt(length=3, tasks=("one", "two")),)),
     "prefix": Method((Prefix(length=2),)),
-    "prefix mlp": Method((Prefix(length=2, mid_dim=5),)),
+    "prefix mlp": Method((Prefix(length=2, mid_dim=8),)),
     "houlsby": Method((Adapter(size=4),)),
     "pfeiffer": Method((Adapter(size=4, sites=PFEIFFER),)),
     "lora": Method((Lora(rank=2, alpha=3.0),)),
@@ -65,7 +65,7 @@ PLUGGED = {
     "all together": Method(
         (
             Prompt(length=3, tasks=("one", "two")),
-            Prefix(length=2, mid_dim=5),
+            Prefix(length=2, mid_dim=8),
             Adapter(size=4),
             Lora(rank=2, dropout_rate=0.1),
             IA3(),

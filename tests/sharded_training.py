@@ -1,110 +1,147 @@
-"""Trains a tiny T5 for five steps and writes what came out; run in a process of its own.
+"""Trains tiny models on meshes of CPU devices; runs in processes of their own.
 
-    python sharded_training.py OUTPUT.npz MESH [MESH ...]
+    python sharded_training.py OUTPUT.npz PLAN [INDEX ADDRESS]
 
-A mesh is a JSON object of the devices that it has and of a Partitioner's fields, such as
-'{"devices": 4, "fully_sharded": 2}'; it takes the first of those that XLA_FLAGS asks for. Keys are
-"<mesh>/<case>/loss" and "<mesh>/<case>/<parameter path>".
+PLAN is a JSON list of pairs: a mesh, an object of a Partitioner's fields and of "devices", of
+which it takes the first; and a list of names in CASES. With INDEX and ADDRESS this is one of two
+processes that are one run. The output has "<number of the pair>/<case>/loss", of six steps, and
+"<number>/<case>/<parameter path>", after them.
 """
 
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_models import random_batch, random_params, tiny_model
+import toy
+from every_method import METHODS, OPTIMIZER, small
+from tiny_families import CONFIGS, START, params_of
+from tiny_models import random_batch
 
-from robust_ft.models.peft import Prompt
-from robust_ft.objectives import CrossEntropy
-from robust_ft.optim import Adafactor, AdamW, Schedule, state_axes
+from robust_ft import multihost
+from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
+from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
-from robust_ft.train_step import TrainState, init_state, make_train_step
+from robust_ft.pretrained import place
 from robust_ft.trainable import flatten, split, trainable_paths
+from robust_ft.trainer import compile_train_step, place_state
 
-SCHEDULE = Schedule(0.02, warmup_steps=2)
-CASES = {
-    "full Adafactor": (".*", Adafactor(SCHEDULE, clip_norm=1.0), 1),
-    "full AdamW": (".*", AdamW(SCHEDULE, epsilon=1e-3, weight_decay=0.1), 2),
-    "prompt Adafactor": (".*/prompt", Adafactor(SCHEDULE, multiply_by_parameter_scale=False), 1),
-    "prompt AdamW": (".*/prompt", AdamW(SCHEDULE, epsilon=1e-3), 1),
+ROWS, TASKS, STEPS = 16, 2, 6
+# Every axis that meshes split is even.
+SIZES = {"emb_dim": 16, "num_heads": 2, "mlp_dim": 24, "dropout_rate": 0.0}
+ADAFACTOR = Adafactor(Schedule(0.02, warmup_steps=2), clip_norm=1.0)
+
+
+class Case(NamedTuple):
+    """What trains, and how.
+
+    Attributes:
+        method: A name in METHODS.
+        family: Of the model.
+        optimizer: Its state is sharded too.
+        microbatches: Parts of a batch.
+        objective: If it is a cocktail, the teacher has a prefix.
+        sizes: That differ from SIZES.
+    """
+
+    method: str
+    family: str = "t5"
+    optimizer: Optimizer = OPTIMIZER
+    microbatches: int = 1
+    objective: Objective = CrossEntropy(0.1, 1e-3)
+    sizes: dict[str, Any] = {}
+
+
+# By family and method, and what else a step can do.
+CASES = {f"{family} {method}": Case(method, family) for family in CONFIGS for method in METHODS} | {
+    # Large enough for Adafactor to factor the table and the MLP.
+    "adafactor": Case(
+        "full", optimizer=ADAFACTOR, sizes={"vocab_size": 256, "emb_dim": 128, "mlp_dim": 136}
+    ),
+    "cocktail": Case("full", objective=Cocktail(0.5, 2.0)),
+    "dropout": Case("all together", microbatches=2, sizes={"dropout_rate": 0.1}),
 }
 
 
-def model_of(pattern):
-    # Large enough in the full cases for Adafactor to factor the table and the MLP.
-    sizes = {"vocab_size": 256, "emb_dim": 128, "mlp_dim": 136} if pattern == ".*" else {}
-    tasks = () if pattern == ".*" else ("a", "b", "c")
-    return tiny_model(
-        (Prompt(length=3, tasks=tasks),), num_encoder_layers=1, num_decoder_layers=1, **sizes
+def model_of(case: Case, method: str):
+    return small(case.family, *METHODS[method].peft, **SIZES | case.sizes)
+
+
+def placed(model, partitioner, seed=0):
+    key = jax.random.key(0)  # of nothing: all parameters are known
+    return place(model, partitioner, flatten(params_of(model, seed)), key, key)
+
+
+def train(case: Case, partitioner: Partitioner):
+    """Returns the losses of all steps, {"loss": [steps]}, and parameters by their paths."""
+    model = model_of(case, case.method)
+    stage = toy.stage(
+        model=model,
+        trainable=METHODS[case.method].patterns(model.config),
+        optimizer=case.optimizer,
+        objective=case.objective,
+        teacher="stage:teacher" if isinstance(case.objective, Cocktail) else None,
+        batch_size=ROWS,
+        microbatches=case.microbatches,
     )
-
-
-def train(partitioner, pattern, optimizer, microbatches):
-    """Returns (losses, trained parameters) of five steps."""
-    model = model_of(pattern)
-    axes = model.logical_axes()
-    start = random_params(model)
-    params = jax.device_put(start, partitioner.shardings(axes))
-    paths = trainable_paths(params, [pattern])
+    paths = trainable_paths(params := placed(model, partitioner), stage.trainable)
     trained, frozen = split(params, paths)
-    trained_axes, _ = split(axes, paths)
-    shapes = jax.eval_shape(lambda p: init_state(optimizer, p), trained)
-    shardings = TrainState(
-        partitioner.replicated,
-        partitioner.shardings(trained_axes),
-        partitioner.shardings(state_axes(shapes.opt_state, trained, trained_axes)),
-    )
-    state = jax.jit(lambda p: init_state(optimizer, p), out_shardings=shardings)(trained)
-    step = jax.jit(
-        make_train_step(model, CrossEntropy(0.1, 1e-3), optimizer, microbatches=microbatches),
-        donate_argnums=0,
-    )
+    teacher = None
+    if stage.teacher:
+        tutor = model_of(case, "prefix")
+        teacher = Teacher(tutor, placed(tutor, partitioner, seed=1))
+    state = place_state(stage, trained, partitioner)
+    step = compile_train_step(stage, state)
     losses = []
-    for i in range(5):
-        rng = np.random.default_rng(i)
-        lengths = [[*rng.integers(1, 7, 15), 7] for _ in range(2)]
-        batch = random_batch(i, *lengths, vocab=40)
-        if model.tasks:
-            batch["task_index"] = rng.integers(0, 3, 16, dtype=np.int32)
-        batch = partitioner.put_batch(batch)
-        for rows in batch.values():
-            check_sharded(rows, ("batch",), partitioner)
-        state, sums = step(state, frozen, None, batch, jax.random.key(0))
+    for i in range(STEPS):
+        batch = put_batch(i, partitioner)
+        state, sums = step(state, frozen, teacher, batch, jax.random.key(0))
         losses.append(sums["loss"] / sums["weight"])
-    check_state(state, trained_axes, partitioner)
-    return jnp.stack(losses), state.trainable
+    assert step._cache_size() == 1, 'compiled anew'
+    axes = flatten(split(model.logical_axes(), paths)[0])
+    check_state(state, axes, partitioner)
+    return {"loss": jnp.stack(losses), **flatten(state.trainable)}
+
+
+def put_batch(seed, partitioner):
+    """Returns a batch of which each process gives the rows that are its own."""
+    rng = np.random.default_rng(seed)
+    batch = random_batch(seed, *([*rng.integers(1, 7, ROWS - 1), 7] for _ in range(2)))
+    batch["decoder_input_tokens"][:, 0] = START
+    batch["task_index"] = rng.integers(0, TASKS, ROWS, dtype=np.int32)
+    index, count = partitioner.data_shard()
+    mine = slice(index * ROWS // count, (index + 1) * ROWS // count)
+    batch = partitioner.put_batch({name: rows[mine] for name, rows in batch.items()})
+    for rows in batch.values():
+        check_sharded(rows, ("batch",), partitioner)
+    return batch
 
 
 def check_state(state, axes, partitioner):
     """Checks that parameters and optimizer state are still where they belong after the steps."""
-    flat_axes = flatten(axes)
-    for path, leaf in flatten(state.trainable).items():
-        check_sharded(leaf, flat_axes[path], partitioner)
-    count = 0
+    params = flatten(state.trainable)
+    for path, leaf in params.items():
+        check_sharded(leaf, axes[path], partitioner)
+    checked = 0
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
-        path = "/".join(k.key for k in key_path if isinstance(k, jax.tree_util.DictKey))
         assert len(leaf.sharding.device_set) == partitioner.mesh.size, "state on one device"
-        if path in flat_axes and leaf.shape == flatten(state.trainable)[path].shape:
-            check_sharded(leaf, flat_axes[path], partitioner)
-            count += 1
-        elif leaf.ndim and leaf.size > 1:  # factored: one axis left of a matrix
-            (left,) = (
-                {
-                    name
-                    for name, size in zip(
-                        flat_axes[path], flatten(state.trainable)[path].shape, strict=True
-                    )
-                    if size == leaf.shape[0]
-                }
-                if len(set(flatten(state.trainable)[path].shape)) == 2
-                else {None}
-            )
-            if left:
-                check_sharded(leaf, (left,), partitioner)
-                count += 1
-    assert count
+        path = "/".join(k.key for k in key_path if isinstance(k, jax.tree_util.DictKey))
+        if path not in params or leaf.size == 1:
+            continue
+        left = axes[path]
+        if leaf.shape != params[path].shape:  # factored: one axis is left of a matrix
+            sizes = zip(axes[path], params[path].shape, strict=True)
+            left = [name for name, size in sizes if size == leaf.size]
+        if len(left) == leaf.ndim:
+            check_sharded(leaf, left, partitioner)
+            checked += 1
+    assert checked
 
 
 def check_sharded(array, axes, partitioner):
@@ -123,22 +160,35 @@ def check_sharded(array, axes, partitioner):
     assert {s.data.shape for s in array.addressable_shards} == {expected}, (array.shape, axes)
 
 
-def main():
-    output, *meshes = sys.argv[1:]
-    results = {}
-    for mesh in meshes:
-        fields = json.loads(mesh)
-        devices = jax.devices()[: fields.pop("devices")]
-        partitioner = Partitioner(**fields).on(devices)
-        assert partitioner.mesh.size == len(devices)
-        for case, (pattern, optimizer, microbatches) in CASES.items():
-            with partitioner.activate():
-                losses, params = train(partitioner, pattern, optimizer, microbatches)
-            prefix = f"{mesh}/{case}"
-            results |= {f"{prefix}/{path}": leaf for path, leaf in flatten(params).items()}
-            results[f"{prefix}/loss"] = losses
-    np.savez(output, **{name: np.asarray(value) for name, value in results.items()})
+def main(output, plan, index="0", address=None):
+    processes = multihost.Processes(address, 2 if address else 1, int(index), 60)
+    with multihost.joined(processes):
+        results = {}
+        for number, (fields, cases) in enumerate(json.loads(plan)):
+            devices = jax.devices()[: fields.pop("devices")]
+            partitioner = Partitioner(**fields).on(devices)
+            assert partitioner.mesh.size == len(devices)
+            for case in cases:
+                with partitioner.activate():
+                    found = multihost.whole(train(CASES[case], partitioner))
+                results |= {f"{number}/{case}/{name}": leaf for name, leaf in found.items()}
+        if multihost.is_first():
+            np.savez(output, **{name: np.asarray(value) for name, value in results.items()})
+
+
+def start(script, *arguments, devices=8):
+    """Starts a script of this folder in a process with so many CPU devices."""
+    environment = {
+        **os.environ,
+        # Without these emitters XLA compiles in half the time, which is nearly all of it.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_use_fusion_emitters=false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,9 +1,4 @@
-import json
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -13,95 +8,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from robust_ft.errors import UserError
 from robust_ft.partitioning import MESH_AXES, Partitioner, constrain
-
-HERE = Path(__file__).parent
-
-
-# --- Training on meshes
-
-ONE = {"devices": 1}
-MESHES = {
-    "parameters, sequences and tensors": {
-        "devices": 8,
-        "model_parallel": 2,
-        "sequence_parallel": 2,
-        "fully_sharded": 2,
-    },
-    "slices": {"devices": 8, "slices": 2, "fully_sharded": -1},
-}
-MORE_MESHES = {
-    "data on 8": {"devices": 8},
-    "tensor on 8": {"devices": 8, "model_parallel": 2},
-    "fully sharded on 8": {"devices": 8, "fully_sharded": -1},
-    "data on 2": {"devices": 2},
-    "data on 4": {"devices": 4},
-    "fully sharded on 2": {"devices": 2, "fully_sharded": 2},
-    "fully sharded on 4": {"devices": 4, "fully_sharded": 4},
-    "partly sharded": {"devices": 8, "fully_sharded": 2},
-    "tensor on 2": {"devices": 2, "model_parallel": 2},
-    "tensor on 4": {"devices": 4, "model_parallel": 2},
-    "sequence on 2": {"devices": 2, "sequence_parallel": 2},
-    "sequence": {"devices": 8, "sequence_parallel": 4},
-    "sharded tensors": {"devices": 4, "fully_sharded": 2, "model_parallel": 2},
-    "slices of tensors": {"devices": 8, "slices": 2, "model_parallel": 2},
-    "2-D activations": {
-        "devices": 8,
-        "model_parallel": 2,
-        "fully_sharded": -1,
-        "rules": [["activation_embed", "model"]],
-    },
-    "Megatron's sequences": {"devices": 4, "model_parallel": 2, "rules": [["length", "model"]]},
-}
-
-
-def train_on(meshes, folder):
-    """Returns losses and parameters of `sharded_training` on meshes of CPU devices, by mesh."""
-    output = folder / "trained.npz"
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ":".join(paths),
-    }
-    command = [sys.executable, HERE / "sharded_training.py", output, *map(json.dumps, meshes)]
-    patience = 200 * len(meshes)  # seconds; each compiles four programs
-    process = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=patience
-    )
-    assert process.returncode == 0, process.stderr
-    with np.load(output) as arrays:
-        return [
-            {
-                name.removeprefix(f"{prefix}/"): arrays[name]
-                for name in arrays
-                if name.startswith(f"{prefix}/")
-            }
-            for prefix in map(json.dumps, meshes)
-        ]
-
-
-def check_trains_alike(meshes, folder):
-    expected, *others = train_on([ONE, *meshes.values()], folder)
-    losses = [name for name in expected if name.endswith("/loss")]
-    assert len(losses) == 4
-    for name in losses:
-        assert expected[name][-1] < expected[name][0] or "prompt" in name
-    for mesh, actual in zip(meshes, others, strict=True):
-        assert actual.keys() == expected.keys()
-        for name, value in expected.items():
-            message = f"{mesh}: {name}"
-            np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-5, err_msg=message)
-
-
-def test_meshes_train_as_one_device_does(tmp_path):
-    check_trains_alike(MESHES, tmp_path)
-
-
-@pytest.mark.slow
-def test_more_meshes_train_as_one_device_does(tmp_path):
-    check_trains_alike(MORE_MESHES, tmp_path)
-
 
 # --- The mesh, without devices
 

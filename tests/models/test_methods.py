@@ -1,10 +1,6 @@
 """What all finetuning methods have in common, in every family."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,7 +25,6 @@ def pairs(methods, quick):
     )
 
 
-TESTS = Path(__file__).parent.parent
 # Pairs for quick tests.
 EVERYWHERE = {(family, "all together") for family in CONFIGS}
 UNPLUGGED = {("t5", "full"), ("bart", "norm only"), ("gpt2", "bitfit"), ("llama", "top layers")}
@@ -124,33 +119,3 @@ def test_methods_start_as_the_model_that_they_change(family, method):
     found = logits_of(model, params, batch)
     np.testing.assert_allclose(found, expected, rtol=0, atol=STARTS[method])
     assert np.any(found != expected) == (STARTS[method] > 0)
-
-
-# --- Meshes
-
-
-def on_a_mesh(*cases):
-    """Runs `sharded_methods` on 4 CPU devices."""
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, str(TESTS / "sharded_methods.py"), *cases]
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60 + 60 * len(cases)
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.split("\n")[:-1] == list(cases)
-
-
-def test_meshes_train_as_one_device_does():
-    on_a_mesh("t5:all together")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", CONFIGS)
-def test_meshes_train_each_method_as_one_device_does(family):
-    on_a_mesh(*(f"{family}:{method}" for method in METHODS))

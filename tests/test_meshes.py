@@ -1,0 +1,125 @@
+"""All meshes train as one device does, in one process and in two; so does every method."""
+
+import contextlib
+import json
+import socket
+
+import numpy as np
+import pytest
+from every_method import METHODS
+from sharded_training import CASES, start
+from tiny_families import CONFIGS
+
+ONE = {"devices": 1}
+KINDS = {
+    "data": {},
+    "fully sharded": {"fully_sharded": -1},
+    "tensor": {"model_parallel": 2},
+    "sequence": {"sequence_parallel": 2},
+    "hybrid": {"slices": 2, "fully_sharded": -1},
+    "combined": {"fully_sharded": 2, "sequence_parallel": 2, "model_parallel": 2},
+}
+ON_8 = {name: {"devices": 8, **fields} for name, fields in KINDS.items()}
+ON_FEWER = {
+    f"{name} on {count}": {"devices": count, **fields}
+    for count in (2, 4)
+    for name, fields in KINDS.items()
+    if name != "combined"
+}
+MORE = {
+    "partly sharded": {"devices": 8, "fully_sharded": 2},
+    "sharded tensors": {"devices": 8, "fully_sharded": -1, "model_parallel": 2},
+    "long sequences": {"devices": 8, "sequence_parallel": 4},
+    "slices of tensors": {"devices": 8, "slices": 2, "model_parallel": 2},
+    "2-D activations": {**ON_8["combined"], "rules": [["activation_embed", "model"]]},
+    "Megatron's sequences": {**ON_8["tensor"], "rules": [["length", "model"]]},
+}
+# Two processes hold one model together, and read the same rows.
+ACROSS = {"devices": 8, "sequence_parallel": 4, "model_parallel": 2}
+EXTRAS = ["adafactor", "cocktail", "dropout"]
+OF_T5 = [f"t5 {method}" for method in METHODS] + EXTRAS
+SOME = ["adafactor", "t5 task prompts", "cocktail"]
+
+
+def trained(plan, folder, processes=1):
+    """Returns what `sharded_training` makes of each pair of (mesh, cases), {name: array}."""
+    output = folder / "trained.npz"
+    arguments = [output, json.dumps(plan)]
+    if processes == 1:
+        run = [start("sharded_training.py", *arguments)]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        run = [
+            start("sharded_training.py", *arguments, index, address, devices=8 // processes)
+            for index in range(processes)
+        ]
+    with contextlib.ExitStack() as stack:
+        for process in run:
+            stack.callback(process.kill)
+        for process in run:
+            _, stderr = process.communicate(timeout=60 + 20 * sum(len(cases) for _, cases in plan))
+            assert process.returncode == 0, stderr
+    results = [{} for _ in plan]
+    with np.load(output) as arrays:
+        for name in arrays:
+            number, _, rest = name.partition("/")
+            results[int(number)][rest] = arrays[name]
+    return results
+
+
+def check_alike(expected, results, meshes):
+    """Checks losses and parameters on meshes against those on one device."""
+    for mesh, actual in zip(meshes, results, strict=True):
+        for name, array in actual.items():
+            message = f"{mesh}: {name}"
+            np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-5, err_msg=message)
+
+
+def test_meshes_train_as_one_device_does(tmp_path):
+    cases = ["adafactor", "t5 prefix mlp"]
+    meshes = {name: ON_8[name] for name in ("combined", "hybrid")}
+    plan = [(mesh, cases) for mesh in (ONE, *meshes.values())]
+    expected, *results = trained(plan, tmp_path)
+    losses = expected["adafactor/loss"]
+    assert losses[-1] < losses[0]
+    check_alike(expected, results, meshes)
+
+
+# --- All methods, all meshes
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What every case gives on one device."""
+    return trained([(ONE, list(CASES))], tmp_path_factory.mktemp("one"))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ON_8)
+def test_every_method_on_every_kind_of_mesh(mesh, expected, tmp_path):
+    check_alike(expected, trained([(ON_8[mesh], OF_T5)], tmp_path), [mesh])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", [ON_FEWER, MORE], ids=["on fewer", "more"])
+def test_more_meshes(meshes, expected, tmp_path):
+    plan = [(mesh, SOME) for mesh in meshes.values()]
+    check_alike(expected, trained(plan, tmp_path), meshes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "t5"])
+def test_every_method_in_every_family(family, expected, tmp_path):
+    mesh = {"devices": 4, "model_parallel": 2}
+    cases = [f"{family} {method}" for method in METHODS]
+    check_alike(expected, trained([(mesh, cases)], tmp_path), [family])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_device_does(expected, tmp_path):
+    meshes = ON_8 | {"across": ACROSS}
+    plan = [(mesh, ["t5 prompt and lora"]) for mesh in meshes.values()]
+    plan[list(meshes).index("hybrid")] = (ON_8["hybrid"], OF_T5)
+    check_alike(expected, trained(plan, tmp_path, processes=2), meshes)
