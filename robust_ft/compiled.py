@@ -18,6 +18,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+# What slices of a topology send each other, over the slower network.
+BETWEEN_SLICES = "between slices"
 _BITS = {"pred": 8, "bf16": 16}
 
 
@@ -89,6 +91,8 @@ def needed(message: str, argument_bytes: int) -> int | None:
 def collective_bytes(program: str) -> dict[str, int]:
     """Returns the bytes that each kind of collective leaves on a device in one run.
 
+    What other slices send is a kind of its own, `BETWEEN_SLICES`.
+
     Args:
         program: The compiled program as HLO text. A loop's body counts as often as the text says
             that it runs, once if it does not say.
@@ -96,7 +100,10 @@ def collective_bytes(program: str) -> dict[str, int]:
     computations, entry = _computations(program)
     if entry is None:
         return {}
-    return dict(_count(entry, computations, {}))
+    total: Counter[str] = Counter()
+    for (kind, _), size in _count(entry, computations, {}).items():
+        total[kind] += size
+    return dict(total)
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str | None]:
@@ -116,23 +123,37 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _count(
-    name: str, computations: dict[str, list[str]], known: dict[str, Counter[str]]
-) -> Counter[str]:
+    name: str,
+    computations: dict[str, list[str]],
+    known: dict[str, dict[tuple[str, str], int]],
+) -> dict[tuple[str, str], int]:
+    """Returns the bytes of each collective in one run of a computation, by kind and channel.
+
+    What runs beside other work stands in the program several times, each with the same channel:
+    where it starts, where it ends, and within what it runs beside.
+    """
     if name in known:
         return known[name]
-    total: Counter[str] = Counter()
+    found: dict[tuple[str, str], int] = {}
     for line in computations.get(name, []):
+        mine: dict[tuple[str, str], int] = {}
         times = 1
         if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
             times = int(trips[1])
+        channel = re.search(r"channel_id=(\d+)", line) or re.match(r"\s*(?:ROOT )?(\S+) =", line)
         for kind in COLLECTIVES:
-            if match := re.search(rf"= (.*?) {kind}(-start)?\(", line):
-                total[kind] += _bytes(match[1], last=bool(match[2]))
+            if channel and (match := re.search(rf"= (.*?) {kind}(-start)?\(", line)):
+                mine[kind, channel[1]] = _bytes(match[1], last=bool(match[2]))
+        received = re.search(r"= \((\S+), .* recv\(.*xla_megascale_runtime", line)
+        if channel and received:
+            mine[BETWEEN_SLICES, channel[1]] = _bytes(received[1], last=False)
         for inner in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
-            for kind, size in _count(inner, computations, known).items():
-                total[kind] += times * size
-    known[name] = total
-    return total
+            for key, size in _count(inner, computations, known).items():
+                mine[key] = times * size
+        for key, size in mine.items():
+            found[key] = max(found.get(key, 0), size)
+    known[name] = found
+    return found
 
 
 def _bytes(shapes: str, last: bool) -> int:

@@ -49,10 +49,10 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips.
+    """A slice of TPU chips, or several.
 
     Attributes:
-        name: Such as "v5e:2x4".
+        name: Such as "v5e:2x4" or "2 slices of v5e:2x4".
         chip: Its kind of chip.
         devices: JAX's devices, which programs can be compiled for, one a chip.
     """
@@ -120,4 +120,5 @@ def describe(name: str, slices: int = 1) -> Topology:
     if shape == "1x1":  # a host has four chips otherwise
         options["chips_per_host_bounds"] = (1, 1, 1)
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    return Topology(name, chip, tuple(found.devices))
+    called = name if slices == 1 else f"{slices} slices of {name}"
+    return Topology(called, chip, tuple(found.devices))

@@ -120,6 +120,51 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert collective_bytes("") == {}
 
 
+# As libtpu writes them: one gathering that runs beside a product, and a sum over two slices.
+ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
+
+%started (x: f32[8]) -> (f32[8], f32[16], u32[]) {
+  %gathered.1 = f32[16]{0} all-gather(%x), channel_id=7, replica_groups={{0,1},{2,3}}
+  ROOT %start = (f32[8]{0}, f32[16]{0}, u32[]) custom-call(%gathered.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (x: f32[8], y: f32[4,4]) -> (f32[4,4], f32[8], f32[16]) {
+  %gathered.2 = f32[16]{0} all-gather(%x), channel_id=7, replica_groups={{0,1},{2,3}}
+}
+
+%done (x: f32[8]) -> f32[16] {
+  %gathered.3 = f32[16]{0} all-gather(%x), channel_id=7, replica_groups={{0,1},{2,3}}
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (f32[8]{0}, f32[16]{0}, u32[]) fusion(%x), kind=kCustom, calls=%started
+  %b = (f32[4,4]{1,0}, f32[8]{0}, f32[16]{0}) fusion(%x, %y), kind=kOutput, calls=%beside
+  %c = f32[16]{0} fusion(%x), kind=kCustom, calls=%done
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %loop = (s32[], f32[8]) while(%init), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %sum = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  %send = (f32[5]{0}, u32[], token[]) send(%sum, %after), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %receive = (f32[5]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %received = (f32[5]{0}, token[]) recv-done(%receive), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+}
+"""
+
+
+def test_what_runs_beside_other_work_is_counted_once():
+    assert collective_bytes(ASYNCHRONOUS) == {
+        "all-gather": 3 * 16 * 4,
+        "all-reduce": 5 * 4,
+        "between slices": 5 * 4,
+    }
+
+
 def test_what_the_compiler_says_that_does_not_fit():
     prefix = "RESOURCE_EXHAUSTED: "
     all_of_it = prefix + "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm."
@@ -263,3 +308,24 @@ def test_a_small_recipe(tmp_path):
     # 10 vectors of 96, split over 2 chips of 4, and their second moments.
     assert train["optimizer_bytes"] < 2 * 10 * 96 * 4
     assert "prompt" in process.stdout and "decode_step" in process.stdout
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_slices_send_each_other_little(tmp_path):
+    file = tmp_path / "rows.json"
+    process = run_preflight(
+        "--gin_file=gin_configs/prompt_rte.gin",
+        "--topology=v5e:2x2",
+        "--gin.SLICES=2",
+        "--gin.FULLY_SHARDED=-1",
+        f"--json={file}",
+    )
+    assert process.returncode == 0, process.stderr
+    assert "2 slices of v5e:2x2, 8 chips" in process.stdout
+    rows = figures(file)
+    for row in rows.values():
+        assert (row["topology"], row["chips"], row["fits"]) == ("2 slices of v5e:2x2", 8, True)
+    # The prompt's gradient, 10 vectors of 96, some sums, and what fills tiles up.
+    sent = rows["prompt", "train_step"]["collectives"]
+    assert 10 * 96 * 4 / 4 <= sent["between slices"] <= 16_384 < sent["all-gather"]
