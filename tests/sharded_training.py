@@ -11,6 +11,7 @@ processes that are one run. The output has "<number of the pair>/<case>/loss", o
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ class Case(NamedTuple):
     optimizer: Optimizer = OPTIMIZER
     microbatches: int = 1
     objective: Objective = CrossEntropy(0.1, 1e-3)
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] | None = None
 
 
 # By family and method, and what else a step can do.
@@ -70,7 +71,7 @@ CASES = {f"{family} {method}": Case(method, family) for family in CONFIGS for me
 
 
 def model_of(case: Case, method: str):
-    return small(case.family, *METHODS[method].peft, **SIZES | case.sizes)
+    return small(case.family, *METHODS[method].peft, **SIZES | (case.sizes or {}))
 
 
 def placed(model, partitioner, seed=0):
@@ -78,8 +79,8 @@ def placed(model, partitioner, seed=0):
     return place(model, partitioner, flatten(params_of(model, seed)), key, key)
 
 
-def train(case: Case, partitioner: Partitioner):
-    """Returns the losses of all steps, {"loss": [steps]}, and parameters by their paths."""
+def begun(case: Case, partitioner: Partitioner):
+    """Returns (stage, state, frozen parameters) before the first step."""
     model = model_of(case, case.method)
     stage = toy.stage(
         model=model,
@@ -90,22 +91,26 @@ def train(case: Case, partitioner: Partitioner):
         batch_size=ROWS,
         microbatches=case.microbatches,
     )
-    paths = trainable_paths(params := placed(model, partitioner), stage.trainable)
-    trained, frozen = split(params, paths)
+    params = placed(model, partitioner)
+    trained, frozen = split(params, trainable_paths(params, stage.trainable))
+    return stage, place_state(stage, trained, partitioner), frozen
+
+
+def train(case: Case, partitioner: Partitioner):
+    """Returns the losses of all steps, {"loss": [steps]}, and parameters by their paths."""
+    stage, state, frozen = begun(case, partitioner)
     teacher = None
     if stage.teacher:
         tutor = model_of(case, "prefix")
         teacher = Teacher(tutor, placed(tutor, partitioner, seed=1))
-    state = place_state(stage, trained, partitioner)
     step = compile_train_step(stage, state)
     losses = []
     for i in range(STEPS):
         batch = put_batch(i, partitioner)
         state, sums = step(state, frozen, teacher, batch, jax.random.key(0))
         losses.append(sums["loss"] / sums["weight"])
-    assert step._cache_size() == 1, 'compiled anew'
-    axes = flatten(split(model.logical_axes(), paths)[0])
-    check_state(state, axes, partitioner)
+    assert step._cache_size() == 1, "compiled anew"
+    check_state(state, flatten(stage.model.logical_axes()), partitioner)
     return {"loss": jnp.stack(losses), **flatten(state.trainable)}
 
 
@@ -161,13 +166,10 @@ def check_sharded(array, axes, partitioner):
 
 
 def main(output, plan, index="0", address=None):
-    processes = multihost.Processes(address, 2 if address else 1, int(index), 60)
-    with multihost.joined(processes):
-        results = {}
-        for number, (fields, cases) in enumerate(json.loads(plan)):
-            devices = jax.devices()[: fields.pop("devices")]
-            partitioner = Partitioner(**fields).on(devices)
-            assert partitioner.mesh.size == len(devices)
+    results = {}
+    with one_of_two(index, address):
+        for number, (mesh, cases) in enumerate(json.loads(plan)):
+            partitioner = partitioner_of(mesh)
             for case in cases:
                 with partitioner.activate():
                     found = multihost.whole(train(CASES[case], partitioner))
@@ -176,18 +178,54 @@ def main(output, plan, index="0", address=None):
             np.savez(output, **{name: np.asarray(value) for name, value in results.items()})
 
 
-def start(script, *arguments, devices=8):
-    """Starts a script of this folder in a process with so many CPU devices."""
+def one_of_two(index="0", address=None):
+    """Returns a context in which this process is one of two, if there is an address."""
+    return multihost.joined(multihost.Processes(address, 2 if address else 1, int(index), 60))
+
+
+def partitioner_of(mesh):
+    """Returns the partitioner of a mesh as in a plan."""
+    fields = dict(mesh)
+    devices = jax.devices()[: fields.pop("devices")]
+    partitioner = Partitioner(**fields).on(devices)
+    assert partitioner.mesh.size == len(devices)
+    return partitioner
+
+
+def run(script, *arguments, devices=8, processes=1, patience=300):
+    """Runs a script of this folder on so many CPU devices; several processes share them.
+
+    Each of several gets two more arguments, its number and the address of the first.
+    """
     environment = {
         **os.environ,
         # Without these emitters XLA compiles in half the time, which is nearly all of it.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes} "
         "--xla_cpu_use_fusion_emitters=false",
         "JAX_PLATFORMS": "cpu",
     }
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    started = [
+        subprocess.Popen(
+            [*command, *([str(index), address] if processes > 1 else [])],
+            env=environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    try:
+        for process in started:
+            _, stderr = process.communicate(timeout=patience)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in started:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """All meshes train as one device does, in one process and in two; so does every method."""
 
-import contextlib
 import json
-import socket
 
 import numpy as np
 import pytest
 from every_method import METHODS
-from sharded_training import CASES, start
+from sharded_training import CASES, run
 from tiny_families import CONFIGS
 
 ONE = {"devices": 1}
@@ -44,23 +42,9 @@ SOME = ["adafactor", "t5 task prompts", "cocktail"]
 def trained(plan, folder, processes=1):
     """Returns what `sharded_training` makes of each pair of (mesh, cases), {name: array}."""
     output = folder / "trained.npz"
-    arguments = [output, json.dumps(plan)]
-    if processes == 1:
-        run = [start("sharded_training.py", *arguments)]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
-        run = [
-            start("sharded_training.py", *arguments, index, address, devices=8 // processes)
-            for index in range(processes)
-        ]
-    with contextlib.ExitStack() as stack:
-        for process in run:
-            stack.callback(process.kill)
-        for process in run:
-            _, stderr = process.communicate(timeout=60 + 20 * sum(len(cases) for _, cases in plan))
-            assert process.returncode == 0, stderr
+    patience = 60 + 20 * sum(len(cases) for _, cases in plan)
+    arguments = ("sharded_training.py", output, json.dumps(plan))
+    run(*arguments, processes=processes, patience=patience)
     results = [{} for _ in plan]
     with np.load(output) as arrays:
         for name in arrays:
