@@ -1,0 +1,320 @@
+"""What the benchmarks on GPUs share: flags, models' sizes, processes, timing and what is printed.
+
+Needs nothing but jax, flax and optax; PyTorch only where a peer is measured.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optional_jaxtyping  # noqa: F401, before robust_ft
+
+from robust_ft import xla_flags
+from robust_ft.errors import UserError
+from robust_ft.models.attention_kernels import CHOICES
+from robust_ft.models.gpt2 import GPT2Config
+from robust_ft.models.model import ModelConfig
+from robust_ft.models.options import DTYPES
+from robust_ft.models.t5 import T5Config
+
+GIB = 2**30
+START = 0
+T5: dict[str, Any] = {"mlp_activations": ("relu",), "logits_via_embedding": True}
+# T5 1.0 and GPT-2 with the published sizes.
+MODELS: dict[str, ModelConfig] = {
+    "t5-small": T5Config(
+        emb_dim=512, num_heads=8, mlp_dim=2048, num_encoder_layers=6, num_decoder_layers=6, **T5
+    ),
+    "t5-base": T5Config(
+        emb_dim=768, num_heads=12, mlp_dim=3072, num_encoder_layers=12, num_decoder_layers=12, **T5
+    ),
+    "t5-large": T5Config(
+        emb_dim=1024, num_heads=16, mlp_dim=4096, num_encoder_layers=24, num_decoder_layers=24, **T5
+    ),
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(emb_dim=1024, num_heads=16, mlp_dim=4096, num_layers=24),
+}
+# Dense products with two bytes a number (float16 where there is no bfloat16), in 1e12 a second, as
+# the makers state them; the first name that the device's own has as a word counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362,
+    "L4": 121,
+    "V100": 125,
+    "T4": 65,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One row of the table.
+
+    Attributes:
+        method: Such as "lora", or "beam4".
+        who: "ours" or "theirs".
+        seconds: Of a step, the median over rounds; None if there is nothing to measure.
+        tokens: That a step goes through, or makes.
+        flops: That a step needs, in matrix products.
+        peak_bytes: Most memory in use on the device; None if it does not say.
+        device: Its name.
+        reason: Why nothing was measured.
+    """
+
+    method: str
+    who: str
+    seconds: float | None = None
+    tokens: int = 0
+    flops: int = 0
+    peak_bytes: int | None = None
+    device: str = ""
+    reason: str = ""
+
+
+def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
+    """Returns a parser of the flags of a benchmark.
+
+    Args:
+        description: The benchmark's docstring.
+        methods: What it can measure, all by default.
+    """
+    methods = tuple(methods)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", choices=MODELS, default="t5-base")
+    made.add_argument("--method", nargs="+", choices=methods, default=list(methods))
+    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--input_length", type=int, default=512, help="tokens")
+    made.add_argument("--target_length", type=int, default=128, help="tokens")
+    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations")
+    made.add_argument("--attention", choices=CHOICES, default="auto")
+    made.add_argument("--layers", type=int, help="of encoder and decoder each; the model's")
+    made.add_argument("--rounds", type=int, default=5, help="the median of which counts")
+    made.add_argument("--peer", choices=("auto", "yes", "no"), default="auto", help="Hugging Face")
+    made.add_argument("--peak_tflops", type=float, help="the device's; see PEAK_TFLOPS")
+    made.add_argument("--xla_flags", choices=xla_flags.PRESETS, help="as in robust_ft.train")
+    made.add_argument("--json", metavar="FILE", help="writes the figures too")
+    made.add_argument("--alone", nargs=2, metavar=("WHO", "METHOD"), help=argparse.SUPPRESS)
+    return made
+
+
+def config_of(arguments: argparse.Namespace, **changes: Any) -> Any:
+    """Returns the config of the model that is measured."""
+    config: Any = MODELS[arguments.model]
+    if arguments.layers:
+        names = [name for name in vars(config) if name.endswith("layers")]
+        changes = dict.fromkeys(names, arguments.layers) | changes
+    settings = {"dtype": arguments.dtype, "attention": arguments.attention}
+    return dataclasses.replace(config, **(settings | changes))
+
+
+def run(
+    made: argparse.ArgumentParser,
+    measures: dict[str, Callable[[argparse.Namespace, str], Measured]],
+    argv: Sequence[str],
+) -> None:
+    """Measures everything that the flags ask for, prints a table and writes --json.
+
+    Ends the process with status 1 if something of ours could not be measured.
+
+    Each measurement has a process of its own: a device says only the most memory that was ever in
+    use, and JAX takes most of it for itself.
+
+    Args:
+        made: The parser, as `parser` makes it.
+        measures: From "ours" and "theirs" to what measures a method.
+        argv: The flags.
+    """
+    arguments = made.parse_args(argv)
+    if arguments.alone:
+        who, method = arguments.alone
+        if arguments.xla_flags and who == "ours":
+            xla_flags.use(arguments.xla_flags)
+        try:
+            row = measures[who](arguments, method)
+        except UserError as error:
+            row = Measured(method, who, reason=str(error))
+        print(json.dumps(dataclasses.asdict(row)))
+        return
+    peers = ("ours",) if arguments.peer == "no" else ("ours", "theirs")
+    rows = []
+    print(
+        f"{arguments.model}, batch {arguments.batch}, {arguments.input_length} tokens in, "
+        f"{arguments.target_length} out, {arguments.dtype}"
+    )
+    names = f"{'ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>7} {'peak memory':>12}"
+    print(f"{'':16} {names}", flush=True)
+    for method in arguments.method:
+        flops = 0
+        for who in peers:
+            row = _alone(argv, who, method)
+            flops = row.flops or flops  # what ours needs is what counts for both
+            rows.append(dataclasses.replace(row, flops=flops))
+            print(_line(rows[-1], arguments.peak_tflops), flush=True)
+    devices = {
+        row.device for row in rows if row.seconds and mfu(row, arguments.peak_tflops) is None
+    }
+    for device in sorted(devices):
+        print(f"The peak of the device '{device}' is unknown: for the MFU, pass --peak_tflops.")
+    if arguments.json:
+        record = [
+            dataclasses.asdict(row) | {"mfu": mfu(row, arguments.peak_tflops)} for row in rows
+        ]
+        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "alone")}
+        text = json.dumps({"settings": settings, "measured": record}, indent=2) + "\n"
+        Path(arguments.json).write_text(text, encoding="utf-8")
+    if any(row.seconds is None for row in rows if row.who == "ours"):
+        sys.exit(1)
+
+
+def _alone(argv: Sequence[str], who: str, method: str) -> Measured:
+    command = [sys.executable, sys.argv[0], *argv, "--alone", who, method]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        return Measured(method, who, reason=f"failed with status {ended.returncode}, see above")
+    return Measured(**json.loads(ended.stdout.splitlines()[-1]))
+
+
+def _line(row: Measured, peak: float | None) -> str:
+    begin = f"{row.method:8} {row.who:7}"
+    if row.seconds is None:
+        return f"{begin} {row.reason}"
+    share, used = mfu(row, peak), row.peak_bytes
+    return (
+        f"{begin} {1000 * row.seconds:9.2f} {row.tokens / row.seconds:10.0f} "
+        f"{row.flops / row.seconds / 1e12:8.2f} {'unknown' if share is None else f'{share:7.1%}'} "
+        f"{'not reported' if used is None else f'{used / GIB:8.2f} GiB':>12}"
+    )
+
+
+def mfu(row: Measured, peak: float | None = None) -> float | None:
+    """Returns model FLOPs utilization, a share of 1; None if the device's peak is unknown."""
+    peak = peak or peak_tflops(row.device)
+    if peak is None or row.seconds is None:
+        return None
+    return row.flops / row.seconds / (peak * 1e12)
+
+
+def peak_tflops(device: str) -> float | None:
+    """Returns what a device of this name could compute, None if it is not in the table."""
+    for name, peak in PEAK_TFLOPS.items():
+        if re.search(rf"(^|\W){re.escape(name)}(\W|$)", device):
+            return peak
+    return None
+
+
+def seconds_a_step(step: Callable[[], Any], wait: Callable[[Any], Any], rounds: int) -> float:
+    """Returns the median over rounds of the mean time of a step.
+
+    Within a round nothing waits for the device, as in training. A round takes at least a second or
+    three steps; what compiles in the first two steps does not count.
+    """
+    for _ in range(2):
+        wait(step())
+    begin = time.perf_counter()
+    wait(step())
+    steps = max(3, round(1 / (time.perf_counter() - begin)))
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            last = step()
+        wait(last)
+        found.append((time.perf_counter() - begin) / steps)
+    return statistics.median(found)
+
+
+def peak_bytes() -> int | None:
+    """Returns the most memory that JAX had in use on its first device."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def torch_device(arguments: argparse.Namespace, *packages: str) -> str:
+    """Returns where PyTorch is to compute.
+
+    Raises:
+        UserError: It is not to, or a package is not installed.
+    """
+    for name in ("torch", "transformers", *packages):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed")
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # as JAX by default
+    if torch.cuda.is_available():
+        return "cuda"
+    if arguments.peer == "auto":
+        raise UserError("PyTorch sees no GPU; with --peer=yes it is measured on the CPU")
+    return "cpu"
+
+
+def torch_wait(_: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def torch_measured(method: str, seconds: float, tokens: int, device: str) -> Measured:
+    """Returns a row of the peer's."""
+    import torch
+
+    if device == "cpu":
+        return Measured(method, "theirs", seconds, tokens, device=device)
+    used, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    return Measured(method, "theirs", seconds, tokens, peak_bytes=used, device=name)
+
+
+def their_model(config: Any, device: str) -> Any:
+    """Returns Hugging Face's model with these sizes and random weights in float32."""
+    import torch
+    import transformers
+
+    if isinstance(config, T5Config):
+        made: Any = transformers.T5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.emb_dim,
+            d_kv=config.head_dim,
+            d_ff=config.mlp_dim,
+            num_layers=config.num_encoder_layers,
+            num_decoder_layers=config.num_decoder_layers,
+            num_heads=config.num_heads,
+            dropout_rate=config.dropout_rate,
+            decoder_start_token_id=START,
+        )
+        kind: Any = transformers.T5ForConditionalGeneration
+    else:
+        made = transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_embd=config.emb_dim,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_positions=config.num_positions,
+            embd_pdrop=config.dropout_rate,
+            resid_pdrop=config.dropout_rate,
+            attn_pdrop=config.attention_dropout_rate,
+        )
+        kind = transformers.GPT2LMHeadModel
+    transformers.utils.logging.set_verbosity_error()
+    with torch.device(device):
+        return kind(made)
