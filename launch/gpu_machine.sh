@@ -4,8 +4,9 @@
 #   launch/gpu_machine.sh [--gpus=0,1] [--program=train] [--stops=0] [--dry_run] -- FLAGS
 #
 #   launch/gpu_machine.sh -- --gin_file=gin_configs/promot_rte.gin \
-#       --gin_file=gin_configs/scale/mt5_xxl.gin --gin.MODEL_DIR=/data/run
+#       --gin_file=gin_configs/scale/mt5_xxl.gin --gin.MODEL_DIR=/data/run --xla_flags=gpu
 #
+# --xla_flags=gpu among FLAGS: see docs/howto/gpu.md.
 # --gpus: which ones, by default all. --stops=N: start it again after up to N stops (status 75).
 # Needs a virtual environment with `pip install -e '.[gpu]'` (PYTHON, by default python3).
 

@@ -5,8 +5,9 @@
 #       [--cpus_per_gpu=8] [--name=robust_ft] [--program=train] [--dry_run] -- FLAGS
 #
 #   launch/slurm_gpu.sh --nodes=1 --gpus_per_node=4 --time=4:00:00 -- \
-#       --gin_file=gin_configs/promot_rte.gin --gin.MODEL_DIR=/shared/run
+#       --gin_file=gin_configs/promot_rte.gin --gin.MODEL_DIR=/shared/run --xla_flags=gpu
 #
+# --xla_flags=gpu among FLAGS: see docs/howto/gpu.md.
 # MODEL_DIR is on a file system that all nodes see, and so are this folder and the virtual
 # environment (PYTHON, by default python3). Two minutes before its time is up the job saves, ends
 # with status 75 and is queued again.
