@@ -162,6 +162,7 @@ def test_theirs_trains_as_much(name, method):
     assert sizes(flatten(trained).values()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["t5-small", "gpt2"])
 def test_theirs_is_measured_too(name, monkeypatch):
