@@ -147,7 +147,7 @@ def _count(
         received = re.search(r"= \((\S+), .* recv\(.*xla_megascale_runtime", line)
         if channel and received:
             mine[BETWEEN_SLICES, channel[1]] = _bytes(received[1], last=False)
-        for inner in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
+        for inner in re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", line):
             for key, size in _count(inner, computations, known).items():
                 mine[key] = times * size
         for key, size in mine.items():

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -236,6 +236,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if rules is None:
         return x
     return jax.lax.with_sharding_constraint(x, _to_spec(axes, rules))
+
+
+def locally(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[..., jax.Array]:
+    """Returns a function that each device applies to its own parts of arrays.
+
+    It is for what the compiler would gather whole arrays for. Without active rules, on one device,
+    or where devices would have unequal parts, it is the function itself.
+
+    Args:
+        function: From arrays to one that is placed like the first of them.
+        axes: Each array's logical axes.
+    """
+    rules: Rules | None = _active_rules.value
+    mesh = jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.size == 1:
+        return function
+
+    def apply(*arrays: jax.Array) -> jax.Array:
+        sizes = [size for array in arrays for size in array.shape]
+        parts = [count for each in axes for count in shards(*each)]
+        if any(size % count for size, count in zip(sizes, parts, strict=True)):
+            return function(*arrays)
+        specs = tuple(_to_spec(each, rules) for each in axes)
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return apply
 
 
 def shards(*axes: str | None) -> tuple[int, ...]:

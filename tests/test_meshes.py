@@ -107,3 +107,13 @@ def test_two_processes_train_as_one_device_does(expected, tmp_path):
     plan = [(mesh, ["t5 prompt and lora"]) for mesh in meshes.values()]
     plan[list(meshes).index("hybrid")] = (ON_8["hybrid"], OF_T5)
     check_alike(expected, trained(plan, tmp_path, processes=2), meshes)
+
+
+# --- Decoding
+
+
+@pytest.mark.parametrize(
+    "family", [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in CONFIGS]
+)
+def test_meshes_decode_as_one_device_does(family):
+    run("sharded_decoding.py", family)
