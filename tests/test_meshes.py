@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import sharded_checkpoints
 from every_method import METHODS
 from sharded_training import CASES, run
 from tiny_families import CONFIGS
@@ -117,3 +118,25 @@ def test_two_processes_train_as_one_device_does(expected, tmp_path):
 )
 def test_meshes_decode_as_one_device_does(family):
     run("sharded_decoding.py", family)
+
+
+# --- Checkpoints
+
+
+def check_restores(folder, kinds, processes=1):
+    """Checks that what is written on 8 devices comes back bit by bit on 2 and on 1."""
+    on_8 = [ON_8[kind] for kind in kinds]
+    on_2 = [ON_FEWER[f"{kind} on 2"] for kind in kinds if kind != "combined"]
+    run("sharded_checkpoints.py", "write", folder, json.dumps(on_8), processes=processes)
+    run("sharded_checkpoints.py", "read", folder, json.dumps(on_2), devices=2)
+    sharded_checkpoints.read(folder, [ONE])
+
+
+def test_checkpoints_of_8_devices_on_2_and_on_1(tmp_path):
+    check_restores(tmp_path, ["fully sharded", "tensor"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_checkpoints_of_every_mesh_on_2_and_on_1(processes, tmp_path):
+    check_restores(tmp_path, KINDS, processes)
