@@ -190,8 +190,12 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
     if not stage.restore.startswith(STAGE):
         return place(recipe, stage, read_onto(stage.model, stage.restore))
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
-    if handed_on is None:
-        handed_on = finished(recipe, earlier.name)
+    dtype = stage.model.config.param_dtype
+    if handed_on is None or earlier.model.config.param_dtype != dtype:
+        # What did not train comes from where the earlier stage had it, not rounded by its type.
+        handed_on = _finished(
+            recipe, dataclasses.replace(earlier, model=_kept_in(dtype, earlier.model))
+        )
     known = restore_onto(
         stage.model.shapes(),
         trainable.flatten(handed_on),
@@ -205,10 +209,14 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
 
 def finished(recipe: Recipe, name: str) -> Params:
     """Returns all parameters that a finished stage ended with: its start and what it trained."""
-    stage, directory = recipe.stage(name), Path(recipe.model_dir) / name
+    return _finished(recipe, recipe.stage(name))
+
+
+def _finished(recipe: Recipe, stage: Stage) -> Params:
+    directory = Path(recipe.model_dir) / stage.name
     outcome = Outcome.read(directory)
     if outcome is None:
-        raise UserError(f"Stage '{name}' has not finished in {recipe.model_dir}.")
+        raise UserError(f"Stage '{stage.name}' has not finished in {recipe.model_dir}.")
     _, frozen = trainable.split(restore(recipe, stage), frozenset(outcome.paths))
     return trainable.merge(outcome.load(directory), frozen)
 

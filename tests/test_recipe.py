@@ -6,6 +6,8 @@ import json
 import signal
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -243,6 +245,33 @@ def test_half_precision_files_become_the_models_type(tmp_path):
     table = np.full((264, 16), 0.25, np.float16)
     path = checkpoint(tmp_path, **{"token_embedder/embedding": table})
     assert start(tmp_path, restore=path)["token_embedder/embedding"].dtype == np.float32
+
+
+def test_what_an_earlier_stage_kept_narrower_is_handed_on_unrounded(tmp_path, monkeypatch):
+    toy.ScriptedEvaluate(monkeypatch)
+    table = np.random.default_rng(0).normal(size=(264, 16)).astype(np.float32)
+    path = checkpoint(tmp_path, **{"token_embedder/embedding": table})
+    config = dataclasses.replace(toy.CONFIG, param_dtype="bfloat16")
+    narrow = dataclasses.replace(toy.MODEL, config=config)
+    recipe = toy.promot(
+        tmp_path / "run",
+        prompt={"model": narrow, "restore": path, "steps": 2},
+        model={"steps": 2},
+    )
+    starts = {}
+
+    def fit(stage, params, run):
+        starts[stage.name] = jax.tree.map(np.array, toy.flat(params))
+        return trainer.fit(stage, params, run)
+
+    monkeypatch.setattr(recipe_lib, "fit", fit)
+    recipe_lib.run(recipe)
+    assert starts["prompt"]["token_embedder/embedding"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(starts["model"]["token_embedder/embedding"], table)
+    trained = toy.final(tmp_path / "run", "prompt")[toy.PROMPT]
+    np.testing.assert_array_equal(starts["model"][toy.PROMPT], trained)
+    # Files give the same as what is in memory.
+    toy.assert_same(starts["model"], toy.flat(recipe_lib.restore(recipe, recipe.stages[1])))
 
 
 @pytest.mark.parametrize(
