@@ -190,8 +190,9 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
     if not stage.restore.startswith(STAGE):
         return place(recipe, stage, read_onto(stage.model, stage.restore))
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
-    dtype = stage.model.config.param_dtype
-    if handed_on is None or earlier.model.config.param_dtype != dtype:
+    configs: list[Any] = [stage.model.config, earlier.model.config]
+    dtype, before = (config.param_dtype for config in configs)
+    if handed_on is None or before != dtype:
         # What did not train comes from where the earlier stage had it, not rounded by its type.
         handed_on = _finished(
             recipe, dataclasses.replace(earlier, model=_kept_in(dtype, earlier.model))
