@@ -30,14 +30,14 @@ class Statistics(NamedTuple):
         log_z: The logarithm of the sum of their exponentials.
         target: The target token's.
         total: Their sum.
-        best: The token with the largest; of equal ones the first. It has no gradient.
+        top: The largest. It has no gradient.
         divergence: KL(teacher || student), 0 without a teacher. Only the student has a gradient.
     """
 
     log_z: Float[Array, "batch target"]
     target: Float[Array, "batch target"]
     total: Float[Array, "batch target"]
-    best: Int[Array, "batch target"]
+    top: Float[Array, "batch target"]
     divergence: Float[Array, "batch target"]
 
 
@@ -131,7 +131,7 @@ def plain(
         log_z,
         jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0],
         jnp.sum(logits, axis=-1),
-        jnp.argmax(logits, axis=-1),
+        jnp.max(jax.lax.stop_gradient(logits), axis=-1),
         divergence,
     )
 
@@ -190,13 +190,11 @@ class _Seen(NamedTuple):
         softmax: By name. The teacher's factors are its exponents minus the student's.
         target: As in `Statistics`.
         total: As in `Statistics`.
-        best: The best token's position in the part.
     """
 
     softmax: dict[str, _Softmax]
     target: Float[Array, "batch target parts"]
     total: Float[Array, "batch target parts"]
-    best: Int[Array, "batch target parts"]
 
 
 def _forward(
@@ -216,26 +214,18 @@ def _forward(
             )
             for name, values in exponents.items()
         }
-        place = block.start + jnp.argmax(jnp.where(block.fresh, logits, -jnp.inf), axis=-1)
-        # Strictly above: of equal ones the first is the best.
-        better = softmax["student"].top > seen.softmax["student"].top
         return _Seen(
             softmax,
             seen.target + jnp.sum(jnp.where(block.holds(targets), logits, 0.0), axis=-1),
             seen.total + jnp.sum(jnp.where(block.fresh, logits, 0.0), axis=-1),
-            jnp.where(better, place, seen.best),
         )
 
     shape = (*targets.shape, blocks.parts)
     zeros = jnp.zeros(shape)
     nothing = _Softmax(jnp.full(shape, -jnp.inf), zeros, zeros)
-    start = _Seen(
-        dict.fromkeys(setting.softmaxes, nothing), zeros, zeros, jnp.zeros(shape, jnp.int32)
-    )
+    start = _Seen(dict.fromkeys(setting.softmaxes, nothing), zeros, zeros)
     seen = jax.lax.fori_loop(0, blocks.count, body, start)
     log_z = {name: softmax.log_z() for name, softmax in seen.softmax.items()}
-    part = jnp.argmax(seen.softmax["student"].top, axis=-1)
-    place = jnp.take_along_axis(seen.best, part[..., None], axis=-1)[..., 0]
     divergence = jnp.zeros(targets.shape)
     if "teacher" in log_z:
         # sum_v p_v (log p_v - log q_v), where both logarithms are exponents minus their log_z.
@@ -245,7 +235,7 @@ def _forward(
         log_z["student"],
         jnp.sum(seen.target, axis=-1),
         jnp.sum(seen.total, axis=-1),
-        part * blocks.tokens + place,
+        jnp.max(seen.softmax["student"].top, axis=-1),
         divergence,
     )
     return found, log_z

@@ -163,7 +163,7 @@ class Cocktail:
 
 
 def _correct(found: Statistics, batch: Batch) -> Float[Array, "batch target"]:
-    return (found.best == batch["decoder_target_tokens"]).astype(jnp.float32)
+    return (found.target >= found.top).astype(jnp.float32)
 
 
 def _sums(batch: Batch, **values: Float[Array, "batch target"]) -> Sums:
@@ -174,4 +174,5 @@ def _sums(batch: Batch, **values: Float[Array, "batch target"]) -> Sums:
 
 def _entropy_of_smoothed(label_smoothing: float, others: int) -> float:
     kept = 1.0 - label_smoothing
-    return -kept * math.log(kept) - label_smoothing * math.log(label_smoothing / others)
+    each = math.log(label_smoothing) - math.log(others)
+    return -kept * math.log(kept) - label_smoothing * each

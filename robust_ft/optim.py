@@ -95,16 +95,16 @@ class Adafactor:
     clip_norm: float | None = None
 
     def build(self) -> optax.GradientTransformation:
-        return _clipped(
-            self.clip_norm,
-            optax.adafactor(
-                self.learning_rate,
-                decay_rate=self.decay_rate,
-                multiply_by_parameter_scale=self.multiply_by_parameter_scale,
-                clipping_threshold=self.clipping_threshold,
-                weight_decay_rate=self.weight_decay or None,
-            ),
-        )
+        parts = [
+            optax.scale_by_factored_rms(decay_rate=self.decay_rate),
+            optax.clip_by_block_rms(self.clipping_threshold),
+            optax.scale_by_learning_rate(self.learning_rate),  # and by -1
+        ]
+        if self.multiply_by_parameter_scale:
+            parts.append(optax.stateless(_times_parameter_scale))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(-self.weight_decay))
+        return _clipped(self.clip_norm, optax.chain(*parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,19 @@ class AdamW:
                 weight_decay=self.weight_decay,
             ),
         )
+
+
+def _times_parameter_scale(updates: Params, params: Params) -> Params:
+    """Multiplies each leaf with its parameter's RMS, at least 1e-3.
+
+    Optax's own transformation, made to have gradients, keeps a copy of every parameter on the way.
+    """
+
+    def scaled(update: jax.Array, param: jax.Array) -> jax.Array:
+        rms = jnp.sqrt(jnp.mean(jnp.square(param)))
+        return update * jnp.maximum(rms, 1e-3)
+
+    return jax.tree.map(scaled, updates, params)
 
 
 def _clipped(

@@ -16,6 +16,7 @@ from robust_ft.models import attention_kernels
 from robust_ft.models.axes import with_axes
 from robust_ft.models.options import ACTIVATIONS
 from robust_ft.models.peft.base import Keys, Peft
+from robust_ft.models.product import product
 from robust_ft.partitioning import constrain
 
 Initializer = Callable[..., jax.Array]
@@ -57,7 +58,7 @@ class Dense(nn.Module):
         )
         for method in self.peft:
             x = method.dense_input(self, x)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.output_dtype)
+        y = product(x, kernel.astype(self.dtype), self.output_dtype)
         if self.use_bias:
             init = with_axes(nn.initializers.zeros, self.axes[1])
             y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)

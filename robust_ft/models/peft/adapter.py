@@ -17,6 +17,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
 from robust_ft.models.options import ACTIVATIONS
 from robust_ft.models.peft.base import Peft
+from robust_ft.models.product import product
 from robust_ft.types import Params
 
 # The sublayers that there are: an encoder's attention, a decoder's two, and the feed-forward one.
@@ -113,4 +114,4 @@ class _Affine(nn.Module):
         bias_init = with_axes(nn.initializers.zeros, self.axes[1])
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-        return jnp.matmul(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+        return product(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

@@ -18,6 +18,7 @@ from robust_ft.errors import UserError
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import Peft
 from robust_ft.models.peft.targets import check_match, check_pattern
+from robust_ft.models.product import product
 from robust_ft.types import Params
 
 
@@ -109,7 +110,7 @@ class _Product(nn.Module):
         # Without randomness the model is deterministic (`Model.logits`).
         deterministic = not self.has_rng("dropout")
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+        return product(product(x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
 def _bounded(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
