@@ -199,14 +199,14 @@ class Partitioner:
         """Places a whole batch, the same on all processes, of which each keeps its rows."""
         return {name: multihost.put(rows, self.batch_sharding) for name, rows in batch.items()}
 
-    def check_batch(self, batch_size: int, where: str, parts: int = 1) -> None:
+    def check_batch(self, batch_size: int, whose: str, parts: int = 1) -> None:
         """Raises a UserError unless a batch, cut into so many parts, divides over the devices."""
         shards = self.batch_shards
         if batch_size % (shards * parts):
             cut = f" in {parts} microbatches" if parts > 1 else ""
             raise UserError(
-                f"{where}={batch_size}{cut} does not divide over the {shards} devices that split "
-                f"batches; choose a multiple of {shards * parts}."
+                f"batch_size={batch_size} of {whose}{cut} does not divide over the {shards} "
+                f"devices that split batches; choose a multiple of {shards * parts}."
             )
 
     def check_sizes(self, name: str, axes: LogicalAxes, sizes: Sequence[int]) -> None:

@@ -388,12 +388,8 @@ def _check_packing(stage: Stage, model: Model) -> None:
 def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     partitioner, config = recipe.partitioner, stage.model.config
     for evaluation in (*stage.evaluations, *stage.final_evaluations):
-        partitioner.check_batch(
-            evaluation.batch_size, f"batch_size of the evaluation on '{evaluation.task}'"
-        )
-    partitioner.check_batch(
-        stage.batch_size, f"batch_size of stage '{stage.name}'", stage.microbatches
-    )
+        partitioner.check_batch(evaluation.batch_size, f"the evaluation on '{evaluation.task}'")
+    partitioner.check_batch(stage.batch_size, f"stage '{stage.name}'", stage.microbatches)
     if partitioner.mesh.size == 1:
         return
     # Of heads, parameters know only the product with their size.

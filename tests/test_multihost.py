@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -25,17 +24,21 @@ from robust_ft.recipe import run
 TESTS = Path(__file__).parent
 
 
-def two_processes(what, directory=""):
-    """Returns [(exit status, stdout, stderr)] of both, and how many seconds it took."""
+def two_processes(command_of, devices=1):
+    """Returns [(exit status, stdout, stderr)] of both.
+
+    Args:
+        command_of: From a process's number and the address of the first to what Python runs.
+        devices: Of each process.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    started = time.monotonic()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    script = [sys.executable, str(TESTS / "multihost_run.py"), what]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     both = [
         subprocess.Popen(
-            [*script, str(index), address, str(directory)],
+            [sys.executable, *map(str, command_of(index, address))],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -51,7 +54,31 @@ def two_processes(what, directory=""):
     finally:
         for process in both:
             process.kill()
-    return ended, time.monotonic() - started
+    return ended
+
+
+def script(what, directory=""):
+    """Returns what runs `multihost_run`."""
+    return lambda *process: [TESTS / "multihost_run.py", what, *process, directory]
+
+
+def train(directory, *flags, of_the_second=()):
+    """Returns what runs the command line with the toy recipe."""
+
+    def command_of(index, address):
+        return [
+            "-m",
+            "robust_ft.train",
+            f"--gin_file={TESTS / 'toy_promot.gin'}",
+            f"--gin.MODEL_DIR={directory}",
+            f"--coordinator_address={address}",
+            "--num_processes=2",
+            f"--process_id={index}",
+            *flags,
+            *(of_the_second if index else ()),
+        ]
+
+    return command_of
 
 
 def sentences(stderr):
@@ -92,18 +119,18 @@ def assert_same_run(directory, expected):
 
 @pytest.mark.slow
 def test_two_processes_train_and_decode_as_one(in_one_process, tmp_path):
-    ended, _ = two_processes("train", tmp_path)
+    ended = two_processes(script("train", tmp_path))
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert_same_run(tmp_path, in_one_process)
 
 
 @pytest.mark.slow
 def test_all_stop_before_the_same_step_and_go_on_together(in_one_process, tmp_path):
-    ended, _ = two_processes("stop", tmp_path)
+    ended = two_processes(script("stop", tmp_path))
     assert [status for status, _, _ in ended] == [RESUME, RESUME], ended
     said = {out.splitlines()[-1] for _, out, _ in ended}
     assert len(said) == 1 and "Stopped at step" in said.pop()
-    ended, _ = two_processes("train", tmp_path)
+    ended = two_processes(script("train", tmp_path))
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert_same_run(tmp_path, in_one_process)
 
@@ -126,11 +153,36 @@ def test_all_stop_before_the_same_step_and_go_on_together(in_one_process, tmp_pa
     ],
 )
 def test_all_end_with_a_sentence(what, statuses, sentence):
-    ended, _ = two_processes(what)
+    ended = two_processes(script(what))
     assert [status for status, _, _ in ended] == statuses, ended
     for status, _, stderr in ended:
         if status > 0:
             assert len(sentences(stderr)) == 1 and sentence in sentences(stderr)[0], stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "of_the_second", "sentence"),
+    [
+        (["--gin.MODEL_PARALLEL=3"], [], "model_parallel=3 does not divide the 4 devices"),
+        (["--gin.MODEL_PARALLEL=4"], [], "num_heads: 2 heads do not divide over the 4 devices"),
+        (["--gin.BATCH_SIZE=6"], [], "batch_size=6 of stage 'prompt' in 2 microbatches does not"),
+        (
+            ["--gin.EVAL_BATCH_SIZE=6"],
+            [],
+            "batch_size=6 of the evaluation on 'toy' does not divide over the 4 devices",
+        ),
+        ([], ["--gin.TRAIN_STEPS=13"], "another config than process 0: 'TRAIN_STEPS = 13'"),
+        ([], ["--gin.MODEL_PARALLEL=3"], "another config than process 0: 'MODEL_PARALLEL = 3'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_every_host(flags, of_the_second, sentence, tmp_path):
+    flags = ["--gin.MICROBATCHES=2", *flags]
+    ended = two_processes(train(tmp_path, *flags, of_the_second=of_the_second), devices=2)
+    for status, _, stderr in ended:
+        (said,) = sentences(stderr)
+        assert status == 2 and sentence in said
+    assert not list(tmp_path.rglob("checkpoint_*"))
 
 
 # --- Which processes

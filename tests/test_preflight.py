@@ -254,7 +254,9 @@ def test_heads_that_the_mesh_does_not_divide():
 
 
 def test_batches_that_the_mesh_does_not_divide():
-    with pytest.raises(UserError, match=r"batch_size of .* does not divide over the 128 devices"):
+    with pytest.raises(
+        UserError, match=r"batch_size=64 of .* does not divide over the 128 devices"
+    ):
         recipes.check(recipe_on(128))
 
 
