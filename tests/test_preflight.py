@@ -331,3 +331,5 @@ def test_slices_send_each_other_little(tmp_path):
     # The prompt's gradient, 10 vectors of 96, some sums, and what fills tiles up.
     sent = rows["prompt", "train_step"]["collectives"]
     assert 10 * 96 * 4 / 4 <= sent["between slices"] <= 16_384 < sent["all-gather"]
+    # Decoding only asks the others whether they are through.
+    assert rows["prompt", "decode_step"]["collectives"]["between slices"] <= 1024
