@@ -5,7 +5,7 @@ is a student for each weight, a stage of its own (Ensembles and Cocktails, secti
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from robust_ft import console
@@ -60,6 +60,21 @@ class EnsembleChoice:
     def stages(self) -> tuple[str, ...]:
         """The names of the stages that have to finish before."""
         return self.light.removeprefix(STAGE), self.full.removeprefix(STAGE)
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """Raises a UserError if the two models have different vocabularies.
+
+        Args:
+            stages: All of the recipe, by name.
+        """
+        light, full = (stages[name] for name in self.stages)
+        kinds = [(s.data.vocabulary.fingerprint, s.model.config.vocab_size) for s in (light, full)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"The ensemble '{self.name}' mixes probabilities token by token, but the stages "
+                f"'{light.name}' and '{full.name}' have different vocabularies, of {kinds[0][1]} "
+                f"and {kinds[1][1]} tokens."
+            )
 
     def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
         """Decodes with each weight, writes what was said and how good it is, and chooses.
@@ -117,6 +132,9 @@ class CocktailChoice:
         """The names of the stages that have to finish before, one for each weight."""
         full = self.full.removeprefix(STAGE)
         return tuple(_student(self.student, w) if w else full for w in self.weights)
+
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """Finds nothing: students are stages, which are checked with their teachers."""
 
     def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
         """Chooses by the score that each student's checkpoint was selected with.

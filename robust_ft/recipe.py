@@ -348,7 +348,8 @@ def check(recipe: Recipe) -> None:
     """Checks all stages against their models and the mesh: now, not after hours of training.
 
     Raises:
-        UserError: A stage's patterns, tasks, batches, lengths or teacher do not fit.
+        UserError: A stage's patterns, tasks, batches, lengths or teacher do not fit, or the
+            models of an ensemble do not.
     """
     for stage in recipe.stages:
         stage.model.check()
@@ -357,6 +358,8 @@ def check(recipe: Recipe) -> None:
         _check_mesh(recipe, stage)
         _check_lengths(stage)
         _check_teacher(recipe, stage)
+    for choice in recipe.choices:
+        choice.check({stage.name: stage for stage in recipe.stages})
 
 
 def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:

@@ -170,6 +170,16 @@ def test_choices_that_do_not_fit_the_stages(tmp_path, choice, sentence):
         made(tmp_path, choices=(choice,))
 
 
+def test_an_ensemble_over_two_vocabularies_is_refused_before_anything_trains(tmp_path):
+    larger = dataclasses.replace(toy.PLAIN, config=dataclasses.replace(toy.CONFIG, vocab_size=512))
+    full = dataclasses.replace(FULL, model=larger)
+    built = made(tmp_path / "run", stages=(LIGHT, full), choices=(ENSEMBLE,))
+    sizes = f"'prompt' and 'full' have different vocabularies, of {toy.CONFIG.vocab_size} and 512"
+    with pytest.raises(UserError, match=sizes):
+        recipe.claim(built)
+    assert not (tmp_path / "run").exists()
+
+
 def test_ood_data_that_would_choose_is_refused():
     named = suite("validation", toy.TARGET_EVALUATION, target_tasks=["toy_other"])
     with pytest.raises(
