@@ -21,6 +21,10 @@ from robust_ft import command_line, topology
 
 if TYPE_CHECKING:
     from robust_ft.preflight_report import Row
+    from robust_ft.recipe import Recipe
+    from robust_ft.trainer import Stage
+
+PROGRAMS = ("train_step", "decode_step", "infer_step")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +36,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--topology", required=True, help="a TPU slice, such as v5e:2x4")
     parser.add_argument(
         "--find", action="store_true", help="the smallest slice and the settings that fit"
+    )
+    parser.add_argument(
+        "--stage", action="append", metavar="NAME", help="only this stage's programs; repeatable"
+    )
+    parser.add_argument(
+        "--program", action="append", choices=PROGRAMS, help="only this program; repeatable"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the compiler's least effort: a sixth of the time, other schedules than a run's",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures as a list of objects")
     arguments = command_line.parse_gin(parser, argv)
@@ -69,8 +84,20 @@ def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str])
     place = topology.describe(name, partitioner.slices)
     recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
     recipes.check(recipe)
-    for stage in recipe.stages:
-        yield from preflight_report.of_stage(recipe, stage, place)
+    for stage in _chosen(recipe, arguments.stage):
+        yield from preflight_report.of_stage(
+            recipe, stage, place, arguments.program or PROGRAMS, arguments.quick
+        )
+
+
+def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:
+    from robust_ft.errors import UserError, nearest
+
+    known = [stage.name for stage in recipe.stages]
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--stage={name} is not one of {known}." + nearest(name, known))
+    return [stage for stage in recipe.stages if stage.name in (names or known)]
 
 
 def _find(

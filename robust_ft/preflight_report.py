@@ -1,7 +1,7 @@
 """Rows of a preflight: what each program of a stage needs on a topology, and what would help."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,24 +72,31 @@ class Row:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def of_stage(recipe: Recipe, stage: Stage, topology: Topology) -> Iterator[Row]:
+def of_stage(
+    recipe: Recipe, stage: Stage, topology: Topology, names: Collection[str], quick: bool = False
+) -> Iterator[Row]:
     """Compiles a stage's programs for a topology, one after the other.
 
     Args:
         recipe: On the topology's devices.
         stage: One of its stages.
         topology: Where it is to run.
+        names: The programs, see `Row.program`.
+        quick: With the compiler's least effort.
     """
-    train = programs.train_step(recipe, stage)
-    compiled = _compiled(train, topology)
-    yield _row(recipe, stage, topology, train, compiled, train.optimizer_bytes, compiled.peak_bytes)
+    if "train_step" in names:
+        train = programs.train_step(recipe, stage)
+        compiled, kept = _compiled(train, topology, quick), train.optimizer_bytes
+        yield _row(recipe, stage, topology, train, compiled, kept, compiled.peak_bytes)
+    if not {"decode_step", "infer_step"} & set(names):
+        return
     if (decode := programs.decode_step(recipe, stage)) is not None:
-        compiled = _compiled(decode, topology)
+        compiled = _compiled(decode, topology, quick)
         # While a stage trains, its optimizer's state waits beside the evaluation.
-        waiting = compiled.peak_bytes + decode.optimizer_bytes
-        yield _row(recipe, stage, topology, decode, compiled, decode.optimizer_bytes, waiting)
-        decode = decode._replace(name="infer_step")
-        yield _row(recipe, stage, topology, decode, compiled, 0, compiled.peak_bytes)
+        for name, beside in (("decode_step", decode.optimizer_bytes), ("infer_step", 0)):
+            if name in names:
+                program, peak = decode._replace(name=name), compiled.peak_bytes + beside
+                yield _row(recipe, stage, topology, program, compiled, beside, peak)
 
 
 def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
@@ -147,12 +154,12 @@ def _gib(size: int | None) -> str:
     return "?" if size is None else f"{size / GIB:.2f}"
 
 
-def _compiled(program: programs.Program, topology: Topology) -> Compiled:
+def _compiled(program: programs.Program, topology: Topology, quick: bool) -> Compiled:
     arguments = program.parameter_bytes
     if program.name == "train_step":
         arguments += program.optimizer_bytes
     try:
-        return compile_for(program.traced.lower(), arguments, topology.chip.hbm)
+        return compile_for(program.traced.lower(), arguments, topology.chip.hbm, quick)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import lift
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models import attention_kernels
@@ -53,7 +54,35 @@ def check_choices(config: Any, **choices: Sequence[str]) -> None:
 
 
 def rematerialized(layer_class: Any, remat: str) -> Any:
-    """Returns the layer whose backward pass keeps what the policy `remat` says."""
+    """Returns the layer whose backward pass keeps what the policy `remat` says.
+
+    Where devices share its parameters, they gather them when the layer's turn has come: compilers
+    may gather those of all layers at the start.
+    """
     if remat == "none":
         return layer_class
-    return nn.remat(layer_class, policy=REMAT_POLICIES[remat])
+    late = nn.transforms.lift_transform(_in_turn, layer_class)
+    return nn.remat(late, policy=REMAT_POLICIES[remat])
+
+
+def _in_turn(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Lifts a layer to one that reads no parameters before its first input is there."""
+
+    def run(
+        scope_fn: Any, repack: Any, variables: Any, rngs: Any, x: jax.Array, *rest: Any
+    ) -> tuple[Any, Any]:
+        seen = jax.lax.stop_gradient(x)
+        scope = scope_fn(jax.tree.map(lambda leaf: _after(leaf, seen), variables), rngs)
+        return layer(scope, x, *rest), repack(scope)
+
+    return lift.pack(run, (True,), (True,), (True,))
+
+
+@jax.custom_jvp
+def _after(leaf: jax.Array, seen: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier((leaf, seen))[0]
+
+
+@_after.defjvp
+def _after_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _after(*primals), tangents[0]
