@@ -57,7 +57,7 @@ def compile_for(
     """
     start = time.perf_counter()
     try:
-        options = {"exec_time_optimization_effort": -1.0} if quick else None
+        options: Any = {"exec_time_optimization_effort": -1.0} if quick else None
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         peak = needed(str(error), argument_bytes)

@@ -198,6 +198,31 @@ def test_a_row_as_json():
     }
 
 
+# --- Choosing
+
+
+def test_stages_and_programs_can_be_chosen(monkeypatch):
+    recipe = gin_config.load(["gin_configs/promot_rte.gin"]).recipe
+    assert [stage.name for stage in preflight._chosen(recipe, None)] == ["prompt", "model"]
+    assert [stage.name for stage in preflight._chosen(recipe, ["model"])] == ["model"]
+    with pytest.raises(UserError, match=r"--stage=modle .*\['prompt', 'model'\].* mean 'model'"):
+        preflight._chosen(recipe, ["modle"])
+    made = []
+    for name in ("train_step", "decode_step"):
+        program = types.SimpleNamespace(optimizer_bytes=2, _replace=dict)
+        monkeypatch.setattr(programs, name, lambda *_, program=program: program)
+    compiled = types.SimpleNamespace(peak_bytes=5)
+    monkeypatch.setattr(preflight_report, "_compiled", lambda *_: made.append(1) or compiled)
+    monkeypatch.setattr(preflight_report, "_row", lambda *each: each[-1])
+    place = types.SimpleNamespace()
+
+    def peaks(*names):
+        return list(preflight_report.of_stage(recipe, recipe.stages[0], place, names))
+
+    assert (peaks("train_step"), peaks("infer_step"), len(made)) == ([5], [5], 2)
+    assert (peaks("decode_step", "infer_step"), len(made)) == ([7, 5], 3)
+
+
 # --- Settings and advice
 
 
