@@ -1,6 +1,7 @@
 """The bundle that the rest of the program sees: plain functions of parameters and batches."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -121,14 +122,22 @@ class Model:
 
     def shapes(self) -> Params:
         """Returns the parameters' shapes and types without drawing them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return self._of_each(lambda box: box.value)
 
     def logical_axes(self) -> Params:
         """Returns each parameter's logical axis names, a tree like `init`'s."""
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.tree.map(
-            lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-        )
+        return self._of_each(lambda box: box.names)
+
+    def _of_each(self, function: Callable[[Any], Any]) -> Params:
+        def is_leaf(x: Any) -> bool:
+            return isinstance(x, nn.meta.AxisMetadata)
+
+        return jax.tree.map(function, self._boxed, is_leaf=is_leaf)
+
+    @functools.cached_property
+    def _boxed(self) -> Any:
+        # Asked for again and again, and a large model takes seconds to trace.
+        return jax.eval_shape(self._init, jax.random.key(0))
 
     def initialize_peft(self, rng: jax.Array, params: Params) -> Params:
         """Sets PEFT parameters whose initial values depend on the pretrained ones."""
