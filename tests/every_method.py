@@ -78,6 +78,8 @@ METHODS = PLUGGED | {
     "top layers": Method(trainable=lambda config: top_layers(config, 1)),
     "full": Method(trainable=lambda config: [".*"]),
     "joint": Method((Prompt(length=3),), lambda config: [".*"]),
+    # ProMoT's second stage, and full finetuning under a random prompt.
+    "under a prompt": Method((Prompt(length=3),), lambda config: [r"(?!.*/prompt$).*"]),
 }
 
 

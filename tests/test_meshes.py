@@ -28,6 +28,7 @@ ON_FEWER = {
 MORE = {
     "partly sharded": {"devices": 8, "fully_sharded": 2},
     "sharded tensors": {"devices": 8, "fully_sharded": -1, "model_parallel": 2},
+    "sharded tensors on 4": {"devices": 4, "fully_sharded": 2, "model_parallel": 2},
     "long sequences": {"devices": 8, "sequence_parallel": 4},
     "slices of tensors": {"devices": 8, "slices": 2, "model_parallel": 2},
     "2-D activations": {**ON_8["combined"], "rules": [["activation_embed", "model"]]},
