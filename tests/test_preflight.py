@@ -358,3 +358,38 @@ def test_slices_send_each_other_little(tmp_path):
     assert 10 * 96 * 4 / 4 <= sent["between slices"] <= 16_384 < sent["all-gather"]
     # Decoding only asks the others whether they are through.
     assert rows["prompt", "decode_step"]["collectives"]["between slices"] <= 1024
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    ("stage", "topology", "golden", "settings"),
+    [
+        ("model", "v5e:2x4", {"train_step": 3_859_279_872}, ()),
+        (
+            "prompt",
+            "v5e:2x2",
+            {"train_step": 4_696_246_784, "decode_step": 3_832_899_600},
+            ("EVAL_BATCH_SIZE=4",),
+        ),
+    ],
+)
+def test_layers_of_mt5_xxl(tmp_path, stage, topology, golden, settings):
+    """Two layers of each stack with the whole vocabulary; docs/performance.md has all of them."""
+    file = tmp_path / "rows.json"
+    process = run_preflight(
+        "--quick",
+        "--gin_file=gin_configs/promot_rte.gin",
+        "--gin_file=gin_configs/scale/mt5_xxl.gin",
+        f"--topology={topology}",
+        f"--stage={stage}",
+        *[f"--program={program}" for program in golden],
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 512, 'targets': 128}",
+        "--gin.T5Config.num_encoder_layers=2",
+        "--gin.T5Config.num_decoder_layers=2",
+        *[f"--gin.{setting}" for setting in settings],
+        f"--json={file}",
+    )
+    assert process.returncode == 0, process.stderr
+    peaks = {program: row["peak_bytes"] for (_, program), row in figures(file).items()}
+    assert peaks == pytest.approx(golden, rel=0.03)
