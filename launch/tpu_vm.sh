@@ -5,7 +5,7 @@
 #       [--nfs=HOST:/SHARE] [--program=train] [--delete] [--dry_run] -- FLAGS
 #
 #   launch/tpu_vm.sh --name=promot --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/share -- \
-#       --gin_file=gin_configs/promot_rte.gin --gin.MODEL_DIR=/mnt/shared/run
+#       --gin_file=gin_configs/promot_rte.gin --gin.MODEL_DIR=/mnt/shared/run --xla_flags=tpu
 #
 # With several workers MODEL_DIR is on a file system that all of them see: --nfs mounts one as
 # /mnt/shared. Start the same command again to go on after a preemption. --delete gives the TPU back

@@ -76,8 +76,9 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
     )
     parser.add_argument(
         "--xla_flags",
-        metavar="gpu",
-        help="settings of the compiler that suit several GPUs; those in XLA_FLAGS win",
+        metavar="gpu|tpu",
+        help="settings of the compiler that suit several GPUs or TPUs; those in XLA_FLAGS and "
+        "LIBTPU_INIT_ARGS win",
     )
     _add_processes(parser)
     return parse_gin(parser, argv)

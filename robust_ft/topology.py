@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.xla_flags import PRESETS
 
 GIB = 2**30
 
@@ -19,11 +20,11 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Products of products of large models overflow the compiler's usual stacks of 64 KB. Products
-    # of parameters that are gathered while they multiply would have buffers from the start to the
-    # end of a step: the second flag is one for runs, too (docs/howto/scale_up.md).
-    "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=4194304 "
-    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+    # Products of products of large models overflow the compiler's usual stacks of 64 KB. The other
+    # flags are for runs, too: --xla_flags=tpu.
+    "LIBTPU_INIT_ARGS": " ".join(
+        ("--fibers_default_thread_stack_size=4194304", *PRESETS["tpu"][1])
+    ),
 }
 
 

@@ -11,17 +11,21 @@ from robust_ft.errors import UserError, nearest
 # What NVIDIA's and JAX's guides to GPUs advise and the release does not do by itself; it already
 # fuses products by Triton, records command buffers and runs collectives beside computation. All of
 # these let collectives overlap more: several GPUs gain, and one GPU neither gains nor loses.
-PRESETS = {
-    "gpu": (
-        "--xla_gpu_enable_latency_hiding_scheduler=true",
-        "--xla_gpu_enable_pipelined_all_gather=true",
-        "--xla_gpu_enable_pipelined_all_reduce=true",
-    )
-}
+_GPU = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+)
+# Products of parameters that are gathered while they multiply would have buffers from the start to
+# the end of a step. No product is as large as this, so parameters are gathered before.
+_TPU = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
+
+# By name: the variable that the compiler reads, and flags.
+PRESETS = {"gpu": ("XLA_FLAGS", _GPU), "tpu": ("LIBTPU_INIT_ARGS", _TPU)}
 
 
 def use(preset: str) -> None:
-    """Sets XLA_FLAGS, to be called before JAX is used; what it already sets stays as it is.
+    """Adds flags to their variable, to be called before JAX is used; what is set there wins.
 
     Raises:
         UserError: There is no such preset.
@@ -31,7 +35,8 @@ def use(preset: str) -> None:
             f"--xla_flags={preset} is not one of {', '.join(PRESETS)}; other flags of the compiler "
             "go into the environment variable XLA_FLAGS." + nearest(preset, PRESETS)
         )
-    given = os.environ.get("XLA_FLAGS", "").split()
+    variable, flags = PRESETS[preset]
+    given = os.environ.get(variable, "").split()
     names = {flag.split("=")[0] for flag in given}
-    added = [flag for flag in PRESETS[preset] if flag.split("=")[0] not in names]
-    os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+    added = [flag for flag in flags if flag.split("=")[0] not in names]
+    os.environ[variable] = " ".join([*given, *added])
