@@ -61,21 +61,6 @@ class EnsembleChoice:
         """The names of the stages that have to finish before."""
         return self.light.removeprefix(STAGE), self.full.removeprefix(STAGE)
 
-    def check(self, stages: Mapping[str, Stage]) -> None:
-        """Raises a UserError if the two models have different vocabularies.
-
-        Args:
-            stages: All of the recipe, by name.
-        """
-        light, full = (stages[name] for name in self.stages)
-        kinds = [(s.data.vocabulary.fingerprint, s.model.config.vocab_size) for s in (light, full)]
-        if kinds[0] != kinds[1]:
-            raise UserError(
-                f"The ensemble '{self.name}' mixes probabilities token by token, but the stages "
-                f"'{light.name}' and '{full.name}' have different vocabularies, of {kinds[0][1]} "
-                f"and {kinds[1][1]} tokens."
-            )
-
     def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
         """Decodes with each weight, writes what was said and how good it is, and chooses.
 
@@ -133,9 +118,6 @@ class CocktailChoice:
         full = self.full.removeprefix(STAGE)
         return tuple(_student(self.student, w) if w else full for w in self.weights)
 
-    def check(self, stages: Mapping[str, Stage]) -> None:
-        """Finds nothing: students are stages, which are checked with their teachers."""
-
     def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
         """Chooses by the score that each student's checkpoint was selected with.
 
@@ -186,6 +168,31 @@ def students(stage: Stage, weights: Sequence[float] = GRID) -> tuple[Stage, ...]
 
 def _student(name: str, weight: float) -> str:
     return f"{name}_{weight:g}"
+
+
+def check_vocabularies(
+    choice: EnsembleChoice | CocktailChoice, stages: Mapping[str, Stage]
+) -> None:
+    """Raises a UserError if the stages of a choice have different vocabularies.
+
+    An ensemble mixes probabilities token by token, and a cocktail's students differ in nothing but
+    their lambda.
+
+    Args:
+        choice: An ensemble or a cocktail.
+        stages: All of the recipe, by name.
+    """
+    first, *others = (stages[name] for name in choice.stages)
+    for other in others:
+        one, another = first.data.vocabulary, other.data.vocabulary
+        sizes = [stage.model.config.vocab_size for stage in (first, other)]
+        # A fingerprint needs the files, which preflight can do without.
+        same = one == another or one.fingerprint == another.fingerprint
+        if not same or sizes[0] != sizes[1]:
+            raise UserError(
+                f"'{choice.name}' needs stages with one vocabulary, but '{first.name}' and "
+                f"'{other.name}' have different vocabularies, of {sizes[0]} and {sizes[1]} tokens."
+            )
 
 
 def check_selection(

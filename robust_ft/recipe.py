@@ -12,7 +12,7 @@ import jax
 from robust_ft import console, model_info, multihost, pretrained, trainable
 from robust_ft.checkpoint import Outcome, read_onto, restore_onto, write_json
 from robust_ft.checkpoints_io import native, sources
-from robust_ft.choices import STAGE, CocktailChoice, EnsembleChoice
+from robust_ft.choices import STAGE, CocktailChoice, EnsembleChoice, check_vocabularies
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import TARGET
 from robust_ft.mixture_weight import FILE as CHOICE
@@ -349,7 +349,7 @@ def check(recipe: Recipe) -> None:
 
     Raises:
         UserError: A stage's patterns, tasks, batches, lengths or teacher do not fit, or the
-            models of an ensemble do not.
+            vocabularies of a choice's stages do not.
     """
     for stage in recipe.stages:
         stage.model.check()
@@ -359,7 +359,7 @@ def check(recipe: Recipe) -> None:
         _check_lengths(stage)
         _check_teacher(recipe, stage)
     for choice in recipe.choices:
-        choice.check({stage.name: stage for stage in recipe.stages})
+        check_vocabularies(choice, {stage.name: stage for stage in recipe.stages})
 
 
 def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:

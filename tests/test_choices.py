@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import toy
 
-from robust_ft import choices, inference, recipe
+from robust_ft import assets, choices, inference, recipe
 from robust_ft.checkpoint import Outcome
 from robust_ft.choices import CocktailChoice, EnsembleChoice, students
 from robust_ft.ensemble import Ensemble
@@ -16,6 +17,7 @@ from robust_ft.mixture_weight import Choice
 from robust_ft.objectives import Cocktail
 from robust_ft.recipe import Recipe
 from robust_ft.summary import Summary
+from robust_ft.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizersVocabulary
 
 WEIGHTS = (0.0, 0.5, 1.0)
 
@@ -170,14 +172,53 @@ def test_choices_that_do_not_fit_the_stages(tmp_path, choice, sentence):
         made(tmp_path, choices=(choice,))
 
 
-def test_an_ensemble_over_two_vocabularies_is_refused_before_anything_trains(tmp_path):
-    larger = dataclasses.replace(toy.PLAIN, config=dataclasses.replace(toy.CONFIG, vocab_size=512))
-    full = dataclasses.replace(FULL, model=larger)
-    built = made(tmp_path / "run", stages=(LIGHT, full), choices=(ENSEMBLE,))
-    sizes = f"'prompt' and 'full' have different vocabularies, of {toy.CONFIG.vocab_size} and 512"
-    with pytest.raises(UserError, match=sizes):
-        recipe.claim(built)
+LARGER = dataclasses.replace(toy.PLAIN, config=dataclasses.replace(toy.CONFIG, vocab_size=512))
+OTHER = dataclasses.replace(toy.DATA, vocabulary=ByteVocabulary(extra_ids=5))
+
+
+def with_vocabulary(stage, vocabulary):
+    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, vocabulary=vocabulary))
+
+
+@pytest.mark.parametrize(
+    ("choice", "full", "sentence"),
+    [
+        (ENSEMBLE, {"model": LARGER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 512"),
+        (ENSEMBLE, {"data": OTHER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 264"),
+        # The student of weight 0, full finetuning, has no teacher to be checked with.
+        (COCKTAIL, {"model": LARGER}, "'cocktail' .* 'full' and 's_0.5' .*, of 512 and 264"),
+        (COCKTAIL, {"data": OTHER}, "'cocktail' .* 'full' and 's_0.5' .*, of 264 and 264"),
+    ],
+)
+def test_two_vocabularies_are_refused_before_anything_trains(tmp_path, choice, full, sentence):
+    stages = (LIGHT, dataclasses.replace(FULL, **full), *students(STUDENT, STUDENTS))
+    with pytest.raises(UserError, match=sentence):
+        recipe.claim(made(tmp_path / "run", stages=stages, choices=(choice,)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("choice", [ENSEMBLE, COCKTAIL])
+def test_one_vocabulary_need_not_be_read(choice):
+    absent = SentencePieceVocabulary("absent.model")
+    stages = {
+        stage.name: with_vocabulary(stage, absent)
+        for stage in (LIGHT, FULL, *students(STUDENT, STUDENTS))
+    }
+    choices.check_vocabularies(choice, stages)
+    stages["full"] = FULL
+    with pytest.raises(UserError, match=r"'absent.model' does not exist"):
+        choices.check_vocabularies(choice, stages)
+
+
+def test_two_copies_of_a_file_are_one_vocabulary(tmp_path):
+    shipped = "asset:mini/tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(Path(assets.resolve(shipped)).read_bytes())
+    paths = {"prompt": shipped, "full": str(tmp_path / "tokenizer.json")}
+    stages = {
+        stage.name: with_vocabulary(stage, TokenizersVocabulary(paths[stage.name]))
+        for stage in (LIGHT, FULL)
+    }
+    choices.check_vocabularies(ENSEMBLE, stages)
 
 
 def test_ood_data_that_would_choose_is_refused():
