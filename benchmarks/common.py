@@ -290,31 +290,12 @@ def their_model(config: Any, device: str) -> Any:
     import torch
     import transformers
 
-    if isinstance(config, T5Config):
-        made: Any = transformers.T5Config(
-            vocab_size=config.vocab_size,
-            d_model=config.emb_dim,
-            d_kv=config.head_dim,
-            d_ff=config.mlp_dim,
-            num_layers=config.num_encoder_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            num_heads=config.num_heads,
-            dropout_rate=config.dropout_rate,
-            decoder_start_token_id=START,
-        )
-        kind: Any = transformers.T5ForConditionalGeneration
-    else:
-        made = transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_embd=config.emb_dim,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            n_positions=config.num_positions,
-            embd_pdrop=config.dropout_rate,
-            resid_pdrop=config.dropout_rate,
-            attn_pdrop=config.attention_dropout_rate,
-        )
-        kind = transformers.GPT2LMHeadModel
+    # Imported here: ours does not need it.
+    from robust_ft.checkpoints_io import families
+
+    family = families.get("t5" if isinstance(config, T5Config) else "gpt2")
+    settings = family.config_to_hf(config)
+    kind = getattr(transformers, settings["architectures"][0])
     transformers.utils.logging.set_verbosity_error()
     with torch.device(device):
-        return kind(made)
+        return kind(kind.config_class.from_dict(settings))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import transformers
 
+from robust_ft.checkpoints_io import hf_t5
 from robust_ft.trainable import flatten
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -13,22 +14,8 @@ def hugging_face_t5(config, params):
     """Returns a float32 T5ForConditionalGeneration in eval mode with these parameters."""
     torch.set_num_threads(1)
     tied = config.logits_via_embedding
-    activation = {("gelu", "linear"): "gated-gelu", ("relu",): "relu"}[config.mlp_activations]
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=config.vocab_size,
-            d_model=config.emb_dim,
-            d_kv=config.head_dim,
-            d_ff=config.mlp_dim,
-            num_layers=config.num_encoder_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            num_heads=config.num_heads,
-            relative_attention_num_buckets=config.relative_num_buckets,
-            relative_attention_max_distance=config.relative_max_distance,
-            feed_forward_proj=activation,
-            tie_word_embeddings=tied,
-        )
-    ).eval()
+    settings = transformers.T5Config.from_dict(hf_t5.config_to_hf(config))
+    model = transformers.T5ForConditionalGeneration(settings).eval()
     assert model.config.scale_decoder_outputs == tied
     if not tied:
         # transformers 5 ties the head of every T5 that is made from a config.
