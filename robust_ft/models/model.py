@@ -26,6 +26,9 @@ class ModelConfig(Protocol):
     @property
     def emb_dim(self) -> int: ...
 
+    @property
+    def attention(self) -> str: ...
+
     def module(self, peft: tuple[Peft, ...] = ()) -> nn.Module:
         """Returns the Linen module with these PEFT methods plugged in."""
         ...
@@ -264,9 +267,8 @@ class Model:
         if self.tasks:
             batch["task_index"] = jnp.zeros((1,), jnp.int32)
         config: Any = self.config
-        if hasattr(config, "attention"):
-            # Shapes are asked for also where a fused kernel does not apply.
-            config = dataclasses.replace(config, attention="xla")
+        # Shapes are asked for also where a fused kernel does not apply.
+        config = dataclasses.replace(config, attention="xla")
         params = config.module(self.peft).init(rng, batch)["params"]
         for i, method in enumerate(self.peft):
             params = method.reparameterize(jax.random.fold_in(rng, i + 1), params)
