@@ -7,7 +7,7 @@ target and the held-out tasks, and prints the scores.
 import sys
 from collections.abc import Sequence
 
-from robust_ft import command_line
+from robust_ft import command_line, host_memory
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,4 +33,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     command_line.run(main, sys.argv[1:])

@@ -7,7 +7,7 @@ INFER_OUTPUT_DIR/<task>-predict.jsonl-00000-of-00001, one JSON object a line.
 import sys
 from collections.abc import Sequence
 
-from robust_ft import command_line
+from robust_ft import command_line, host_memory
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,4 +25,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     command_line.run(main, sys.argv[1:])

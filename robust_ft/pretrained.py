@@ -30,7 +30,7 @@ def load(
     vocabulary: Vocabulary | str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     peft: Sequence[Peft] = (),
-    weights: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
     partitioner: Partitioner | None = None,
@@ -62,7 +62,7 @@ def load(
     path = _existing(os.fspath(directory))
     checkpoint = sources.read(path, overrides=config)
     own = _vocabulary(checkpoint, vocabulary)
-    parts = sources.split(weights) if weights is not None else []
+    parts = sources.split(os.fspath(weights)) if weights is not None else []
     adapters = {part: sources.adapter(part) for part in parts}
     model = _model(checkpoint, own, dtype, _methods(peft, adapters.values()))
     partitioner = partitioner or Partitioner()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robust_ft import command_line
+from robust_ft import command_line, host_memory
 
 if TYPE_CHECKING:
     from robust_ft.gin_config import Config
@@ -96,4 +96,5 @@ def _write_config(config: "Config") -> None:
 
 
 if __name__ == "__main__":
+    host_memory.keep_freed()
     command_line.run(main, sys.argv[1:])
