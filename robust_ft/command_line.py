@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from robust_ft.data.cache import TaskData
     from robust_ft.gin_config import Config
+    from robust_ft.recipe import Recipe
 
 USER_ERROR = 2
 # EX_TEMPFAIL: the run was asked to stop, has saved, and goes on when started again.
@@ -170,6 +171,7 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
         use_compile_cache()
         config = load_config(arguments)
         multihost.check_same("config", config.operative)
+        use_compile_effort(config.recipe)
         console.configure(enabled=multihost.is_first())
         yield config
 
@@ -246,6 +248,13 @@ def use_compile_cache() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_ft/xla")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def use_compile_effort(recipe: "Recipe") -> None:
+    """Sets how much the compiler does for each program that it compiles from now on."""
+    import jax
+
+    jax.config.update("jax_exec_time_optimization_effort", recipe.compile_effort)
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:

@@ -40,25 +40,20 @@ class Compiled(NamedTuple):
     fits: bool
 
 
-def compile_for(
-    lowered: jax.stages.Lowered, argument_bytes: int, hbm: int, quick: bool = False
-) -> Compiled:
+def compile_for(lowered: jax.stages.Lowered, argument_bytes: int, hbm: int) -> Compiled:
     """Compiles a program for the devices that its arguments' shardings name.
 
     Args:
         lowered: The program.
         argument_bytes: What its arguments take on each device.
         hbm: Memory of a device.
-        quick: With the compiler's least effort, in a sixth of the time: it sends as much, in
-            another order, and needs a little more or less memory.
 
     Raises:
         jax.errors.JaxRuntimeError: The compiler failed for another reason than want of memory.
     """
     start = time.perf_counter()
     try:
-        options: Any = {"exec_time_optimization_effort": -1.0} if quick else None
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         peak = needed(str(error), argument_bytes)
         if peak is None:

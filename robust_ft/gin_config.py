@@ -83,10 +83,11 @@ def recipe(
     seed: int = 0,
     partitioner: Partitioner = Partitioner(),
     choices: Sequence[EnsembleChoice | CocktailChoice] = (),
+    compile_effort: float = 0.0,
 ) -> Recipe:
     """`Recipe` among whose stages may be groups of them, as `students` makes them."""
     flat = [s for group in stages for s in ([group] if isinstance(group, Stage) else group)]
-    return Recipe(name, model_dir, tuple(flat), seed, partitioner, tuple(choices))
+    return Recipe(name, model_dir, tuple(flat), seed, partitioner, tuple(choices), compile_effort)
 
 
 REGISTERED: dict[str, Callable[..., Any]] = {

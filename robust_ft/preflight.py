@@ -43,11 +43,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--program", action="append", choices=PROGRAMS, help="only this program; repeatable"
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the compiler's least effort: a sixth of the time, other schedules than a run's",
-    )
     parser.add_argument("--json", metavar="FILE", help="write the figures as a list of objects")
     arguments = command_line.parse_gin(parser, argv)
     names = topology.larger(arguments.topology)
@@ -84,10 +79,9 @@ def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str])
     place = topology.describe(name, partitioner.slices)
     recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
     recipes.check(recipe)
+    command_line.use_compile_effort(recipe)
     for stage in _chosen(recipe, arguments.stage):
-        yield from preflight_report.of_stage(
-            recipe, stage, place, arguments.program or PROGRAMS, arguments.quick
-        )
+        yield from preflight_report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
 
 
 def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:

@@ -73,7 +73,7 @@ class Row:
 
 
 def of_stage(
-    recipe: Recipe, stage: Stage, topology: Topology, names: Collection[str], quick: bool = False
+    recipe: Recipe, stage: Stage, topology: Topology, names: Collection[str]
 ) -> Iterator[Row]:
     """Compiles a stage's programs for a topology, one after the other.
 
@@ -82,16 +82,15 @@ def of_stage(
         stage: One of its stages.
         topology: Where it is to run.
         names: The programs, see `Row.program`.
-        quick: With the compiler's least effort.
     """
     if "train_step" in names:
         train = programs.train_step(recipe, stage)
-        compiled, kept = _compiled(train, topology, quick), train.optimizer_bytes
+        compiled, kept = _compiled(train, topology), train.optimizer_bytes
         yield _row(recipe, stage, topology, train, compiled, kept, compiled.peak_bytes)
     if not {"decode_step", "infer_step"} & set(names):
         return
     if (decode := programs.decode_step(recipe, stage)) is not None:
-        compiled = _compiled(decode, topology, quick)
+        compiled = _compiled(decode, topology)
         # While a stage trains, its optimizer's state waits beside the evaluation.
         for name, beside in (("decode_step", decode.optimizer_bytes), ("infer_step", 0)):
             if name in names:
@@ -154,12 +153,12 @@ def _gib(size: int | None) -> str:
     return "?" if size is None else f"{size / GIB:.2f}"
 
 
-def _compiled(program: programs.Program, topology: Topology, quick: bool) -> Compiled:
+def _compiled(program: programs.Program, topology: Topology) -> Compiled:
     arguments = program.parameter_bytes
     if program.name == "train_step":
         arguments += program.optimizer_bytes
     try:
-        return compile_for(program.traced.lower(), arguments, topology.chip.hbm, quick)
+        return compile_for(program.traced.lower(), arguments, topology.chip.hbm)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

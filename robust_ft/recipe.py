@@ -42,6 +42,8 @@ class Recipe:
         choices: Made when all stages have finished: of the weight of an ensemble of their models,
             or among students that were trained with different weights. The last one is what the
             recipe ends with.
+        compile_effort: Of the compiler, from -1, for models of so many layers that it would take
+            an hour, to 1; JAX's exec_time_optimization_effort.
     """
 
     name: str
@@ -50,10 +52,13 @@ class Recipe:
     seed: int = 0
     partitioner: Partitioner = Partitioner()
     choices: tuple[EnsembleChoice | CocktailChoice, ...] = ()
+    compile_effort: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "choices", tuple(self.choices))
+        if not -1 <= self.compile_effort <= 1:
+            raise UserError(f"Recipe.compile_effort={self.compile_effort} must be from -1 to 1.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not names:
             raise UserError(f"Recipe.stages needs stages with different names, not {names}.")
