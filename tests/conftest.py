@@ -15,12 +15,18 @@ def pytest_addoption(parser):
     )
 
 
+NEEDS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",)}
+
+
 def pytest_collection_modifyitems(items):
-    """Skips comparisons with PyTorch where the extra [parity] is not installed."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    for item in items:
-        if missing and item.get_closest_marker("parity"):
-            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: [parity]"))
+    """Skips what needs an extra that is not installed."""
+    for extra, packages in NEEDS.items():
+        missing = [name for name in packages if not importlib.util.find_spec(name)]
+        for item in items:
+            if missing and item.get_closest_marker(extra):
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs {' and '.join(missing)}: [{extra}]")
+                )
 
 
 @pytest.fixture(scope="session", autouse=True)
