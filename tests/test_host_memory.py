@@ -92,7 +92,8 @@ def test_steps_use_the_memory_of_the_steps_before(monkeypatch):
 
 
 @pytest.mark.parametrize("program", ["train", "eval", "infer"])
-def test_command_lines_that_compute_start_anew(exec_calls, program):
+def test_command_lines_that_compute_start_anew(exec_calls, monkeypatch, program):
+    monkeypatch.delitem(sys.modules, f"robust_ft.{program}", raising=False)  # as `python -m` has it
     with pytest.raises(Restarted):
         runpy.run_module(f"robust_ft.{program}", run_name="__main__")
     assert exec_calls[0][1] == [sys.executable, *sys.orig_argv[1:]]
