@@ -8,7 +8,7 @@ Adafactor, theirs being the one in transformers. Both start from the same weight
 stops unless their first losses and gradient norms agree. Compiling does not count. CPU-seconds, of
 user and system, are those of all threads, so that other processes disturb little; PyTorch gets one
 thread, for several wait for each other by spinning, which would count against it. Each side has a
-process of its own, set up as its users have it; ours keeps freed memory (robust_ft/host_memory.py).
+process of its own, set up as its users have it (ours: robust_ft/cpu_settings.py).
 Settings of malloc in GLIBC_TUNABLES are for both. Prints medians and the median ratio. Needs the
 extra [parity].
 """
@@ -32,7 +32,7 @@ import torch
 import transformers
 
 import robust_ft
-from robust_ft import host_memory, trainable
+from robust_ft import cpu_settings, trainable
 from robust_ft.objectives import CrossEntropy
 from robust_ft.optim import Adafactor, Schedule
 from robust_ft.train_step import init_state, make_train_step
@@ -53,7 +53,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig | None]] = {
     "lora": lambda: peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q", "v"], **T5),
 }
 # Our command lines keep the memory that a step has freed.
-ENVIRONMENTS = {"theirs": {}, "ours": host_memory.keeping(os.environ)}
+ENVIRONMENTS = {"theirs": {}, "ours": cpu_settings.missing(os.environ)}
 
 # Makes a step; returns its loss, a mean over targets, and, if asked for it, its gradient's norm.
 Step = Callable[[bool], list[float]]

@@ -7,7 +7,7 @@ target and the held-out tasks, and prints the scores.
 import sys
 from collections.abc import Sequence
 
-from robust_ft import command_line, host_memory
+from robust_ft import command_line, cpu_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,5 +33,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    cpu_settings.use()
     command_line.run(main, sys.argv[1:])

@@ -7,7 +7,7 @@ INFER_OUTPUT_DIR/<task>-predict.jsonl-00000-of-00001, one JSON object a line.
 import sys
 from collections.abc import Sequence
 
-from robust_ft import command_line, host_memory
+from robust_ft import command_line, cpu_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,5 +25,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    cpu_settings.use()
     command_line.run(main, sys.argv[1:])

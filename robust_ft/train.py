@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robust_ft import command_line, host_memory
+from robust_ft import command_line, cpu_settings
 
 if TYPE_CHECKING:
     from robust_ft.gin_config import Config
@@ -96,5 +96,5 @@ def _write_config(config: "Config") -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
+    cpu_settings.use()
     command_line.run(main, sys.argv[1:])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module imports from its own layer and the ones below it.
 LAYERS = [
     {"errors", "types", "assets", "fingerprint", "flops", "mixture_weight", "multihost"}
-    | {"xla_flags", "host_memory"},
+    | {"xla_flags", "cpu_settings"},
     {"console", "vocabulary", "metrics", "metric_writer", "partitioning", "topology"},
     {"models", "decoding", "data"},
     {"gradients", "objectives", "blocked_loss", "vocab_blocks"}

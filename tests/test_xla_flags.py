@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from robust_ft import command_line, xla_flags
+from robust_ft import command_line, cpu_settings, xla_flags
 from robust_ft.errors import UserError
 
 # What the compiler has read, a line a setting.
@@ -32,6 +32,14 @@ def test_the_compiler_reads_every_flag(monkeypatch):
         name, value = flag.removeprefix("--").split("=")
         value = "false" if name == "xla_gpu_enable_pipelined_all_reduce" else value
         assert f"{name}: {value}" in read
+
+
+def test_the_compiler_reads_the_level_for_cpus(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", cpu_settings.missing({})["XLA_FLAGS"])
+    ended = subprocess.run(
+        [sys.executable, "-c", SHOW], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "xla_backend_optimization_level: 1" in ended.stdout.splitlines(), ended.stderr
 
 
 def test_the_environment_wins(monkeypatch):

@@ -1,4 +1,4 @@
-"""A program that computes on CPUs starts anew, once, so that it keeps the memory that it frees."""
+"""A program that computes on CPUs starts anew, once, with settings for memory and the compiler."""
 
 import os
 import runpy
@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from robust_ft import host_memory
+from robust_ft import cpu_settings
 
-TRIM = "glibc.malloc.trim_threshold"
+VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS")
+TRIM, LEVEL = "glibc.malloc.trim_threshold", "--xla_backend_optimization_level"
 # Page faults of steps that need 512 MiB of temporary memory each, and the most memory in use.
 STEPS = """
 import resource
@@ -25,9 +26,9 @@ print(*faults[2:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 PROGRAM = """
 import os, sys
-print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
-from robust_ft import host_memory
-host_memory.keep_freed()
+print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), os.environ.get("XLA_FLAGS"))
+from robust_ft import cpu_settings
+cpu_settings.use()
 """
 
 
@@ -45,9 +46,10 @@ def exec_calls(monkeypatch):
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(host_memory.glob, "glob", lambda pattern: [])
+    for variable in (*VARIABLES, "JAX_PLATFORMS"):
+        monkeypatch.setenv(variable, "")  # so that it is as before when the test has ended
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(cpu_settings.glob, "glob", lambda pattern: [])
     return calls
 
 
@@ -55,7 +57,7 @@ def exec_calls(monkeypatch):
 def test_the_same_process_goes_on_with_the_same_arguments(tmp_path):
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     command = [sys.executable, "-u", str(file), "--a b", "c"]
     ended = subprocess.run(
         command,
@@ -66,8 +68,9 @@ def test_the_same_process_goes_on_with_the_same_arguments(tmp_path):
         timeout=60,
     )
     before, after = ended.stdout.splitlines()
-    assert before.endswith("['--a b', 'c'] None")
-    assert after.startswith(before.removesuffix("None")) and f"{TRIM}=" in after
+    assert before.endswith("['--a b', 'c'] None None")
+    assert after.startswith(before.removesuffix("None None"))
+    assert f"{TRIM}=" in after and after.endswith(f" {LEVEL}=1")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
@@ -75,7 +78,7 @@ def test_steps_use_the_memory_of_the_steps_before(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     found = []
-    for changes in ({}, host_memory.keeping({})):
+    for changes in ({}, cpu_settings.missing({})):
         ended = subprocess.run(
             [sys.executable, "-c", STEPS],
             env=os.environ | changes,
@@ -101,10 +104,16 @@ def test_command_lines_that_compute_start_anew(exec_calls, monkeypatch, program)
 
 def test_what_else_is_set_stays(exec_calls, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=4")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/run")
     with pytest.raises(Restarted):
-        host_memory.keep_freed()
-    tunables = exec_calls[0][2]["GLIBC_TUNABLES"]
+        cpu_settings.use()
+    tunables, flags = (exec_calls[0][2][variable] for variable in VARIABLES)
     assert tunables.startswith("glibc.rtld.nns=4:") and f":{TRIM}=" in tunables
+    assert flags == f"--xla_dump_to=/tmp/run {LEVEL}=1"
+
+
+def test_a_level_that_is_set_stays():
+    assert "XLA_FLAGS" not in cpu_settings.missing({"XLA_FLAGS": f"{LEVEL}=3"})
 
 
 @pytest.mark.parametrize(
@@ -116,16 +125,18 @@ def test_what_else_is_set_stays(exec_calls, monkeypatch):
         ("JAX_PLATFORMS", "cpu", "darwin", []),
     ],
 )
-def test_elsewhere_nothing_changes(exec_calls, monkeypatch, variable, value, platform, devices):
+def test_elsewhere_the_program_goes_on(exec_calls, monkeypatch, variable, value, platform, devices):
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(host_memory.glob, "glob", lambda pattern: devices)
-    host_memory.keep_freed()
+    monkeypatch.setattr(cpu_settings.glob, "glob", lambda pattern: devices)
+    cpu_settings.use()
     assert not exec_calls
+    on_cpu = variable == "GLIBC_TUNABLES" or value == "cpu"
+    assert os.environ.get("XLA_FLAGS") == (f"{LEVEL}=1" if on_cpu else None)
 
 
 def test_cpus_are_used_where_asked_for(exec_calls, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setattr(host_memory.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(cpu_settings.glob, "glob", lambda pattern: ["/dev/nvidia0"])
     with pytest.raises(Restarted):
-        host_memory.keep_freed()
+        cpu_settings.use()
