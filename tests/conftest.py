@@ -6,6 +6,11 @@ import os
 import jax
 import pytest
 
+from robust_ft import cpu_settings
+
+# As the command lines compile on CPUs; read when the first program compiles.
+os.environ["XLA_FLAGS"] = cpu_settings.compiler_flags(os.environ.get("XLA_FLAGS", ""))
+
 
 def pytest_addoption(parser):
     parser.addoption(

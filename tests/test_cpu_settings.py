@@ -10,7 +10,9 @@ import pytest
 from robust_ft import cpu_settings
 
 VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS")
-TRIM, LEVEL = "glibc.malloc.trim_threshold", "--xla_backend_optimization_level"
+TRIM = "glibc.malloc.trim_threshold"
+LEVEL, EMITTERS = "--xla_backend_optimization_level", "--xla_cpu_use_fusion_emitters"
+FLAGS = f"{LEVEL}=1 {EMITTERS}=false"
 # Page faults of steps that need 512 MiB of temporary memory each, and the most memory in use.
 STEPS = """
 import resource
@@ -70,7 +72,7 @@ def test_the_same_process_goes_on_with_the_same_arguments(tmp_path):
     before, after = ended.stdout.splitlines()
     assert before.endswith("['--a b', 'c'] None None")
     assert after.startswith(before.removesuffix("None None"))
-    assert f"{TRIM}=" in after and after.endswith(f" {LEVEL}=1")
+    assert f"{TRIM}=" in after and after.endswith(f" {FLAGS}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
@@ -109,11 +111,15 @@ def test_what_else_is_set_stays(exec_calls, monkeypatch):
         cpu_settings.use()
     tunables, flags = (exec_calls[0][2][variable] for variable in VARIABLES)
     assert tunables.startswith("glibc.rtld.nns=4:") and f":{TRIM}=" in tunables
-    assert flags == f"--xla_dump_to=/tmp/run {LEVEL}=1"
+    assert flags == f"--xla_dump_to=/tmp/run {FLAGS}"
 
 
-def test_a_level_that_is_set_stays():
-    assert "XLA_FLAGS" not in cpu_settings.missing({"XLA_FLAGS": f"{LEVEL}=3"})
+def test_a_flag_that_is_set_stays():
+    assert cpu_settings.compiler_flags(f"{LEVEL}=3") == f"{LEVEL}=3 {EMITTERS}=false"
+
+
+def test_nothing_is_missing_twice():
+    assert cpu_settings.missing(cpu_settings.missing({})) == {}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def test_elsewhere_the_program_goes_on(exec_calls, monkeypatch, variable, value,
     cpu_settings.use()
     assert not exec_calls
     on_cpu = variable == "GLIBC_TUNABLES" or value == "cpu"
-    assert os.environ.get("XLA_FLAGS") == (f"{LEVEL}=1" if on_cpu else None)
+    assert os.environ.get("XLA_FLAGS") == (FLAGS if on_cpu else None)
 
 
 def test_cpus_are_used_where_asked_for(exec_calls, monkeypatch):
