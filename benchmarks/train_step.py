@@ -52,7 +52,6 @@ METHODS: dict[str, Callable[[], peft.PeftConfig | None]] = {
     "prompt 100": lambda: peft.PromptTuningConfig(num_virtual_tokens=100, **PROMPT),
     "lora": lambda: peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q", "v"], **T5),
 }
-# Our command lines keep the memory that a step has freed.
 ENVIRONMENTS = {"theirs": {}, "ours": cpu_settings.missing(os.environ)}
 
 # Makes a step; returns its loss, a mean over targets, and, if asked for it, its gradient's norm.
@@ -153,13 +152,15 @@ def compare(method: str, repeats: int) -> str:
     """Returns a line of the table."""
     context = multiprocessing.get_context("spawn")
     asked: dict[str, Connection] = {}
+    processes = []
     first = {}
     with tempfile.TemporaryDirectory() as folder:
         for who in ("theirs", "ours"):  # theirs writes the weights that ours reads
             asked[who], asks = context.Pipe()
             arguments = (who, method, Path(folder), asks)
+            processes.append(context.Process(target=serve, args=arguments, daemon=True))
             with mock.patch.dict(os.environ, ENVIRONMENTS[who]):
-                context.Process(target=serve, args=arguments, daemon=True).start()
+                processes[-1].start()
             asks.close()
             first[who] = asked[who].recv()
     np.testing.assert_allclose(first["ours"], first["theirs"], rtol=1e-3)
@@ -170,6 +171,8 @@ def compare(method: str, repeats: int) -> str:
             seconds[who].append(connection.recv())
     for connection in asked.values():
         connection.send(False)
+    for process in processes:
+        process.join()
     pairs = zip(seconds["ours"], seconds["theirs"], strict=True)
     ratio = statistics.median(mine / other for mine, other in pairs)
     mine, other = (statistics.median(seconds[name]) for name in ("ours", "theirs"))

@@ -5,9 +5,10 @@ library has given back to the system when that ended. So each step gets new page
 fills with zeros as they are touched: a tenth of a training step of T5 small or more
 (benchmarks/train_step.py). The C library has settings to keep it.
 
-Compiling takes half as long with LLVM's first level of optimizing instead of its third, and with
-XLA's older way of writing what lies between products, which does not go through MLIR. Steps are as
-fast: most of their time is in products, which are a library's.
+Decoding, and steps that train little, compile in six tenths of the time with LLVM's first level of
+optimizing instead of its third, and with XLA's older way of writing what lies between products,
+which does not go through MLIR; steps that train everything in about the same. They run as fast:
+most of their time is in products, which are a library's.
 """
 
 import glob
