@@ -16,6 +16,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from robust_ft import xla_flags
+
 _MALLOC, _COMPILER = "GLIBC_TUNABLES", "XLA_FLAGS"
 # glibc keeps large blocks only in the first arena, only if it does not map them one by one, and
 # only if it never gives its free end back. Its cache of small blocks takes the rests at the edges
@@ -26,7 +28,7 @@ _KEEP_FREED = {
     "glibc.malloc.trim_threshold": 2**40,
     "glibc.malloc.tcache_count": 0,
 }
-_COMPILE_FAST = {"--xla_backend_optimization_level": "1", "--xla_cpu_use_fusion_emitters": "false"}
+COMPILE_FAST = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false")
 # TPUs, GPUs of NVIDIA and AMD, and any GPU in WSL.
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 
@@ -44,25 +46,17 @@ def use() -> None:
     os.environ.update(changes)
     if _MALLOC in changes and sys.platform.startswith("linux"):
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], dict(os.environ))
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
 
 
 def missing(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that are to be changed; settings that are there already win."""
     malloc, flags = (environment.get(name, "") for name in (_MALLOC, _COMPILER))
-    changes = {_COMPILER: compiler_flags(flags)}
+    changes = {_COMPILER: xla_flags.merged(flags, COMPILE_FAST)}
     if "glibc.malloc." not in malloc:
         settings = [f"{name}={value}" for name, value in _KEEP_FREED.items()]
         changes[_MALLOC] = ":".join([*filter(None, [malloc]), *settings])
     return {name: value for name, value in changes.items() if value != environment.get(name)}
-
-
-def compiler_flags(given: str) -> str:
-    """Returns the given flags of the compiler, and those of ours that are not among them."""
-    flags = given.split()
-    known = [flag.split("=")[0] for flag in flags]
-    ours = [f"{name}={value}" for name, value in _COMPILE_FAST.items() if name not in known]
-    return " ".join([*flags, *ours])
 
 
 def _on_cpu() -> bool:

@@ -5,6 +5,7 @@ process, so each stands here only as long as the pinned release knows it (a test
 """
 
 import os
+from collections.abc import Sequence
 
 from robust_ft.errors import UserError, nearest
 
@@ -36,7 +37,10 @@ def use(preset: str) -> None:
             "go into the environment variable XLA_FLAGS." + nearest(preset, PRESETS)
         )
     variable, flags = PRESETS[preset]
-    given = os.environ.get(variable, "").split()
-    names = {flag.split("=")[0] for flag in given}
-    added = [flag for flag in flags if flag.split("=")[0] not in names]
-    os.environ[variable] = " ".join([*given, *added])
+    os.environ[variable] = merged(os.environ.get(variable, ""), flags)
+
+
+def merged(given: str, flags: Sequence[str]) -> str:
+    """Returns the given flags and behind them those of ours whose names are not among them."""
+    names = {flag.split("=")[0] for flag in given.split()}
+    return " ".join([*given.split(), *(flag for flag in flags if flag.split("=")[0] not in names)])

@@ -6,10 +6,12 @@ import os
 import jax
 import pytest
 
-from robust_ft import cpu_settings
+from robust_ft import cpu_settings, xla_flags
 
 # As the command lines compile on CPUs; read when the first program compiles.
-os.environ["XLA_FLAGS"] = cpu_settings.compiler_flags(os.environ.get("XLA_FLAGS", ""))
+os.environ["XLA_FLAGS"] = xla_flags.merged(
+    os.environ.get("XLA_FLAGS", ""), cpu_settings.COMPILE_FAST
+)
 
 
 def pytest_addoption(parser):

@@ -35,7 +35,7 @@ def test_the_compiler_reads_every_flag(monkeypatch):
 
 
 def test_the_compiler_reads_the_flags_for_cpus(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", cpu_settings.compiler_flags(""))
+    monkeypatch.setenv("XLA_FLAGS", cpu_settings.missing({})["XLA_FLAGS"])
     ended = subprocess.run(
         [sys.executable, "-c", SHOW], capture_output=True, text=True, check=False, timeout=60
     )
