@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from common import START, Measured
 
-from robust_ft import flops
 from robust_ft.decoding import Decoder
 from robust_ft.models.model import Model
 from robust_ft.predictor import decode
+from robust_ft.preflight import flops
 
 BEAMS = {"greedy": 1, "beam4": 4}
 # No token has it: nothing is padding, and nothing ends.

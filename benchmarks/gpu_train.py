@@ -26,12 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from common import Measured
 
-from robust_ft import flops, trainable
+from robust_ft import trainable
 from robust_ft.models.model import Model
 from robust_ft.models.options import DTYPES, REMAT_POLICIES
 from robust_ft.models.peft import Lora, Peft, Prompt
 from robust_ft.objectives import CrossEntropy
 from robust_ft.optim import AdamW, Schedule
+from robust_ft.preflight import flops
 from robust_ft.train_step import init_state, make_train_step
 from robust_ft.types import Batch
 

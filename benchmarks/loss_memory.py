@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from robust_ft import blocked_loss
-from robust_ft.blocked_loss import Setting, Side, blocked, plain
 from robust_ft.models.model import Model
 from robust_ft.models.t5 import T5Config
-from robust_ft.vocab_blocks import Blocks
+from robust_ft.objectives import chunked_loss
+from robust_ft.objectives.chunked_loss import Setting, Side, blocked, plain
+from robust_ft.objectives.vocab_chunks import Blocks
 
 
 def temporary_bytes(batch: int, length: int, vocab: int, embed: int, teacher: bool) -> list[int]:
@@ -28,9 +28,9 @@ def temporary_bytes(batch: int, length: int, vocab: int, embed: int, teacher: bo
     tutor = Model(T5Config(vocab_size=vocab, dtype="bfloat16", param_dtype="bfloat16", **sizes))
     hidden = jax.ShapeDtypeStruct((batch, length, embed), jnp.bfloat16)
     targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    blocks = Blocks.holding(blocked_loss.MAX_NUMBERS, batch, length, vocab, embed)
+    blocks = Blocks.holding(chunked_loss.MAX_NUMBERS, batch, length, vocab, embed)
 
-    def mean(found: blocked_loss.Statistics) -> jax.Array:
+    def mean(found: chunked_loss.Statistics) -> jax.Array:
         return jnp.mean(found.log_z - found.target + found.divergence)
 
     def in_blocks(head: Any, hidden: Any, targets: Any, taught: Any) -> jax.Array:

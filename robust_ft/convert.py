@@ -219,8 +219,8 @@ def _selected(source: str) -> str:
 
     That is its export, which knows methods and base, or its selected checkpoint.
     """
-    from robust_ft.checkpoint import PREFIX, Outcome
     from robust_ft.export import FOLDER
+    from robust_ft.stage_checkpoints import PREFIX, Outcome
 
     if (outcome := Outcome.read(source)) is None:
         return source

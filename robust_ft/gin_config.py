@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 
 import gin
 
-from robust_ft import gin_types, gradients, objectives, optim, trainable, vocabulary
-from robust_ft.choices import CocktailChoice, EnsembleChoice, students
+from robust_ft import gin_types, objectives, optim, trainable, vocabulary
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
 from robust_ft.decoding import Decoder
+from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, students
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
 from robust_ft.models import bart, gpt2, llama, peft, t5
 from robust_ft.models.model import Model, ModelConfig
 from robust_ft.models.peft import Peft
+from robust_ft.objectives import gradients
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
-from robust_ft.trainer import Stage
+from robust_ft.stage import Stage
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "gin_configs"
@@ -82,12 +83,14 @@ def recipe(
     stages: Sequence[Stage | Sequence[Stage]],
     seed: int = 0,
     partitioner: Partitioner = Partitioner(),
-    choices: Sequence[EnsembleChoice | CocktailChoice] = (),
+    selections: Sequence[EnsembleSelection | CocktailSelection] = (),
     compile_effort: float = 0.0,
 ) -> Recipe:
     """`Recipe` among whose stages may be groups of them, as `students` makes them."""
     flat = [s for group in stages for s in ([group] if isinstance(group, Stage) else group)]
-    return Recipe(name, model_dir, tuple(flat), seed, partitioner, tuple(choices), compile_effort)
+    return Recipe(
+        name, model_dir, tuple(flat), seed, partitioner, tuple(selections), compile_effort
+    )
 
 
 REGISTERED: dict[str, Callable[..., Any]] = {
@@ -98,10 +101,10 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "BpeVocabulary": vocabulary.BpeVocabulary,
     "ByteVocabulary": vocabulary.ByteVocabulary,
     "Cocktail": objectives.Cocktail,
-    "CocktailChoice": CocktailChoice,
+    "CocktailSelection": CocktailSelection,
     "CrossEntropy": objectives.CrossEntropy,
     "Decoder": Decoder,
-    "EnsembleChoice": EnsembleChoice,
+    "EnsembleSelection": EnsembleSelection,
     "Evaluation": Evaluation,
     "FileTask": FileTask,
     "GPT2Config": gpt2.GPT2Config,

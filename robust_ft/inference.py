@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from robust_ft import multihost
-from robust_ft.checkpoint import read_onto
 from robust_ft.evaluate import Evaluation, evaluate, held_out_rows
 from robust_ft.predictor import BasePredictor, Predictor
-from robust_ft.recipe import Recipe, final_predictor, place
+from robust_ft.recipe import Recipe
+from robust_ft.run import final_predictor
+from robust_ft.stage_checkpoints import read_onto
+from robust_ft.stage_start import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Inference:
     Attributes:
         evaluations: What `eval` evaluates; `infer` predicts for the first of them.
         checkpoint: A checkpoint with all parameters, or None for what the recipe ended with: its
-            last choice, or its last stage's model.
+            last selection, or its last stage's model.
         output_dir: Where predictions go; by default MODEL_DIR.
     """
 
@@ -45,8 +47,8 @@ def evaluate_all(recipe: Recipe, inference: Inference) -> list[dict[str, Any]]:
     """Evaluates; returns rows as in summary.json, with step -1 for "not while training"."""
     predictor = load(recipe, inference)
     results = [evaluate(evaluation, predictor) for evaluation in inference.evaluations]
-    chosen = recipe.choices and inference.checkpoint is None
-    name = (recipe.choices if chosen else recipe.stages)[-1].name
+    chosen = recipe.selections and inference.checkpoint is None
+    name = (recipe.selections if chosen else recipe.stages)[-1].name
     rows = held_out_rows(results, name, step=-1)
     return rows + [row for result in results for row in result.rows(name, step=-1)]
 

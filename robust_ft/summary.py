@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from robust_ft.checkpoint import write_json
+from robust_ft.stage_checkpoints import write_json
 
 _KEY = ("stage", "step", "task", "split", "shots", "metric", "lambda")
 

@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(config: "Config") -> int:
     from robust_ft import console, multihost, report
-    from robust_ft.recipe import claim, run
+    from robust_ft.checks import claim
+    from robust_ft.run import run
     from robust_ft.trainer import Stopped
 
     recipe = config.recipe
@@ -67,12 +68,12 @@ def _banner(recipe: "Recipe") -> None:
 
 
 def _dry_run(config: "Config") -> None:
-    from robust_ft import console, model_info, trainable
+    from robust_ft import console, model_info
 
     console.print_line(config.operative)
     for stage in config.recipe.stages:
         shapes = stage.model.shapes()
-        paths = trainable.trainable_paths(shapes, stage.trainable)
+        paths = stage.trainable_paths()
         data = stage.data
         console.print_line(f"Stage '{stage.name}' from {stage.restore}, {stage.steps} steps:")
         console.print_line(model_info.report(shapes, paths, stage.model.peft, compact=True))

@@ -9,9 +9,9 @@ import optax
 from jaxtyping import Array, Int
 
 from robust_ft import trainable as trainable_lib
-from robust_ft.gradients import GradientFn, backprop
 from robust_ft.models.model import Model
 from robust_ft.objectives import Objective, Teacher
+from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.optim import Optimizer
 from robust_ft.types import Batch, Params, Sums
 

@@ -6,7 +6,7 @@ optimizer, so a frozen parameter costs no gradient and no optimizer state, and s
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import traverse_util
@@ -25,11 +25,26 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def trainable_paths(params: Params, patterns: Sequence[str]) -> frozenset[str]:
-    """Returns the paths that at least one pattern matches in full.
+# Patterns that are words: what the model's PEFT methods own, and everything else.
+PEFT = "peft"
+BASE = "base"
+
+
+def trainable_paths(
+    params: Params,
+    patterns: Sequence[str],
+    peft_owns: Callable[[str], bool] = lambda path: False,
+) -> frozenset[str]:
+    """Returns the paths of the parameters that at least one pattern names.
+
+    Args:
+        params: All parameters of a model, or their shapes.
+        patterns: "peft" names the parameters that PEFT methods own, "base" the others; anything
+            else is a regex that has to match a path in full.
+        peft_owns: Whether a path belongs to a PEFT method (`Model.peft_owns`).
 
     Raises:
-        UserError: There is no pattern, or one is no regular expression or matches no parameter.
+        UserError: There is no pattern, or one is no regular expression or names no parameter.
     """
     if not patterns:
         raise UserError("Nothing would train: there must be at least one trainable pattern.")
@@ -37,9 +52,17 @@ def trainable_paths(params: Params, patterns: Sequence[str]) -> frozenset[str]:
     matched: set[str] = set()
     for pattern in patterns:
         try:
-            hits = {path for path in paths if re.fullmatch(pattern, path)}
+            if pattern in (PEFT, BASE):
+                hits = {path for path in paths if peft_owns(path) == (pattern == PEFT)}
+            else:
+                hits = {path for path in paths if re.fullmatch(pattern, path)}
         except re.error as error:
             raise UserError(f"Trainable pattern '{pattern}' is no valid regex: {error}.") from None
+        if not hits and pattern == PEFT:
+            raise UserError(
+                "Nothing would train: the trainable pattern 'peft' names parameters of PEFT "
+                "methods, and the model has none; set Model.peft."
+            )
         if not hits:
             raise UserError(
                 f"Trainable pattern '{pattern}' matches none of the {len(paths)} parameters."

@@ -2,121 +2,27 @@
 
 import dataclasses
 import functools
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from robust_ft import console, export, multihost, optim, trainable
-from robust_ft.checkpoint import Outcome, StageCheckpoints
 from robust_ft.data import loader
-from robust_ft.data.cache import TaskData
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.evaluate import ALL, Evaluation
-from robust_ft.gradients import GradientFn, backprop
 from robust_ft.metric_writer import MetricWriter
-from robust_ft.models.model import Model
-from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
+from robust_ft.objectives import Teacher
 from robust_ft.partitioning import Partitioner
+from robust_ft.stage import Stage, stage_key, stage_seed
+from robust_ft.stage_checkpoints import Outcome, StageCheckpoints
 from robust_ft.stage_evaluator import StageEvaluator
 from robust_ft.summary import Summary
 from robust_ft.train_step import TrainState, TrainStep, init_state, make_train_step
 from robust_ft.types import Params, Sums
 
-TYPES = ("bfloat16", "float32")
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of a recipe: what trains, on what, and for how long.
-
-    Attributes:
-        name: The stage's folder in MODEL_DIR, and what "stage:<name>" refers to.
-        model: The model with the PEFT methods of this stage.
-        restore: Where parameters come from: a checkpoint's path, "stage:<name>" of an earlier
-            stage, or "scratch".
-        trainable: Regexes; parameters whose path one of them matches in full train.
-        data: The training data.
-        steps: Number of updates.
-        batch_size: Examples (packed rows, if packing) an update.
-        optimizer: Optimizer and learning rate.
-        objective: From logits to loss.
-        teacher: Whom the model learns from, if the objective is a `Cocktail`: "stage:<name>" of an
-            earlier stage, or a model directory, optionally with what is laid over it, such as
-            "DIRECTORY,EXPORT".
-        teacher_dtype: Type in which the teacher's parameters are kept, "bfloat16" or "float32".
-        gradient: From a batch to a gradient.
-        gradient_dtype: Type in which a gradient is kept until it is applied, such as "bfloat16" to
-            save memory; by default each parameter's own.
-        microbatches: Parts of a batch that are computed one after the other, to save memory.
-        packing: Put several short examples into one row.
-        by_length: So many batches' examples are divided anew, by length, and padded to less where
-            that is enough, at the price of up to four compiled steps; 0 for off.
-        evaluations: Run before the first step, every `eval_period` steps and after the last. The
-            mean over those with the role "target" scores checkpoints.
-        final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
-        eval_period: Steps from one evaluation and checkpoint to the next.
-        log_period: Steps from one line of training metrics to the next.
-        select_best: Keep and hand on the checkpoint with the best score; otherwise the last one.
-    """
-
-    name: str
-    model: Model
-    restore: str
-    trainable: tuple[str, ...]
-    data: TaskData
-    steps: int
-    batch_size: int
-    optimizer: optim.Optimizer
-    objective: Objective = CrossEntropy()
-    teacher: str | None = None
-    teacher_dtype: str = "bfloat16"
-    gradient: GradientFn = backprop
-    gradient_dtype: str | None = None
-    microbatches: int = 1
-    packing: bool = False
-    by_length: int = 0
-    evaluations: tuple[Evaluation, ...] = ()
-    final_evaluations: tuple[Evaluation, ...] = ()
-    eval_period: int = 1000
-    log_period: int = 20
-    select_best: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("trainable", "evaluations", "final_evaluations"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        if not self.trainable:
-            raise UserError(f"Stage '{self.name}' trains nothing; give trainable a pattern.")
-        for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
-            if getattr(self, field) < 1:
-                value = getattr(self, field)
-                raise UserError(f"{field}={value} of stage '{self.name}' must be at least 1.")
-        if self.batch_size % self.microbatches:
-            raise UserError(
-                f"microbatches={self.microbatches} of stage '{self.name}' does not divide its "
-                f"batch_size={self.batch_size}."
-            )
-        for field in ("gradient_dtype", "teacher_dtype"):
-            dtype = getattr(self, field)
-            if dtype is not None and dtype not in TYPES:
-                raise UserError(
-                    f"{field}='{dtype}' of stage '{self.name}' must be one of {', '.join(TYPES)}."
-                    + nearest(dtype, TYPES)
-                )
-        if isinstance(self.objective, Cocktail) and self.teacher is None:
-            raise UserError(
-                f"The objective of stage '{self.name}' is a Cocktail, which needs a teacher; set "
-                "Stage.teacher='stage:NAME' or to a model directory."
-            )
-        if self.teacher is not None and not isinstance(self.objective, Cocktail):
-            raise UserError(
-                f"Stage '{self.name}' has the teacher '{self.teacher}', from which its objective "
-                f"{type(self.objective).__name__} learns nothing; choose a Cocktail."
-            )
-
-
-class Run(NamedTuple):
+class RunContext(NamedTuple):
     """What all stages of a run share.
 
     Attributes:
@@ -144,7 +50,7 @@ class Stopped(Exception):
     """Training was asked to stop, saved a checkpoint and can be resumed."""
 
 
-def fit(stage: Stage, params: Params, run: Run) -> Params:
+def fit(stage: Stage, params: Params, run: RunContext) -> Params:
     """Trains one stage, from its newest checkpoint if there is one.
 
     Args:
@@ -159,7 +65,7 @@ def fit(stage: Stage, params: Params, run: Run) -> Params:
         Stopped: `run.stop` was set; a checkpoint has been saved.
     """
     # 1. What trains: only this half is differentiated, optimized, donated and saved.
-    paths = trainable.trainable_paths(params, stage.trainable)
+    paths = stage.trainable_paths()
     base = export.base_of(stage.model, params, paths, run.origin)
     trained, frozen = trainable.split(params, paths)
     # 2. Data and dropout, which depend on the seed and the stage's name only.
@@ -218,7 +124,7 @@ def fit(stage: Stage, params: Params, run: Run) -> Params:
 
 def _train(
     stage: Stage,
-    run: Run,
+    run: RunContext,
     state: TrainState,
     frozen: Params,
     batches: loader.BatchSource,
@@ -256,19 +162,6 @@ def _train(
             log.add(step, sums)
             if step % stage.log_period == 0:
                 progress.update(step, stage.log_period * stage.batch_size, **log.rotate())
-
-
-def stage_seed(seed: int, stage: str) -> int:
-    """Returns the stage's own seed, so that no two stages see the same randomness."""
-    return zlib.crc32(f"{seed}/{stage}".encode())
-
-
-def stage_key(seed: int, stage: str, use: str) -> jax.Array:
-    """Returns the key of one use of randomness in a stage.
-
-    By name: `split(key)[i]` and `fold_in(key, i)` are the same key, so numbers would collide.
-    """
-    return jax.random.key(stage_seed(seed, f"{stage}/{use}"))
 
 
 def pretrained(stage: Stage) -> list[Evaluation]:

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-from robust_ft import checkpoint, command_line, train, trainer
+from robust_ft import command_line, train, trainer
+from robust_ft.stage_checkpoints import Outcome, StageCheckpoints
 
 WHERE, STAGE, STEP, MODEL_DIR, GIN_FILE = sys.argv[1:]
 
@@ -43,11 +44,15 @@ def stopping(where, add, save, write):
     return stopping_add, stopping_save, stopping_write
 
 
-trainer.TrainingLog.add, checkpoint.StageCheckpoints.save, checkpoint.Outcome.write = stopping(
+(
+    trainer.TrainingLog.add,
+    StageCheckpoints.save,
+    Outcome.write,
+) = stopping(
     WHERE,
     trainer.TrainingLog.add,
-    checkpoint.StageCheckpoints.save,
-    checkpoint.Outcome.write,
+    StageCheckpoints.save,
+    Outcome.write,
 )
 flags = [f"--gin_file={GIN_FILE}", f"--gin.MODEL_DIR={MODEL_DIR}"]
 command_line.run(train.main, flags)

@@ -130,10 +130,10 @@ def make_cocktail_run(folder, seed):
             if stage == name
         ]
         (folder / name).mkdir(exist_ok=True)
-        choice = {"weight": 0.5, "candidates": candidates}
-        (folder / name / "choice.json").write_text(json.dumps(choice))
+        selection = {"weight": 0.5, "candidates": candidates}
+        (folder / name / "selection.json").write_text(json.dumps(selection))
     about = {"name": "table2", "seed": seed, "target": "webnlg", "stages": list(outcomes),
-             "choices": ["ensemble", "cocktail"]}  # fmt: skip
+             "selections": ["ensemble", "cocktail"]}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "summary.json").write_text(json.dumps(rows))
     return folder

@@ -15,7 +15,7 @@ import numpy as np
 from sharded_training import CASES, begun, one_of_two, partitioner_of
 
 from robust_ft import multihost
-from robust_ft.checkpoint import StageCheckpoints
+from robust_ft.stage_checkpoints import StageCheckpoints
 
 CASE = CASES["adafactor"]
 DATA = {"position": 3}

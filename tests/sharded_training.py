@@ -26,11 +26,11 @@ from tiny_families import CONFIGS, START, params_of
 from tiny_models import random_batch
 
 from robust_ft import multihost
+from robust_ft.loading import place
 from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
-from robust_ft.pretrained import place
-from robust_ft.trainable import flatten, split, trainable_paths
+from robust_ft.trainable import flatten, split
 from robust_ft.trainer import compile_train_step, place_state
 
 ROWS, TASKS, STEPS = 16, 2, 6
@@ -92,7 +92,7 @@ def begun(case: Case, partitioner: Partitioner):
         microbatches=case.microbatches,
     )
     params = placed(model, partitioner)
-    trained, frozen = split(params, trainable_paths(params, stage.trainable))
+    trained, frozen = split(params, stage.trainable_paths())
     return stage, place_state(stage, trained, partitioner), frozen
 
 

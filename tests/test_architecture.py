@@ -9,23 +9,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; a module imports from its own layer and the ones below it.
 LAYERS = [
-    {"errors", "types", "assets", "fingerprint", "flops", "mixture_weight", "multihost"}
-    | {"xla_flags", "cpu_settings"},
-    {"console", "vocabulary", "metrics", "metric_writer", "partitioning", "topology"},
+    {"errors", "types", "assets", "fingerprint", "multihost", "xla_flags", "cpu_settings"},
+    {"console", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
-    {"gradients", "objectives", "blocked_loss", "vocab_blocks"}
-    | {"optim", "trainable", "checkpoints_io"},
-    {"train_step", "predictor", "ensemble", "model_info"},
-    {"checkpoint", "evaluate", "export"},
-    {"summary", "stage_evaluator", "pretrained"},
-    {"trainer"},
-    {"choices"},
+    {"objectives", "optim", "trainable", "checkpoints_io"},
+    {"train_step", "predictor", "model_info"},
+    {"stage_checkpoints", "evaluate", "export"},
+    {"summary", "stage_evaluator", "loading", "stage"},
+    {"trainer", "ensembles"},
     {"recipe"},
-    {"inference", "gin_types", "programs", "compiled"},
-    {"preflight_report"},
-    {"gin_config", "report"},
+    {"stage_start"},
+    {"checks"},
+    {"run"},
+    {"inference", "gin_types", "report"},
+    {"gin_config", "preflight"},
     {"command_line"},
-    {"train", "eval", "infer", "convert", "preflight", "__main__"},
+    {"train", "eval", "infer", "convert", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "robust_ft")]

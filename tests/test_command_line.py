@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import command_line, train
-from robust_ft import recipe as recipe_lib
-from robust_ft.checkpoint import save_params
+from robust_ft import checks, command_line, train
+from robust_ft import run as run_lib
+from robust_ft.stage_checkpoints import save_params
 from robust_ft.trainable import unflatten
 from robust_ft.trainer import Stopped
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_shape(tmp_path, capsys):
 
 
 def test_a_folder_of_another_recipe_keeps_all_it_has(tmp_path, capsys):
-    recipe_lib.claim(toy.promot(tmp_path))
+    checks.claim(toy.promot(tmp_path))
     (tmp_path / "config.gin").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.USER_ERROR
@@ -155,7 +155,7 @@ def test_sigterm_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
     def stopped(recipe):
         raise Stopped("Stopped at step 3 of stage 'model'.")
 
-    monkeypatch.setattr(recipe_lib, "run", stopped)
+    monkeypatch.setattr(run_lib, "run", stopped)
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME == 75
     assert "step 3 of stage 'model'. Run the same command to go on." in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ import toy
 
 from robust_ft import evaluate as evaluate_lib
 from robust_ft.data import loader
-from robust_ft.ensemble import Ensemble
+from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
 from robust_ft.evaluate import HELD_OUT, OOD, TARGET, Result, evaluate, held_out_rows, suite
 from robust_ft.models.peft import Prompt

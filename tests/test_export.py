@@ -16,9 +16,8 @@ from safetensors.numpy import load_file
 from tiny_models import example_batch, random_params
 
 import robust_ft
-from robust_ft import command_line, export
-from robust_ft import recipe as recipe_lib
-from robust_ft.checkpoint import Outcome, read_onto
+from robust_ft import command_line, export, stage_start
+from robust_ft import run as run_lib
 from robust_ft.checkpoints_io import adapters, native, peft, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.convert import main
@@ -27,6 +26,7 @@ from robust_ft.fingerprint import fingerprint
 from robust_ft.models.peft import IA3, Adapter, Lora, Prefix, Prompt
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
+from robust_ft.stage_checkpoints import Outcome, read_onto
 from robust_ft.trainable import flatten, trainable_paths, unflatten
 from robust_ft.vocabulary import ByteVocabulary
 
@@ -194,7 +194,7 @@ def test_stages_leave_exports_that_recipes_start_from(bases, tmp_path):
         toy.stage("late", restore="stage:norms", model=second, trainable=[".*/second"], **quiet),
     )
     recipe = Recipe("toy", str(tmp_path), stages)
-    recipe_lib.run(recipe)
+    run_lib.run(recipe)
     found = {stage.name: f"{tmp_path}/{stage.name}/export" for stage in stages}
     made = {name: peft.read(folder) for name, folder in found.items()}
     # The prompt stage changes nothing of the base, the stage of norms does.
@@ -206,13 +206,13 @@ def test_stages_leave_exports_that_recipes_start_from(bases, tmp_path):
     assert made["prompt"].base == made["norms"].base != made["late"].base
     assert toy.PROMPT in made["norms"].tensors and toy.PROMPT not in made["late"].tensors
 
-    ended = toy.flat(recipe_lib.finished(recipe, "norms"))
+    ended = toy.flat(stage_start.finished(recipe, "norms"))
     toy.assert_same(read_onto(toy.MODEL, f"{bases['bfloat16']},{found['norms']}"), ended)
-    ended = toy.flat(recipe_lib.finished(recipe, "late"))
+    ended = toy.flat(stage_start.finished(recipe, "late"))
     both = with_methods(*toy.MODEL.peft, *second.peft)
     chain = f"{bases['bfloat16']}, {found['norms']}, {found['late']}"
     again = read_onto(both, chain)
-    assert recipe_lib.origin(recipe, dataclasses.replace(stages[2], restore=chain)) == (
+    assert stage_start.origin(recipe, dataclasses.replace(stages[2], restore=chain)) == (
         f"{bases['bfloat16']},{found['norms']}"
     )
     again.pop(toy.PROMPT)
@@ -238,10 +238,10 @@ def test_a_stage_that_died_before_its_end_exports_the_same(bases, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Outcome, "write", dies)
         with pytest.raises(KeyboardInterrupt):
-            recipe_lib.run(recipe)
+            run_lib.run(recipe)
     folder = tmp_path / "run" / "model" / "export"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    recipe_lib.run(recipe)
+    run_lib.run(recipe)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert peft.read(str(folder)).base.fingerprint == fingerprint(base_params().items())
 

@@ -12,7 +12,6 @@ from robust_ft import gin_config
 from robust_ft.errors import UserError
 from robust_ft.gin_config import CONFIGS, ROOT
 from robust_ft.gin_types import fits
-from robust_ft.trainable import trainable_paths
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.gin") if path.stem != "common")
@@ -34,7 +33,7 @@ def files_of(name):
 
 
 def trains(stage):
-    return trainable_paths(stage.model.shapes(), stage.trainable)
+    return stage.trainable_paths()
 
 
 def load(*bindings, files=(PROMOT,)):

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import recipe as recipe_lib
-from robust_ft import trainer
-from robust_ft.checkpoint import Outcome, save_params
+from robust_ft import checks, stage_start, trainer
+from robust_ft import run as run_lib
 from robust_ft.errors import UserError
 from robust_ft.evaluate import HELD_OUT, suite
 from robust_ft.models.bart import BartConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.recipe import Recipe
+from robust_ft.stage_checkpoints import Outcome, save_params
 from robust_ft.trainable import unflatten
 
 # Validation scores at steps 0, 2, 4 and 6: the prompt's best is step 4, the model's first best 2.
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "promot"
     with pytest.MonkeyPatch.context() as patch:
         evaluate = toy.ScriptedEvaluate(patch, SCORES)
-        summary = recipe_lib.run(toy.promot(directory))
+        summary = run_lib.run(toy.promot(directory))
     return types.SimpleNamespace(directory=directory, calls=evaluate.calls, rows=summary.rows)
 
 
@@ -132,7 +132,7 @@ def test_files_of_a_run(finished):
         "seed": 0,
         "target": "toy",
         "stages": ["prompt", "model"],
-        "choices": [],
+        "selections": [],
     }
     for stage, selected in (("prompt", 4), ("model", 2)):
         folder = finished.directory / stage
@@ -161,8 +161,8 @@ def test_files_of_a_run(finished):
 
 def test_finished_stages_are_skipped(finished, monkeypatch):
     before = (finished.directory / "summary.json").read_text()
-    monkeypatch.setattr(recipe_lib, "fit", None)
-    assert recipe_lib.run(toy.promot(finished.directory)).rows == finished.rows
+    monkeypatch.setattr(run_lib, "fit", None)
+    assert run_lib.run(toy.promot(finished.directory)).rows == finished.rows
     assert (finished.directory / "summary.json").read_text() == before
 
 
@@ -176,11 +176,11 @@ def test_restoring_a_stage_from_files_equals_handing_it_over(finished, tmp_path,
             raise KeyboardInterrupt
         return fit(stage, params, run)
 
-    monkeypatch.setattr(recipe_lib, "fit", dies_in_the_model_stage)
+    monkeypatch.setattr(run_lib, "fit", dies_in_the_model_stage)
     with pytest.raises(KeyboardInterrupt):
-        recipe_lib.run(recipe)
-    monkeypatch.setattr(recipe_lib, "fit", fit)
-    again = recipe_lib.run(recipe)
+        run_lib.run(recipe)
+    monkeypatch.setattr(run_lib, "fit", fit)
+    again = run_lib.run(recipe)
     assert again.rows == finished.rows
     toy.assert_same(toy.final(tmp_path, "model"), toy.final(finished.directory, "model"))
 
@@ -201,11 +201,11 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(trainer.TrainingLog, "add", add_and_stop)
     with pytest.raises(trainer.Stopped, match=f"step {step} of stage '{stage}'"):
-        recipe_lib.run(toy.promot(tmp_path))
+        run_lib.run(toy.promot(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / stage / f"checkpoint_{step}").is_dir()
     monkeypatch.setattr(trainer.TrainingLog, "add", add)
-    assert recipe_lib.run(toy.promot(tmp_path)).rows == finished.rows
+    assert run_lib.run(toy.promot(tmp_path)).rows == finished.rows
     for name in ("prompt", "model"):
         toy.assert_same(toy.final(tmp_path, name), toy.final(finished.directory, name))
         lines = [toy.read_lines(d / name / "metrics.jsonl") for d in (tmp_path, finished.directory)]
@@ -227,7 +227,7 @@ def checkpoint(folder, model=toy.PLAIN, **changes):
 
 def start(folder, **changes):
     stage = toy.stage(**changes)
-    return toy.flat(recipe_lib.restore(Recipe("toy", str(folder), (stage,)), stage))
+    return toy.flat(stage_start.restore(Recipe("toy", str(folder), (stage,)), stage))
 
 
 def test_pretrained_parameters_and_a_fresh_prompt(tmp_path):
@@ -264,14 +264,14 @@ def test_what_an_earlier_stage_kept_narrower_is_handed_on_unrounded(tmp_path, mo
         starts[stage.name] = jax.tree.map(np.array, toy.flat(params))
         return trainer.fit(stage, params, run)
 
-    monkeypatch.setattr(recipe_lib, "fit", fit)
-    recipe_lib.run(recipe)
+    monkeypatch.setattr(run_lib, "fit", fit)
+    run_lib.run(recipe)
     assert starts["prompt"]["token_embedder/embedding"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(starts["model"]["token_embedder/embedding"], table)
     trained = toy.final(tmp_path / "run", "prompt")[toy.PROMPT]
     np.testing.assert_array_equal(starts["model"][toy.PROMPT], trained)
     # Files give the same as what is in memory.
-    toy.assert_same(starts["model"], toy.flat(recipe_lib.restore(recipe, recipe.stages[1])))
+    toy.assert_same(starts["model"], toy.flat(stage_start.restore(recipe, recipe.stages[1])))
 
 
 @pytest.mark.parametrize(
@@ -312,12 +312,12 @@ def test_a_stage_that_is_none(tmp_path):
         Recipe("toy", str(tmp_path), (toy.stage(), toy.stage()))
     with pytest.raises(UserError, match="'prompt' has not finished"):
         recipe = toy.promot(tmp_path)
-        recipe_lib.restore(recipe, recipe.stages[1])
+        stage_start.restore(recipe, recipe.stages[1])
 
 
 def test_a_later_stage_may_drop_the_prompt(finished):
     recipe = toy.promot(finished.directory, model={"model": toy.PLAIN})
-    params = toy.flat(recipe_lib.restore(recipe, recipe.stages[1]))
+    params = toy.flat(stage_start.restore(recipe, recipe.stages[1]))
     assert params.keys() == toy.flat_shapes(toy.PLAIN).keys()
 
 
@@ -340,7 +340,7 @@ def test_a_later_stage_may_drop_the_prompt(finished):
 def test_a_later_stage_of_another_shape(finished, model, sentence):
     recipe = toy.promot(finished.directory, model={"model": model})
     with pytest.raises(UserError, match=sentence):
-        recipe_lib.restore(recipe, recipe.stages[1])
+        stage_start.restore(recipe, recipe.stages[1])
 
 
 # Prompts of several tasks.
@@ -358,12 +358,12 @@ def of_two(directory, **changes):
 def test_each_task_trains_its_own_prompt(tmp_path, monkeypatch):
     toy.ScriptedEvaluate(monkeypatch)
     recipe = of_two(tmp_path / "both")
-    before = toy.flat(recipe_lib.restore(recipe, recipe.stages[0]))[toy.PROMPT]
-    recipe_lib.run(recipe)
+    before = toy.flat(stage_start.restore(recipe, recipe.stages[0]))[toy.PROMPT]
+    run_lib.run(recipe)
     after = toy.final(tmp_path / "both", "prompt")[toy.PROMPT]
     assert before.shape == after.shape == (2, 3, 16)
     assert (before != after).any(axis=(1, 2)).all()
-    recipe_lib.run(of_two(tmp_path / "one", data=toy.DATA))
+    run_lib.run(of_two(tmp_path / "one", data=toy.DATA))
     after = toy.final(tmp_path / "one", "prompt")[toy.PROMPT]
     assert (before != after).any(axis=(1, 2)).tolist() == [True, False]
 
@@ -371,21 +371,21 @@ def test_each_task_trains_its_own_prompt(tmp_path, monkeypatch):
 def test_tasks_without_a_prompt(tmp_path):
     model = dataclasses.replace(toy.MODEL, peft=(Prompt(length=3, tasks=("toi", "toy_other")),))
     with pytest.raises(UserError, match=r"no prompt for the task 'toy', .* mean 'toi'"):
-        recipe_lib.run(of_two(tmp_path / "run", model=model))
+        run_lib.run(of_two(tmp_path / "run", model=model))
     with pytest.raises(UserError, match=r"for the task 'toy_other_1shot', only for toy\."):
         held_out = dataclasses.replace(toy.HELD_OUT_EVALUATION, detach=())
         evaluations = suite("test", toy.TARGET_EVALUATION, held_out, {1: ["toy_other"]})
         model = dataclasses.replace(toy.MODEL, peft=(Prompt(length=3, tasks=("toy",)),))
-        recipe_lib.run(of_two(tmp_path / "run", model=model, final_evaluations=evaluations))
+        run_lib.run(of_two(tmp_path / "run", model=model, final_evaluations=evaluations))
     assert not (tmp_path / "run").exists()
 
 
 def test_soft_prompts_are_not_packed(tmp_path):
     with pytest.raises(UserError, match=r"'prompt' packs examples, but a soft prompt .* PACKING"):
-        recipe_lib.run(toy.promot(tmp_path / "run", prompt={"packing": True}))
+        run_lib.run(toy.promot(tmp_path / "run", prompt={"packing": True}))
     assert not (tmp_path / "run").exists()
     plain = toy.promot(tmp_path / "run", model={"packing": True, "model": toy.PLAIN})
-    recipe_lib.claim(plain)
+    checks.claim(plain)
 
 
 def test_a_prompt_longer_than_the_positions(tmp_path):
@@ -394,10 +394,10 @@ def test_a_prompt_longer_than_the_positions(tmp_path):
         num_encoder_layers=1, num_decoder_layers=1,
     )  # fmt: skip
     fits = toy.promot(tmp_path / "run", *[{"model": Model(config, (Prompt(length=4),))}] * 2)
-    recipe_lib.claim(fits)
+    checks.claim(fits)
     long = toy.promot(tmp_path / "long", *[{"model": Model(config, (Prompt(length=5),))}] * 2)
     with pytest.raises(UserError, match=r"soft prompts included, of 17 .*num_positions=16"):
-        recipe_lib.claim(long)
+        checks.claim(long)
     assert not (tmp_path / "long").exists()
 
 
@@ -408,18 +408,18 @@ def test_a_folder_of_another_recipe_or_seed(finished):
     before = {p: p.read_bytes() for p in finished.directory.rglob("*") if p.is_file()}
     other = dataclasses.replace(toy.promot(finished.directory), name="full")
     with pytest.raises(UserError, match="belongs to a run with name 'toy_promot', not 'full'"):
-        recipe_lib.run(other)
+        run_lib.run(other)
     with pytest.raises(UserError, match="belongs to a run with seed 0, not 1"):
-        recipe_lib.run(toy.promot(finished.directory, seed=1))
+        run_lib.run(toy.promot(finished.directory, seed=1))
     with pytest.raises(UserError, match=r"'prompt' has finished in .* after 6 steps, not 8"):
-        recipe_lib.run(toy.promot(finished.directory, prompt={"steps": 8}))
+        run_lib.run(toy.promot(finished.directory, prompt={"steps": 8}))
     assert before == {p: p.read_bytes() for p in finished.directory.rglob("*") if p.is_file()}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file cannot be written: File exists"):
-        recipe_lib.run(toy.promot(tmp_path / "file"))
+        run_lib.run(toy.promot(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        recipe_lib.run(toy.promot(tmp_path / "file" / "run"))
+        run_lib.run(toy.promot(tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == "mine"

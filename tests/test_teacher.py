@@ -9,15 +9,15 @@ import pytest
 import toy
 from tiny_models import assert_trees_close, random_params
 
-from robust_ft import gin_config
-from robust_ft import recipe as recipe_lib
-from robust_ft.checkpoint import Outcome
+from robust_ft import checks, gin_config, stage_start
+from robust_ft import run as run_lib
 from robust_ft.checkpoints_io import native
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prefix, Prompt
 from robust_ft.objectives import Cocktail, CrossEntropy
 from robust_ft.recipe import Recipe
+from robust_ft.stage_checkpoints import Outcome
 from robust_ft.trainable import flatten
 
 CONFIG = str(Path(__file__).parent / "toy_cocktail.gin")
@@ -64,21 +64,21 @@ def run(tmp_path_factory):
     finished = recipe(folder / "run", student, light)
     with pytest.MonkeyPatch.context() as patch:
         toy.ScriptedEvaluate(patch, [0.0, 9.0, 5.0])  # the light stage's best is at step 2
-        recipe_lib.run(finished)
+        run_lib.run(finished)
     return finished
 
 
 def test_the_teacher_is_what_the_stage_selected_in_its_own_type(run):
     student = run.stages[1]
-    teacher = recipe_lib.teacher(run, student)
-    assert teacher.model == recipe_lib.teacher_model(run, student)
+    teacher = stage_start.teacher(run, student)
+    assert teacher.model == stage_start.teacher_model(run, student)
     assert teacher.model.peft == (Prefix(length=2),)  # without the MLP of training
     found, shapes = flatten(teacher.params), flatten(teacher.model.shapes())
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in found.items()} == {
         path: (leaf.shape, leaf.dtype) for path, leaf in shapes.items()
     }
     assert found["token_embedder/embedding"].dtype == jnp.bfloat16
-    light = recipe_lib.finished(run, "light")
+    light = stage_start.finished(run, "light")
     rounded = {path: leaf.astype(jnp.bfloat16) for path, leaf in toy.flat(light).items()}
     base = {path for path in found if "prefix" not in path}
     toy.assert_same({p: np.asarray(found[p]) for p in base}, {p: rounded[p] for p in base})
@@ -87,14 +87,14 @@ def test_the_teacher_is_what_the_stage_selected_in_its_own_type(run):
 
 def test_the_teacher_may_be_kept_in_float32(run):
     student = dataclasses.replace(run.stages[1], teacher_dtype="float32")
-    teacher = recipe_lib.teacher(run, student)
-    expected = LIGHT.export(recipe_lib.finished(run, "light"))
+    teacher = stage_start.teacher(run, student)
+    expected = LIGHT.export(stage_start.finished(run, "light"))
     assert_trees_close(teacher.params, expected, rtol=1e-6)
 
 
 def test_no_teacher_is_loaded_that_has_no_weight(run):
-    assert recipe_lib.teacher(run, run.stages[0]) is None
-    assert recipe_lib.teacher(run, student_stage(0.0)) is None
+    assert stage_start.teacher(run, run.stages[0]) is None
+    assert stage_start.teacher(run, student_stage(0.0)) is None
 
 
 def test_the_student_learns_from_both(run):
@@ -108,13 +108,13 @@ def test_the_student_learns_from_both(run):
 
 def test_a_model_directory_with_an_export_is_a_teacher(run):
     light, student = run.stages
-    expected = recipe_lib.teacher(run, student)
+    expected = stage_start.teacher(run, student)
     export = Path(run.model_dir) / "light" / "export"
     student = dataclasses.replace(student, teacher=f"{light.restore},{export}")
-    teacher = recipe_lib.teacher(run, student)
+    teacher = stage_start.teacher(run, student)
     toy.assert_same(toy.flat(teacher.params), toy.flat(expected.params))
-    assert teacher.model.shapes() == recipe_lib.teacher_model(run, student).shapes()
-    alone = recipe_lib.teacher(run, dataclasses.replace(student, teacher=light.restore))
+    assert teacher.model.shapes() == stage_start.teacher_model(run, student).shapes()
+    alone = stage_start.teacher(run, dataclasses.replace(student, teacher=light.restore))
     assert not alone.model.peft and alone.params.keys() == toy.PLAIN.shapes().keys()
 
 
@@ -126,7 +126,7 @@ def test_without_weight_of_the_teacher_training_is_full_finetuning(run, tmp_path
     }.items():
         toy.ScriptedEvaluate(monkeypatch)
         student = student_stage(restore=base, steps=2, microbatches=1, **changes)
-        recipe_lib.run(Recipe(name, str(tmp_path / name), (student,)))
+        run_lib.run(Recipe(name, str(tmp_path / name), (student,)))
         finals.append(toy.final(tmp_path / name, "student"))
     toy.assert_same(*finals)
 
@@ -175,14 +175,14 @@ def larger(model):
 )
 def test_teachers_fit_their_students(tmp_path, light, student, message):
     with pytest.raises(UserError, match=message):
-        recipe_lib.claim(recipe(tmp_path / "run", student_stage(**student), light_stage(**light)))
+        checks.claim(recipe(tmp_path / "run", student_stage(**student), light_stage(**light)))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_does_not_exist_is_refused_before_training(tmp_path):
     student = student_stage(teacher=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
-        recipe_lib.claim(recipe(tmp_path / "run", student))
+        checks.claim(recipe(tmp_path / "run", student))
 
 
 def test_configs_say_who_teaches_and_how_much():

@@ -1,4 +1,4 @@
-"""ID against OOD: runs with choices told apart, the tests of all pairs, the points of the grid."""
+"""ID against OOD: runs with selections told apart, tests of all pairs, points of the grid."""
 
 import itertools
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from robust_ft import stage_evaluator
-from robust_ft.checkpoint import Outcome, load_params
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
 from robust_ft.evaluate import HELD_OUT, TARGET, Evaluation, Result, suite
@@ -18,9 +17,11 @@ from robust_ft.models.t5 import T5Config
 from robust_ft.optim import AdamW, Schedule
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
+from robust_ft.stage import Stage
+from robust_ft.stage_checkpoints import Outcome, load_params
 from robust_ft.summary import Summary
 from robust_ft.trainable import flatten
-from robust_ft.trainer import Run, Stage
+from robust_ft.trainer import RunContext
 from robust_ft.vocabulary import ByteVocabulary
 
 PROMPT = "encoder/prompt"
@@ -95,7 +96,9 @@ def promot(directory, prompt=None, model=None, seed=0):
 
 
 def shared(directory, seed=0, baseline=False):
-    return Run(directory, Partitioner(), seed, Summary(directory), threading.Event(), baseline)
+    return RunContext(
+        directory, Partitioner(), seed, Summary(directory), threading.Event(), baseline
+    )
 
 
 @dataclasses.dataclass

@@ -29,10 +29,10 @@ from robust_ft.data import (
     cache,
     columns,
     derived,
+    fingerprints,
     own_files,
     parts,
     records,
-    sources,
     task_rows,
 )
 from robust_ft.data.columns import Column
@@ -166,7 +166,7 @@ def _find(data: cache.TaskData) -> tuple[seqio.Task | seqio.Mixture, list[seqio.
 
 
 def _import(module: str) -> str:
-    source = sources.module_fingerprint(module)
+    source = fingerprints.module_fingerprint(module)
     if _imported.setdefault(module, source) != source:
         raise UserError(
             f"The task module '{module}' has changed since it was imported; start Python again."
@@ -248,7 +248,7 @@ def _write_examples(
         postprocess=_name(task.postprocessor) if task.postprocessor else "",
         token_dtype=records.token_dtype(data.vocabulary.vocab_size),
         has_texts=_has_texts(data),
-        raw_files=tuple(sources.RawFile(**raw) for raw in raw_files),
+        raw_files=tuple(fingerprints.RawFile(**raw) for raw in raw_files),
         seqio_version=written.identity["seqio_version"],
         **dataclasses.asdict(counts),
     )
@@ -330,11 +330,11 @@ def _name(function: Callable[..., Any]) -> str:
     return name if module.startswith("robust_ft.metrics") else f"{module}:{name}"
 
 
-def _raw_files(task: seqio.Task, split: str) -> tuple[sources.RawFile, ...]:
+def _raw_files(task: seqio.Task, split: str) -> tuple[fingerprints.RawFile, ...]:
     if isinstance(task.source, seqio.FunctionDataSource):
         return ()  # its one "shard" is the name of the split
     shards = [os.fspath(shard) for shard in task.source.list_shards(split)]
-    return tuple(sources.describe_file(shard) for shard in shards if os.path.isfile(shard))
+    return tuple(fingerprints.describe_file(shard) for shard in shards if os.path.isfile(shard))
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from robust_ft.data.fingerprints import DATA_DIR_VARIABLE
 from robust_ft.data.raw_files import Reader, Row
-from robust_ft.data.sources import DATA_DIR_VARIABLE
 from robust_ft.errors import UserError, nearest
 
 _CHUNK = 256  # examples that go from Python to tensorflow at once

@@ -119,6 +119,10 @@ class Model:
         """Returns the model with these PEFT methods removed; parameters stay as they are."""
         return dataclasses.replace(self, peft=tuple(p for p in self.peft if p.name not in names))
 
+    def without_peft(self) -> "Model":
+        """Returns the model without any PEFT method, as it was pretrained."""
+        return dataclasses.replace(self, peft=())
+
     def init(self, rng: jax.Array) -> Params:
         """Draws all parameters."""
         return nn.unbox(self._init(rng))

@@ -7,25 +7,25 @@ from robust_ft.report.runs import Row, Run, sample_files
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Returns runs in which each stage and each choice of a run with choices is a run of its own.
+    """Returns runs in which each stage and each selection of a run is a run of its own.
 
-    Students that were trained for a choice are points of its grid, and no runs.
+    Students that were trained for a selection are points of its grid, and no runs.
 
     Args:
-        runs: as read. Where several recipes have choices, the new names begin with the recipe's.
+        runs: as read. Where several recipes have selections, the new names begin with the recipe's.
     """
-    several = len({run.name for run in runs if run.choices}) > 1
+    several = len({run.name for run in runs if run.selections}) > 1
     found = []
     for run in runs:
-        if not run.choices:
+        if not run.selections:
             found.append(run)
             continue
         prefix = f"{run.name}: " if several else ""
-        candidates = [c for choice in run.choices.values() for c in choice.candidates]
+        candidates = [c for selection in run.selections.values() for c in selection.candidates]
         students = {candidate.folder for candidate in candidates if candidate.weight}
         names = [stage for stage in run.stages if stage not in students]
         found += [_stage(run, name, prefix + name) for name in names]
-        found += [_choice(run, name, prefix + name) for name in run.choices]
+        found += [_selection(run, name, prefix + name) for name in run.selections]
     return found
 
 
@@ -38,24 +38,24 @@ def _stage(run: Run, stage: str, name: str) -> Run:
         rows=(*own, *_pretrained(run, stage)),
         samples=tuple(file for file in run.samples if file.stage == stage),
         selected={stage: run.selected[stage]} if stage in run.selected else {},
-        choices={},
+        selections={},
     )
 
 
-def _choice(run: Run, choice: str, name: str) -> Run:
-    made = run.choices[choice]
-    weighted = [row for row in run.rows if row.stage == choice]
+def _selection(run: Run, selection: str, name: str) -> Run:
+    made = run.selections[selection]
+    weighted = [row for row in run.rows if row.stage == selection]
     grid = {c.weight: [r for r in weighted if r.weight == c.weight] for c in made.candidates}
-    files = sample_files(run.directory, made.chosen.folder)
+    files = sample_files(run.directory, made.selected.folder)
     return dataclasses.replace(
         run,
         name=name,
-        stages=(choice,),
-        rows=(*grid[made.weight], *_pretrained(run, choice)),
+        stages=(selection,),
+        rows=(*grid[made.weight], *_pretrained(run, selection)),
         train={},
-        samples=tuple(dataclasses.replace(file, stage=choice) for file in files),
-        selected={choice: made.chosen.step},
-        choices={},
+        samples=tuple(dataclasses.replace(file, stage=selection) for file in files),
+        selected={selection: made.selected.step},
+        selections={},
         weight=made.weight,
         grid=grid,
     )

@@ -148,7 +148,7 @@ def _tradeoff(runs: Sequence[Run], between: tradeoff.Tradeoff) -> str:
         "Each λ on both",
         tradeoff_figure.svg_panel(between, figure.colors(runs)),
         "Small points are seeds, large ones their means. λ is chosen on ID validation data alone; "
-        "OOD data is never used for a choice.",
+        "OOD data is never used for a selection.",
     )
     rows = _plain_table(table.tradeoff_rows(between))
     tests = ""

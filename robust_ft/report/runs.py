@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
-from robust_ft.mixture_weight import Choice
 
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
 
@@ -63,8 +63,8 @@ class Run:
         train: for each stage, the lines of `metrics.jsonl` on split "train".
         samples: the files with outputs; read when needed.
         selected: for each finished stage, the step that it selected (`outcome.json`).
-        choices: the choices of a weight that were made, by name.
-        weight: the chosen lambda, if the run stands for one choice (`report.members`).
+        selections: the selections of a weight that were made, by name.
+        weight: the chosen lambda, if the run stands for one selection (`report.members`).
         grid: for such a run, the final rows of each lambda.
     """
 
@@ -78,7 +78,7 @@ class Run:
     train: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     samples: tuple[SampleFile, ...] = ()
     selected: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    selections: Mapping[str, SelectedWeight] = dataclasses.field(default_factory=dict)
     weight: float | None = None
     grid: Mapping[float, Sequence[Row]] = dataclasses.field(default_factory=dict)
 
@@ -118,7 +118,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         if not about.get(key):
             raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
     stages = tuple(s["name"] if isinstance(s, dict) else str(s) for s in about["stages"])
-    made = {name: Choice.read(folder / name) for name in about.get("choices", ())}
+    selections = about.get("selections") or about.get("choices") or ()  # runs before version 0.2
+    made = {name: SelectedWeight.read(folder / name) for name in selections}
     config = folder / "config.gin"
     return Run(
         directory=folder,
@@ -135,7 +136,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
             for stage in stages
             if (outcome := folder / stage / "outcome.json").exists()
         },
-        choices={name: choice for name, choice in made.items() if choice is not None},
+        selections={name: selection for name, selection in made.items() if selection is not None},
     )
 
 

@@ -72,7 +72,7 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
     """Returns the table, the tests of all pairs of methods and the points of each method.
 
     Args:
-        runs: of one target, with choices told apart (`report.members`).
+        runs: of one target, with selections told apart (`report.members`).
     """
     columns = _columns(runs)
     groups = results.methods(runs)
@@ -133,7 +133,7 @@ def _compare(
 
 
 def _points(group: Sequence[Run], columns: Sequence[Column]) -> tuple[Point, ...]:
-    """Returns a point for each lambda of a choice, or one for a method without."""
+    """Returns a point for each lambda of a selection, or one for a method without."""
     weights = sorted({weight for run in group for weight in run.grid})
     alternatives: list[float | None] = [*weights] or [None]
     found = []

@@ -29,7 +29,7 @@ def svg_panel(found: Tradeoff, palette: Mapping[str, str]) -> str:
 
 
 def _draw(found: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figure":
-    """Draws a panel for each choice of lambda, with all methods that have none in each."""
+    """Draws a panel for each selection of lambda, with all methods that have none in each."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 from tiny_families import CONFIGS, PAD, START, batch_of, model_of, params_of
 
 from robust_ft import command_line
-from robust_ft.checkpoint import load_params
 from robust_ft.checkpoints_io import adapters, hf, native, peft, sources
 from robust_ft.checkpoints_io.adapters import Adapter
 from robust_ft.checkpoints_io.peft_methods import pattern
@@ -21,6 +20,7 @@ from robust_ft.convert import main
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Lora, Prefix, Prompt
+from robust_ft.stage_checkpoints import load_params
 from robust_ft.trainable import flatten, unflatten
 
 IDS = {"pad": PAD, "eos": 1, "start": START}

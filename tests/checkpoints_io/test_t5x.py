@@ -13,11 +13,11 @@ import tensorstore as ts
 from random_checkpoints import VARIANTS, random_checkpoint, same_tensors, truncate
 from tiny_models import random_batch
 
-from robust_ft.checkpoint import load_params
 from robust_ft.checkpoints_io import native, t5x
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.convert import convert
 from robust_ft.errors import UserError
+from robust_ft.stage_checkpoints import load_params
 from robust_ft.trainable import unflatten
 
 DISTANCE = {"relative_max_distance": 20}

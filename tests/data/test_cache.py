@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from robust_ft.data import cache, loader, records, sources
+from robust_ft.data import cache, fingerprints, loader, records
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import ByteVocabulary
 
@@ -217,14 +217,14 @@ def test_raw_files_are_relative_to_the_data_directory(tmp_path, monkeypatch):
         (tmp_path / name / "rte").mkdir(parents=True)
         (tmp_path / name / "rte" / "train").write_text("same")
     monkeypatch.setenv("ROBUST_FT_DATA_DIR", str(tmp_path / "here"))
-    raw = sources.describe_file(tmp_path / "here" / "rte" / "train")
+    raw = fingerprints.describe_file(tmp_path / "here" / "rte" / "train")
     assert raw.path == "rte/train"
     monkeypatch.setenv("ROBUST_FT_DATA_DIR", str(tmp_path / "there"))
-    assert not sources.has_changed(raw)
+    assert not fingerprints.has_changed(raw)
     (tmp_path / "there" / "rte" / "train").write_text("else")
-    assert sources.has_changed(raw)
+    assert fingerprints.has_changed(raw)
     monkeypatch.delenv("ROBUST_FT_DATA_DIR")
-    assert not sources.has_changed(raw)
+    assert not fingerprints.has_changed(raw)
 
 
 def test_key_depends_on_all_that_matters(toy):
@@ -257,11 +257,11 @@ def test_sources_of_a_module_outside_packages(tmp_path, monkeypatch):
     (tmp_path / "lone_tasks.py").write_text("import lone_helper\nfrom json import dumps\n")
     (tmp_path / "lone_helper.py").write_text("import lone_tasks\n")
     (tmp_path / "lone_other.py").write_text("x = 1\n")
-    before = sources.module_fingerprint("lone_tasks")
+    before = fingerprints.module_fingerprint("lone_tasks")
     (tmp_path / "lone_other.py").write_text("x = 2\n")
-    assert sources.module_fingerprint("lone_tasks") == before
+    assert fingerprints.module_fingerprint("lone_tasks") == before
     (tmp_path / "lone_helper.py").write_text("import lone_tasks\nx = 2\n")
-    assert sources.module_fingerprint("lone_tasks") != before
+    assert fingerprints.module_fingerprint("lone_tasks") != before
 
 
 CHANGING = """

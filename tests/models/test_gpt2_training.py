@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import recipe
-from robust_ft.checkpoint import save_params
+from robust_ft import run as run_lib
+from robust_ft import stage_start
 from robust_ft.decoding import Decoder
 from robust_ft.models.gpt2 import GPT2Config
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.optim import AdamW, Schedule
 from robust_ft.predictor import Predictor
+from robust_ft.recipe import Recipe
+from robust_ft.stage_checkpoints import save_params
 from robust_ft.trainable import unflatten
 
 PROMPT = "decoder/prompt"
@@ -52,8 +54,8 @@ def run(tmp_path_factory):
             **settings,
         ),
     )
-    ran = recipe.Recipe("toy_gpt2", str(folder), stages)
-    return ran, recipe.run(ran)
+    ran = Recipe("toy_gpt2", str(folder), stages)
+    return ran, run_lib.run(ran)
 
 
 def losses(directory, stage):
@@ -71,14 +73,14 @@ def test_the_loss_falls_to_what_the_targets_leave_unknown(run):
 
 def test_only_the_prompt_trains_in_its_stage(run):
     ran, _ = run
-    before, after = (toy.flat(recipe.finished(ran, name)) for name in ("model", "prompt"))
+    before, after = (toy.flat(stage_start.finished(ran, name)) for name in ("model", "prompt"))
     changed = [path for path in before if not np.array_equal(before[path], after[path])]
     assert changed == [PROMPT]
 
 
 def test_the_predictor_gives_targets(run):
     ran, _ = run
-    predictor = Predictor(MODEL, recipe.finished(ran, "prompt"), toy.DATA.vocabulary)
+    predictor = Predictor(MODEL, stage_start.finished(ran, "prompt"), toy.DATA.vocabulary)
     texts = [f"is {i} odd" for i in range(6)]
     outputs = predictor.predict(texts, Decoder(max_decode_len=3), inputs_length=12, batch_size=4)
     assert set(outputs) <= {"a", "b"}
@@ -89,14 +91,14 @@ def test_the_predictor_gives_targets(run):
 
 def test_a_checkpoint_without_the_added_tokens_is_restored(run, tmp_path, caplog):
     ran, _ = run
-    params = toy.flat(recipe.finished(ran, "model"))
+    params = toy.flat(stage_start.finished(ran, "model"))
     old = {path: value for path, value in params.items() if path != PROMPT}
     old["token_embedder/embedding"] = params["token_embedder/embedding"][:259]
     file = tmp_path / "old.safetensors"
     save_params(file, unflatten(old))
     stage = toy.stage(model=MODEL, restore=str(file), trainable=[".*"])
     with caplog.at_level(logging.WARNING):
-        restored = toy.flat(recipe.restore(recipe.Recipe("r", str(tmp_path), (stage,)), stage))
+        restored = toy.flat(stage_start.restore(Recipe("r", str(tmp_path), (stage,)), stage))
     assert "has 259 of the model's 261 tokens; the other 2 start as their mean" in caplog.text
     table = restored.pop("token_embedder/embedding")
     np.testing.assert_array_equal(table[:259], old.pop("token_embedder/embedding"))

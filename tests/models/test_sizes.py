@@ -10,7 +10,7 @@ import math
 import gin
 import pytest
 
-from robust_ft import gin_config, trainable
+from robust_ft import gin_config
 from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
@@ -156,9 +156,7 @@ def test_padding_and_weights(name):
 def test_recipes_run_on_these_models(name, prompt):
     files = ["gin_configs/promot_rte.gin", f"gin_configs/models/{name}.gin"]
     recipe = gin_config.load(files, ["DROPOUT_RATE=0.1"]).recipe
-    tuned, trained = (
-        trainable.trainable_paths(stage.model.shapes(), stage.trainable) for stage in recipe.stages
-    )
+    tuned, trained = (stage.trainable_paths() for stage in recipe.stages)
     assert tuned == {f"{prompt}/prompt"} and not tuned & trained
     config = recipe.stages[0].model.config
     assert config.dropout_rate == config.attention_dropout_rate == 0.1

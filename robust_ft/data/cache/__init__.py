@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_ft.data import quiet, sources
+from robust_ft.data import fingerprints, quiet
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import Vocabulary
@@ -96,7 +96,7 @@ class CacheInfo:
     postprocess: str
     token_dtype: str
     has_texts: bool
-    raw_files: tuple[sources.RawFile, ...]
+    raw_files: tuple[fingerprints.RawFile, ...]
     seqio_version: str
     num_dropped_exemplars: int = 0
 
@@ -151,7 +151,7 @@ def ensure(data: TaskData) -> list[CachedTask]:
 
 def load(data: TaskData) -> list[CachedTask] | None:
     """Returns the ready cache of `data`, None if it is missing, incomplete or out of date."""
-    source = sources.module_fingerprint(data.module)
+    source = fingerprints.module_fingerprint(data.module)
     mixture = _read_json(directory(data, source) / MIXTURE)
     rates = mixture["rates"] if mixture else {data.task: 1.0}
     tasks = []
@@ -169,7 +169,7 @@ def directory(data: TaskData, source: str | None = None) -> Path:
 
     Args:
       data: what to read.
-      source: what `sources.module_fingerprint` says of the module, if that is known already.
+      source: what `fingerprints.module_fingerprint` says of the module, if that is known already.
 
     Raises:
       UserError: if there is no such module or vocabulary file.
@@ -181,7 +181,7 @@ def directory(data: TaskData, source: str | None = None) -> Path:
         "inputs_length": data.inputs_length,
         "targets_length": data.targets_length,
         "vocabulary": data.vocabulary.fingerprint,
-        "source": source or sources.module_fingerprint(data.module),
+        "source": source or fingerprints.module_fingerprint(data.module),
     }
     # Names of derived tasks (`derived`) begin with the task's.
     if any(f"{data.task}_".startswith(f"{task.name}_") for task in data.file_tasks):
@@ -197,10 +197,10 @@ def read_info(folder: Path) -> CacheInfo | None:
     fields = _read_json(folder / INFO)
     if fields is None or not (folder / EXAMPLES).is_file():
         return None
-    raw_files = tuple(sources.RawFile(**raw) for raw in fields.pop("raw_files"))
+    raw_files = tuple(fingerprints.RawFile(**raw) for raw in fields.pop("raw_files"))
     info = CacheInfo(**{**fields, "metrics": tuple(fields["metrics"]), "raw_files": raw_files})
     current = seqio_version() in (info.seqio_version, None)
-    return info if current and not any(sources.has_changed(raw) for raw in raw_files) else None
+    return info if current and not any(fingerprints.has_changed(raw) for raw in raw_files) else None
 
 
 def seqio_version() -> str | None:

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from robust_ft.decoding.types import Cache, StepFn
+from robust_ft.errors import UserError
+
+# How far float sums of weights may be from 1.
+TOLERANCE = 1e-6
 
 
 def mixed(
@@ -35,3 +39,22 @@ def ensemble(step_fns: Sequence[StepFn], weights: Float[Array, " members"]) -> S
         return mixed([log_probs for log_probs, _ in found], weights), tuple(c for _, c in found)
 
     return step
+
+
+def check_weights(weights: Sequence[float], members: int) -> tuple[float, ...]:
+    """Returns the weights of an ensemble's members.
+
+    Raises:
+        UserError: There are none, more or fewer than members, one is not from 0 to 1, or their sum
+            is not 1.
+    """
+    if not members:
+        raise UserError("An ensemble needs at least one member.")
+    if len(weights) != members:
+        raise UserError(f"An ensemble of {members} members needs {members} weights, not {weights}.")
+    for weight in weights:
+        if not 0 <= weight <= 1:
+            raise UserError(f"Weights of an ensemble must be from 0 to 1, not {weight}.")
+    if abs(sum(weights) - 1) > TOLERANCE:
+        raise UserError(f"Weights of an ensemble must sum to 1, not {sum(weights):g}.")
+    return tuple(float(weight) for weight in weights)

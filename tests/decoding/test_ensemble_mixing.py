@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robust_ft.decoding import beam_search, greedy
-from robust_ft.decoding.ensemble import ensemble, mixed
+from robust_ft.ensembles.mixing import ensemble, mixed
 
 EOS, VOCAB, LENGTH = 1, 4, 4
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import toy
 
-from robust_ft import assets, choices, inference, recipe
-from robust_ft.checkpoint import Outcome
-from robust_ft.choices import CocktailChoice, EnsembleChoice, students
-from robust_ft.ensemble import Ensemble
+from robust_ft import assets, checks, inference, stage_start
+from robust_ft import run as run_lib
+from robust_ft.ensembles.mixture_weight import SelectedWeight
+from robust_ft.ensembles.predictor import Ensemble
+from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, students
 from robust_ft.errors import UserError
 from robust_ft.evaluate import OOD, TARGET, suite
-from robust_ft.mixture_weight import Choice
 from robust_ft.objectives import Cocktail
 from robust_ft.recipe import Recipe
+from robust_ft.stage_checkpoints import Outcome
 from robust_ft.summary import Summary
 from robust_ft.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizersVocabulary
 
@@ -36,26 +37,26 @@ SETTINGS = {
 LIGHT = toy.prompt_stage(**SETTINGS)
 FULL = toy.stage("full", model=toy.PLAIN, trainable=[".*"], **SETTINGS)
 STUDENT = dataclasses.replace(FULL, name="s", objective=Cocktail(), teacher="stage:prompt")
-ENSEMBLE = EnsembleChoice(
+ENSEMBLE = EnsembleSelection(
     light="stage:prompt",
     full="stage:full",
     weights=WEIGHTS,
     evaluations=evaluations("validation"),
     final_evaluations=evaluations("test"),
 )
-COCKTAIL = CocktailChoice(student="s", full="stage:full", weights=STUDENTS)
+COCKTAIL = CocktailSelection(student="s", full="stage:full", weights=STUDENTS)
 
 
 def made(directory, **changes):
     stages = (LIGHT, FULL, *students(STUDENT, STUDENTS))
-    built = Recipe("toy_cocktail", str(directory), stages, choices=(COCKTAIL, ENSEMBLE))
+    built = Recipe("toy_cocktail", str(directory), stages, selections=(COCKTAIL, ENSEMBLE))
     return dataclasses.replace(built, **changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, recipe.run(made(directory)).rows
+    return directory, run_lib.run(made(directory)).rows
 
 
 def lines(folder, task="toy-test", step=2):
@@ -105,26 +106,26 @@ def test_ood_data_is_never_decoded_for_the_choice(finished):
 def test_choices_are_what_validation_scores_say(finished):
     directory, rows = finished
     for name in ("ensemble", "cocktail"):
-        choice = Choice.read(directory / name)
+        selection = SelectedWeight.read(directory / name)
         scores = {
             row["lambda"]: row["value"]
             for row in rows
             if (row["stage"], row["split"], row["role"], row["metric"])
             == (name, "validation", TARGET, "accuracy")
         }
-        assert {c.weight: c.score for c in choice.candidates} == scores
-        assert scores[choice.weight] == max(scores.values())
-    folders = [c.folder for c in Choice.read(directory / "cocktail").candidates]
+        assert {c.weight: c.score for c in selection.candidates} == scores
+        assert scores[selection.weight] == max(scores.values())
+    folders = [c.folder for c in SelectedWeight.read(directory / "cocktail").candidates]
     assert folders == ["full", "s_0.5"]
     about = json.loads((directory / "run.json").read_text())
-    assert about["choices"] == ["cocktail", "ensemble"]
+    assert about["selections"] == ["cocktail", "ensemble"]
 
 
 @pytest.mark.slow
 def test_a_finished_choice_is_not_made_again(finished, monkeypatch):
     directory, rows = finished
-    monkeypatch.setattr(choices, "evaluate", lambda *_: pytest.fail("decoded again"))
-    assert recipe.run(made(directory)).rows == rows
+    monkeypatch.setattr(selections, "evaluate", lambda *_: pytest.fail("decoded again"))
+    assert run_lib.run(made(directory)).rows == rows
 
 
 @pytest.mark.slow
@@ -132,14 +133,14 @@ def test_other_weights_in_the_same_folder_are_refused(finished):
     directory, _ = finished
     other = dataclasses.replace(ENSEMBLE, weights=(0.0, 1.0))
     with pytest.raises(UserError, match="'ensemble' was chosen among other weights"):
-        recipe.run(made(directory, choices=(COCKTAIL, other)))
+        run_lib.run(made(directory, selections=(COCKTAIL, other)))
 
 
 @pytest.mark.slow
 def test_a_finished_recipe_is_evaluated_as_its_last_choice(finished):
     directory, rows = finished
     wanted = inference.Inference(evaluations("test"))
-    weight = Choice.read(directory / "ensemble").weight
+    weight = SelectedWeight.read(directory / "ensemble").weight
     found = inference.evaluate_all(made(directory), wanted)
     expected = {
         (r["task"], r["metric"]): r["value"]
@@ -148,28 +149,30 @@ def test_a_finished_recipe_is_evaluated_as_its_last_choice(finished):
     }
     assert {(r["task"], r["metric"]): r["value"] for r in found} == expected
     assert {(r["stage"], r["step"]) for r in found} == {("ensemble", -1)}
-    assert isinstance(recipe.final_predictor(made(directory)), Ensemble)
-    student = recipe.final_predictor(made(directory, choices=(ENSEMBLE, COCKTAIL)))
-    chosen = Choice.read(directory / "cocktail").chosen.folder
-    toy.assert_same(toy.flat(student.params), toy.flat(recipe.finished(made(directory), chosen)))
+    assert isinstance(run_lib.final_predictor(made(directory)), Ensemble)
+    student = run_lib.final_predictor(made(directory, selections=(ENSEMBLE, COCKTAIL)))
+    chosen = SelectedWeight.read(directory / "cocktail").selected.folder
+    toy.assert_same(
+        toy.flat(student.params), toy.flat(stage_start.finished(made(directory), chosen))
+    )
 
 
 def test_an_unfinished_choice_is_no_predictor(tmp_path):
     with pytest.raises(UserError, match="'ensemble' has not been chosen yet"):
-        recipe.final_predictor(made(tmp_path))
+        run_lib.final_predictor(made(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("choice", "sentence"),
+    ("selection", "sentence"),
     [
         (dataclasses.replace(ENSEMBLE, light="stage:promt"), "a stage 'promt'.*Did you mean"),
         (dataclasses.replace(COCKTAIL, student="t"), "'cocktail' needs a stage 't_0.5'"),
         (dataclasses.replace(COCKTAIL, name="full"), "the name 'full' is taken"),
     ],
 )
-def test_choices_that_do_not_fit_the_stages(tmp_path, choice, sentence):
+def test_choices_that_do_not_fit_the_stages(tmp_path, selection, sentence):
     with pytest.raises(UserError, match=sentence):
-        made(tmp_path, choices=(choice,))
+        made(tmp_path, selections=(selection,))
 
 
 LARGER = dataclasses.replace(toy.PLAIN, config=dataclasses.replace(toy.CONFIG, vocab_size=512))
@@ -181,7 +184,7 @@ def with_vocabulary(stage, vocabulary):
 
 
 @pytest.mark.parametrize(
-    ("choice", "full", "sentence"),
+    ("selection", "full", "sentence"),
     [
         (ENSEMBLE, {"model": LARGER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 512"),
         (ENSEMBLE, {"data": OTHER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 264"),
@@ -190,24 +193,24 @@ def with_vocabulary(stage, vocabulary):
         (COCKTAIL, {"data": OTHER}, "'cocktail' .* 'full' and 's_0.5' .*, of 264 and 264"),
     ],
 )
-def test_two_vocabularies_are_refused_before_anything_trains(tmp_path, choice, full, sentence):
+def test_two_vocabularies_are_refused_before_anything_trains(tmp_path, selection, full, sentence):
     stages = (LIGHT, dataclasses.replace(FULL, **full), *students(STUDENT, STUDENTS))
     with pytest.raises(UserError, match=sentence):
-        recipe.claim(made(tmp_path / "run", stages=stages, choices=(choice,)))
+        checks.claim(made(tmp_path / "run", stages=stages, selections=(selection,)))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("choice", [ENSEMBLE, COCKTAIL])
-def test_one_vocabulary_need_not_be_read(choice):
+@pytest.mark.parametrize("selection", [ENSEMBLE, COCKTAIL])
+def test_one_vocabulary_need_not_be_read(selection):
     absent = SentencePieceVocabulary("absent.model")
     stages = {
         stage.name: with_vocabulary(stage, absent)
         for stage in (LIGHT, FULL, *students(STUDENT, STUDENTS))
     }
-    choices.check_vocabularies(choice, stages)
+    selection_lib.check_vocabularies(selection, stages)
     stages["full"] = FULL
     with pytest.raises(UserError, match=r"'absent.model' does not exist"):
-        choices.check_vocabularies(choice, stages)
+        selection_lib.check_vocabularies(selection, stages)
 
 
 def test_two_copies_of_a_file_are_one_vocabulary(tmp_path):
@@ -218,7 +221,7 @@ def test_two_copies_of_a_file_are_one_vocabulary(tmp_path):
         stage.name: with_vocabulary(stage, TokenizersVocabulary(paths[stage.name]))
         for stage in (LIGHT, FULL)
     }
-    choices.check_vocabularies(ENSEMBLE, stages)
+    selection_lib.check_vocabularies(ENSEMBLE, stages)
 
 
 def test_ood_data_that_would_choose_is_refused():
@@ -234,9 +237,9 @@ def test_ood_data_that_would_choose_is_refused():
 
 @pytest.mark.parametrize("wrong", [(0.5, 1.2), (-0.1,), (), (0.5, 0.5)])
 def test_weights_that_are_none(wrong):
-    for choice in (ENSEMBLE, COCKTAIL):
+    for selection in (ENSEMBLE, COCKTAIL):
         with pytest.raises(UserError, match="lambda"):
-            dataclasses.replace(choice, weights=wrong)
+            dataclasses.replace(selection, weights=wrong)
 
 
 def test_students_without_validation_scores_cannot_be_chosen_from(tmp_path):

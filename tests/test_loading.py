@@ -12,13 +12,13 @@ from tiny_models import random_batch
 from tiny_vocabularies import write_bart, write_bpe
 
 import robust_ft
-from robust_ft.checkpoint import save_params
 from robust_ft.checkpoints_io import adapters, hf, native, t5x
 from robust_ft.checkpoints_io.adapters import Adapter
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prompt
+from robust_ft.stage_checkpoints import save_params
 from robust_ft.trainable import flatten
 from robust_ft.vocabulary import (
     ByteVocabulary,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from robust_ft.topology import GIB
+from robust_ft.preflight.topology import GIB
 
 COLLECTIVES = (
     "all-gather",

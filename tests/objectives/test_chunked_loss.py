@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tiny_families import batch_of, model_of, params_of
 from tiny_models import assert_trees_close
 
-from robust_ft import blocked_loss
-from robust_ft.blocked_loss import Setting, Side, Statistics, blocked, plain
 from robust_ft.models.peft import Lora, Prefix
+from robust_ft.objectives import chunked_loss
+from robust_ft.objectives.chunked_loss import Setting, Side, Statistics, blocked, plain
+from robust_ft.objectives.vocab_chunks import Blocks
 from robust_ft.trainable import flatten, merge, split, unflatten
-from robust_ft.vocab_blocks import Blocks
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 VOCAB = 40
 # The last of three blocks begins two tokens before its turn.
 UNEVEN = Blocks(VOCAB, 1, 14)
@@ -229,11 +229,11 @@ def test_statistics_come_in_blocks_where_logits_are_many(monkeypatch):
     params = (params_of(model), params_of(tutor, seed=1))
 
     def gradient_of(limit):
-        monkeypatch.setattr(blocked_loss, "MAX_NUMBERS", limit)
+        monkeypatch.setattr(chunked_loss, "MAX_NUMBERS", limit)
 
         def loss(params, teacher):
             key, pair = jax.random.key(1), (tutor, teacher)
-            return weighted(blocked_loss.statistics(model, params, BATCH, key, pair, 2.0))
+            return weighted(chunked_loss.statistics(model, params, BATCH, key, pair, 2.0))
 
         compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(*params).compile()
         gradient, found = compiled(*params)
@@ -266,7 +266,7 @@ def test_devices_that_split_the_vocabulary_or_the_weights_find_the_same():
         "PYTHONPATH": os.pathsep.join(paths),
     }
     process = subprocess.run(
-        [sys.executable, str(TESTS / "sharded_loss.py")],
+        [sys.executable, str(Path(__file__).with_name("sharded_loss.py"))],
         env=environment,
         capture_output=True,
         text=True,

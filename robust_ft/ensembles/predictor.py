@@ -1,7 +1,6 @@
 """Several models as one: their probabilities mixed at every token, or their parameters."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from robust_ft.decoding.ensemble import ensemble, mixed
+from robust_ft.ensembles.mixing import check_weights, ensemble, mixed
 from robust_ft.errors import UserError
 from robust_ft.models.model import LanguageModel
 from robust_ft.models.peft.base import Peft
 from robust_ft.predictor import BasePredictor
-from robust_ft.trainable import flatten
-from robust_ft.types import Batch, Params
-
-# How far float sums of weights may be from 1.
-TOLERANCE = 1e-6
+from robust_ft.types import Batch
 
 
 class Ensemble(BasePredictor):
@@ -149,62 +144,6 @@ class MixedModel:
 
     def _with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
         return list(zip(self.members, params["members"], strict=True))
-
-
-def interpolate(params: Sequence[Params], weights: Sequence[float]) -> Params:
-    """Returns the weighted mean of parameters: an ensemble in weight space, as fast as one model.
-
-    Args:
-        params: Trees of the same paths and shapes: of whole models, or of lightweight modules of
-            one kind alone.
-        weights: From 0 to 1, with the sum 1.
-
-    Returns:
-        Leaves of the first tree's types, computed in float32.
-
-    Raises:
-        UserError: Weights or shapes do not fit; it names the first path that differs.
-    """
-    weights = check_weights(weights, len(params))
-    trees = [flatten(each) for each in params]
-    for number, tree in enumerate(trees[1:], start=1):
-        for path in sorted(trees[0].keys() | tree.keys()):
-            shapes = [each[path].shape if path in each else None for each in (trees[0], tree)]
-            if shapes[0] != shapes[1]:
-                said = ["missing" if shape is None else list(shape) for shape in shapes]
-                raise UserError(
-                    f"Parameters cannot be interpolated: '{path}' is {said[0]} in member 0, but "
-                    f"{said[1]} in member {number}."
-                )
-    return _mean(tuple(dict(each) for each in params), jnp.asarray(weights, jnp.float32))
-
-
-@jax.jit
-def _mean(params: tuple[Params, ...], weights: Float[Array, " members"]) -> Params:
-    def mean(*leaves: jax.Array) -> jax.Array:
-        parts = [w * leaf.astype(jnp.float32) for w, leaf in zip(weights, leaves, strict=True)]
-        return functools.reduce(jnp.add, parts).astype(leaves[0].dtype)
-
-    return jax.tree.map(mean, *params)
-
-
-def check_weights(weights: Sequence[float], members: int) -> tuple[float, ...]:
-    """Returns the weights of an ensemble's members.
-
-    Raises:
-        UserError: There are none, more or fewer than members, one is not from 0 to 1, or their sum
-            is not 1.
-    """
-    if not members:
-        raise UserError("An ensemble needs at least one member.")
-    if len(weights) != members:
-        raise UserError(f"An ensemble of {members} members needs {members} weights, not {weights}.")
-    for weight in weights:
-        if not 0 <= weight <= 1:
-            raise UserError(f"Weights of an ensemble must be from 0 to 1, not {weight}.")
-    if abs(sum(weights) - 1) > TOLERANCE:
-        raise UserError(f"Weights of an ensemble must sum to 1, not {sum(weights):g}.")
-    return tuple(float(weight) for weight in weights)
 
 
 def _check_members(members: Sequence[BasePredictor]) -> None:

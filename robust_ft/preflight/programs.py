@@ -14,8 +14,10 @@ from robust_ft.evaluate import Evaluation
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
 from robust_ft.partitioning import Partitioner
-from robust_ft.recipe import Recipe, teacher_model
-from robust_ft.trainer import Stage, compile_train_step, state_shardings
+from robust_ft.recipe import Recipe
+from robust_ft.stage import Stage
+from robust_ft.stage_start import teacher_model
+from robust_ft.trainer import compile_train_step, state_shardings
 from robust_ft.types import Params
 
 
@@ -42,7 +44,7 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
     """Traces the stage's step on the recipe's mesh."""
     partitioner, model = recipe.partitioner, stage.model
     params = _placed_params(partitioner, model)
-    paths = trainable.trainable_paths(params, stage.trainable)
+    paths = stage.trainable_paths()
     trained, frozen = trainable.split(params, paths)
     shapes, shardings = state_shardings(stage, trained, partitioner)
     state = _placed(shapes, shardings)
@@ -69,7 +71,7 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
         return None
     partitioner = recipe.partitioner
     params = _placed_params(partitioner, stage.model)
-    paths = trainable.trainable_paths(params, stage.trainable)
+    paths = stage.trainable_paths()
     state, shardings = state_shardings(stage, trainable.split(params, paths)[0], partitioner)
     model = stage.model.without(*largest.detached(stage.model)).exported()
     read = _placed_params(partitioner, model)

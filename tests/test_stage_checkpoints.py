@@ -11,7 +11,9 @@ import toy
 from safetensors.numpy import load_file
 
 from robust_ft import assets
-from robust_ft.checkpoint import (
+from robust_ft.errors import UserError
+from robust_ft.optim import Adafactor, AdamW, Schedule
+from robust_ft.stage_checkpoints import (
     Outcome,
     StageCheckpoints,
     load_params,
@@ -19,8 +21,6 @@ from robust_ft.checkpoint import (
     save_params,
     write_json,
 )
-from robust_ft.errors import UserError
-from robust_ft.optim import Adafactor, AdamW, Schedule
 from robust_ft.train_step import TrainState, init_state
 
 OPTIMIZER = AdamW(Schedule(0.1), clip_norm=1.0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import assert_trees_close, random_batch, random_params, tiny_model
 
-from robust_ft import blocked_loss
+from robust_ft.objectives import chunked_loss
 from robust_ft.partitioning import Partitioner
 
 VOCAB, EMBED = 600, 16
@@ -27,7 +27,7 @@ def gradient_of(params, teacher, batch, temperature):
     """Returns (gradient, statistics) of a sum of all statistics, and the compiled program."""
 
     def loss(params, teacher, batch):
-        found = blocked_loss.statistics(MODEL, params, batch, None, (TEACHER, teacher), temperature)
+        found = chunked_loss.statistics(MODEL, params, batch, None, (TEACHER, teacher), temperature)
         logits = (found.log_z, found.target / 2, found.total / 300, found.divergence)
         return sum(jnp.sum(jnp.sin(each)) for each in logits), found
 
@@ -52,10 +52,10 @@ def check(partitioner, most, temperature):
             for model, each in ((MODEL, params), (TEACHER, teacher))
         )
         # Of at least 128 tokens, where logits or gathered weights would allow fewer.
-        limit, blocked_loss.MAX_NUMBERS = blocked_loss.MAX_NUMBERS, EMBED * 100
+        limit, chunked_loss.MAX_NUMBERS = chunked_loss.MAX_NUMBERS, EMBED * 100
         batch = partitioner.put_batch(BATCH)
         (gradient, found), program = gradient_of(params, teacher, batch, temperature)
-        blocked_loss.MAX_NUMBERS = limit
+        chunked_loss.MAX_NUMBERS = limit
     assert_trees_close(gradient, expected, rtol=1e-5)
     for name in found._fields:
         value, exact = getattr(found, name), getattr(wanted, name)

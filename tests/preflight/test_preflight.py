@@ -13,21 +13,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from robust_ft import (
-    command_line,
-    gin_config,
-    preflight,
-    preflight_report,
-    programs,
-    topology,
-)
-from robust_ft import recipe as recipes
-from robust_ft.compiled import collective_bytes, needed
+from robust_ft import checks, command_line, gin_config
 from robust_ft.errors import UserError
 from robust_ft.partitioning import Partitioner
-from robust_ft.preflight_report import Row
+from robust_ft.preflight import __main__ as preflight
+from robust_ft.preflight import programs, report, topology
+from robust_ft.preflight.compiled import collective_bytes, needed
+from robust_ft.preflight.report import Row
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
@@ -208,12 +202,12 @@ def test_stages_and_programs_can_be_chosen(monkeypatch):
         program = types.SimpleNamespace(optimizer_bytes=2, _replace=dict)
         monkeypatch.setattr(programs, name, lambda *_, program=program: program)
     compiled = types.SimpleNamespace(peak_bytes=5)
-    monkeypatch.setattr(preflight_report, "_compiled", lambda *_: made.append(1) or compiled)
-    monkeypatch.setattr(preflight_report, "_row", lambda *each: each[-1])
+    monkeypatch.setattr(report, "_compiled", lambda *_: made.append(1) or compiled)
+    monkeypatch.setattr(report, "_row", lambda *each: each[-1])
     place = types.SimpleNamespace()
 
     def peaks(*names):
-        return list(preflight_report.of_stage(recipe, recipe.stages[0], place, names))
+        return list(report.of_stage(recipe, recipe.stages[0], place, names))
 
     assert (peaks("train_step"), peaks("infer_step"), len(made)) == ([5], [5], 2)
     assert (peaks("decode_step", "infer_step"), len(made)) == ([7, 5], 3)
@@ -230,7 +224,7 @@ def recipe_on(chips, *bindings, **mesh):
 
 
 def test_settings_go_from_fast_to_slow():
-    tried = list(preflight_report.settings(recipe_on(1)))
+    tried = list(report.settings(recipe_on(1)))
     assert tried[:4] == [
         (),
         ("FULLY_SHARDED=-1",),
@@ -260,25 +254,25 @@ def test_find_takes_the_first_that_fits(monkeypatch):
 def test_advice_is_about_what_the_config_does_not_do_yet():
     recipe = recipe_on(4)
     row = dataclasses.replace(row_of("model", "v5e:2x2", 9), chips=4)
-    advice = " ".join(preflight_report._advice(recipe, recipe.stage("model"), row))
+    advice = " ".join(report._advice(recipe, recipe.stage("model"), row))
     for setting in ("FULLY_SHARDED=-1", "dtype='bfloat16'", "remat='full'", "MICROBATCHES=2"):
         assert setting in advice
     recipe = recipe_on(4, "T5Config.remat='full'", fully_sharded=-1)
-    advice = " ".join(preflight_report._advice(recipe, recipe.stage("model"), row))
+    advice = " ".join(report._advice(recipe, recipe.stage("model"), row))
     assert "FULLY_SHARDED" not in advice and "remat" not in advice
 
 
 def test_heads_that_the_mesh_does_not_divide():
-    recipes.check(recipe_on(8, model_parallel=4))
+    checks.check(recipe_on(8, model_parallel=4))
     with pytest.raises(UserError, match=r"T5Config.num_heads: 4 heads .* 8 devices .* 'model'"):
-        recipes.check(recipe_on(8, model_parallel=8))
+        checks.check(recipe_on(8, model_parallel=8))
 
 
 def test_batches_that_the_mesh_does_not_divide():
     with pytest.raises(
         UserError, match=r"batch_size=64 of .* does not divide over the 128 devices"
     ):
-        recipes.check(recipe_on(128))
+        checks.check(recipe_on(128))
 
 
 class FakeDevice(types.SimpleNamespace):

@@ -9,26 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from robust_ft import console
-from robust_ft.checkpoint import Outcome
-from robust_ft.ensemble import Ensemble
+from robust_ft.ensembles.mixture_weight import GRID, Candidate, SelectedWeight, check_weights
+from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
 from robust_ft.evaluate import OOD, TARGET, Evaluation, evaluate
 from robust_ft.metric_writer import EVALUATIONS
 from robust_ft.metrics.norm_avg import norm_avg
-from robust_ft.mixture_weight import GRID, Candidate, Choice, check_weights
 from robust_ft.objectives import Cocktail
 from robust_ft.predictor import Predictor
+from robust_ft.stage import STAGE, Stage
+from robust_ft.stage_checkpoints import Outcome
 from robust_ft.summary import Summary
-from robust_ft.trainer import Stage
-
-STAGE = "stage:"
 
 # From a stage's name to a predictor with the parameters that the stage ended with.
 Load = Callable[[str], Predictor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EnsembleChoice:
+class EnsembleSelection:
     """Decodes a lightweight and a full model together with each weight, and chooses one.
 
     At each token p = lambda * p_light + (1 - lambda) * p_full (Ensembles and Cocktails, eq. 4).
@@ -61,7 +59,7 @@ class EnsembleChoice:
         """The names of the stages that have to finish before."""
         return self.light.removeprefix(STAGE), self.full.removeprefix(STAGE)
 
-    def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
+    def run(self, directory: Path, summary: Summary, load: Load) -> SelectedWeight:
         """Decodes with each weight, writes what was said and how good it is, and chooses.
 
         Args:
@@ -84,16 +82,16 @@ class EnsembleChoice:
             score = norm_avg([result.score for result in results[: len(chosen_by)]])
             console.print_line(f"[{self.name}] lambda {weight:g}: validation {score:.1f}")
             candidates.append(Candidate(weight, score, folder, step))
-        return Choice.of(candidates)
+        return SelectedWeight.of(candidates)
 
-    def predictor(self, choice: Choice, load: Load) -> Ensemble:
+    def predictor(self, selection: SelectedWeight, load: Load) -> Ensemble:
         """Returns the chosen ensemble."""
         members = [load(name) for name in self.stages]
-        return Ensemble(members, (choice.weight, 1 - choice.weight))
+        return Ensemble(members, (selection.weight, 1 - selection.weight))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CocktailChoice:
+class CocktailSelection:
     """Chooses among students that were trained with different weights.
 
     Attributes:
@@ -118,7 +116,7 @@ class CocktailChoice:
         full = self.full.removeprefix(STAGE)
         return tuple(_student(self.student, w) if w else full for w in self.weights)
 
-    def run(self, directory: Path, summary: Summary, load: Load) -> Choice:
+    def run(self, directory: Path, summary: Summary, load: Load) -> SelectedWeight:
         """Chooses by the score that each student's checkpoint was selected with.
 
         Args:
@@ -137,11 +135,11 @@ class CocktailChoice:
             rows = [r for r in summary.rows if (r["stage"], r["step"]) == (stage, outcome.step)]
             summary.add(row | {"stage": self.name, "lambda": weight} for row in rows)
             candidates.append(Candidate(weight, outcome.score, stage, outcome.step))
-        return Choice.of(candidates)
+        return SelectedWeight.of(candidates)
 
-    def predictor(self, choice: Choice, load: Load) -> Predictor:
+    def predictor(self, selection: SelectedWeight, load: Load) -> Predictor:
         """Returns the chosen student."""
-        return load(choice.chosen.folder)
+        return load(selection.selected.folder)
 
 
 def students(stage: Stage, weights: Sequence[float] = GRID) -> tuple[Stage, ...]:
@@ -171,18 +169,18 @@ def _student(name: str, weight: float) -> str:
 
 
 def check_vocabularies(
-    choice: EnsembleChoice | CocktailChoice, stages: Mapping[str, Stage]
+    selection: EnsembleSelection | CocktailSelection, stages: Mapping[str, Stage]
 ) -> None:
-    """Raises a UserError if the stages of a choice have different vocabularies.
+    """Raises a UserError if the stages of a selection have different vocabularies.
 
     An ensemble mixes probabilities token by token, and a cocktail's students differ in nothing but
     their lambda.
 
     Args:
-        choice: An ensemble or a cocktail.
+        selection: An ensemble or a cocktail.
         stages: All of the recipe, by name.
     """
-    first, *others = (stages[name] for name in choice.stages)
+    first, *others = (stages[name] for name in selection.stages)
     for other in others:
         one, another = first.data.vocabulary, other.data.vocabulary
         sizes = [stage.model.config.vocab_size for stage in (first, other)]
@@ -190,7 +188,7 @@ def check_vocabularies(
         same = one == another or one.fingerprint == another.fingerprint
         if not same or sizes[0] != sizes[1]:
             raise UserError(
-                f"'{choice.name}' needs stages with one vocabulary, but '{first.name}' and "
+                f"'{selection.name}' needs stages with one vocabulary, but '{first.name}' and "
                 f"'{other.name}' have different vocabularies, of {sizes[0]} and {sizes[1]} tokens."
             )
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from robust_ft.ensembles.mixture_weight import FILE, GRID, Candidate, SelectedWeight, select
 from robust_ft.errors import UserError
-from robust_ft.mixture_weight import FILE, GRID, Candidate, Choice, choose
 
 
 def test_the_grid_is_the_papers():
@@ -32,18 +32,18 @@ def test_the_grid_is_the_papers():
     ],
 )
 def test_choose(scores, best):
-    assert choose(scores) == best
-    assert choose(dict(reversed(scores.items()))) == best
+    assert select(scores) == best
+    assert select(dict(reversed(scores.items()))) == best
 
 
 def test_the_choice_can_see_nothing_but_validation_scores():
-    assert list(inspect.signature(choose).parameters) == ["validation_scores"]
+    assert list(inspect.signature(select).parameters) == ["validation_scores"]
 
 
 @pytest.mark.parametrize(
     ("scores", "sentence"),
     [
-        ({}, "choose needs at least one lambda"),
+        ({}, "select needs at least one lambda"),
         ({1.5: 1.0}, "lambda=1.5 must be from 0 .* to 1"),
         ({0.5: 1.0, -0.1: 2.0}, "lambda=-0.1 must be from 0"),
         ({math.nan: 1.0}, "lambda=nan must be from 0"),
@@ -52,13 +52,13 @@ def test_the_choice_can_see_nothing_but_validation_scores():
 )
 def test_bad_scores(scores, sentence):
     with pytest.raises(UserError, match=sentence):
-        choose(scores)
+        select(scores)
 
 
 def test_a_choice_is_read_as_it_was_written(tmp_path):
     candidates = [Candidate(0.0, 63.0, "full", 150), Candidate(0.25, 65.5, "cocktail_0.25", 100)]
-    choice = Choice.of(candidates)
-    assert (choice.weight, choice.chosen) == (0.25, candidates[1])
-    assert Choice.read(tmp_path) is None
-    (tmp_path / FILE).write_text(json.dumps(dataclasses.asdict(choice)))
-    assert Choice.read(tmp_path) == choice
+    selection = SelectedWeight.of(candidates)
+    assert (selection.weight, selection.selected) == (0.25, candidates[1])
+    assert SelectedWeight.read(tmp_path) is None
+    (tmp_path / FILE).write_text(json.dumps(dataclasses.asdict(selection)))
+    assert SelectedWeight.read(tmp_path) == selection

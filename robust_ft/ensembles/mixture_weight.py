@@ -1,7 +1,7 @@
-"""The mixture weight lambda of ensembles and cocktails, and the choice of it.
+"""The mixture weight lambda of ensembles and cocktails, and the selection of it.
 
-The choice sees in-distribution validation scores and nothing else: data from elsewhere is not to be
-had when a model is selected (Ensembles and Cocktails, section 6.1).
+The selection sees in-distribution validation scores and nothing else: data from elsewhere is not to
+be had when a model is selected (Ensembles and Cocktails, section 6.1).
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ from pathlib import Path
 from robust_ft.errors import UserError
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-FILE = "choice.json"
+FILE = "selection.json"
+_EARLIER_FILE = "choice.json"  # of runs before version 0.2
 
 
-def choose(validation_scores: Mapping[float, float]) -> float:
+def select(validation_scores: Mapping[float, float]) -> float:
     """Returns the weight with the best in-distribution validation score.
 
     Of equal scores the one nearest to 1/2 wins: where the models disagree, a mean of both errs less
@@ -30,10 +31,10 @@ def choose(validation_scores: Mapping[float, float]) -> float:
     Raises:
         UserError: There are no scores, a weight is not in [0, 1], or a score is not a number.
     """
-    check_weights("choose", tuple(validation_scores))
+    check_weights("select", tuple(validation_scores))
     for weight, score in validation_scores.items():
         if math.isnan(score):
-            raise UserError(f"choose: lambda {weight:g} has no validation score (it is NaN).")
+            raise UserError(f"select: lambda {weight:g} has no validation score (it is NaN).")
     return max(validation_scores, key=lambda w: (validation_scores[w], -abs(w - 0.5), w))
 
 
@@ -69,8 +70,8 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What `<name>/choice.json` holds.
+class SelectedWeight:
+    """What `<name>/selection.json` holds.
 
     Attributes:
         weight: The chosen lambda.
@@ -81,17 +82,20 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate]) -> "Choice":
-        return cls(choose({c.weight: c.score for c in candidates}), tuple(candidates))
+    def of(cls, candidates: Sequence[Candidate]) -> "SelectedWeight":
+        return cls(select({c.weight: c.score for c in candidates}), tuple(candidates))
 
     @property
-    def chosen(self) -> Candidate:
+    def selected(self) -> Candidate:
         return next(c for c in self.candidates if c.weight == self.weight)
 
     @classmethod
-    def read(cls, directory: Path) -> "Choice | None":
-        """Returns the choice in a folder, None if there is none yet."""
-        if not (directory / FILE).exists():
+    def read(cls, directory: Path) -> "SelectedWeight | None":
+        """Returns the selection in a folder, None if there is none yet."""
+        for file in (directory / FILE, directory / _EARLIER_FILE):
+            if file.exists():
+                break
+        else:
             return None
-        fields = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
         return cls(fields["weight"], tuple(Candidate(**c) for c in fields["candidates"]))

@@ -14,9 +14,9 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from robust_ft.models.model import Model
+from robust_ft.objectives.vocab_chunks import Block, Blocks, Values, vocab_axes
 from robust_ft.trainable import flatten, unflatten
 from robust_ft.types import Batch, Params
-from robust_ft.vocab_blocks import Block, Blocks, Values, vocab_axes
 
 # Logits of one model that a device computes at once, or weights that it gathers for them: 256 MB in
 # float32. Blocks of this size keep a device busy; what stays below would only be slower in blocks.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from robust_ft import flops
+from robust_ft.preflight import flops
 
 
 def traced(function, *shapes):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, example_batch, random_params, tiny_model, tree_equal
 
-from robust_ft.blocked_loss import plain
 from robust_ft.errors import UserError
 from robust_ft.objectives import Cocktail, CrossEntropy, Teacher
+from robust_ft.objectives.chunked_loss import plain
 
 
 def smoothed_cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
-from robust_ft import console, flops, programs
-from robust_ft.compiled import Compiled, compile_for
+from robust_ft import console
 from robust_ft.errors import UserError
+from robust_ft.preflight import flops, programs
+from robust_ft.preflight.compiled import Compiled, compile_for
+from robust_ft.preflight.topology import GIB, Topology
 from robust_ft.recipe import Recipe
-from robust_ft.topology import GIB, Topology
-from robust_ft.trainer import Stage
+from robust_ft.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)

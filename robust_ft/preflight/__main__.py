@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robust_ft import command_line, topology
+from robust_ft import command_line
+from robust_ft.preflight import topology
 
 if TYPE_CHECKING:
-    from robust_ft.preflight_report import Row
+    from robust_ft.preflight.report import Row
     from robust_ft.recipe import Recipe
-    from robust_ft.trainer import Stage
+    from robust_ft.stage import Stage
 
 PROGRAMS = ("train_step", "decode_step", "infer_step")
 
@@ -48,13 +49,14 @@ def main(argv: Sequence[str]) -> int:
     names = topology.larger(arguments.topology)
     topology.prepare()
 
-    from robust_ft import console, preflight_report
+    from robust_ft import console
+    from robust_ft.preflight import report
 
     if arguments.find:
         rows, bindings = _find(arguments, names)
     else:
         rows, bindings = list(_rows(arguments, arguments.topology, ())), ()
-    preflight_report.print_rows(rows)
+    report.print_rows(rows)
     if arguments.json:
         objects = [row.to_json() for row in rows]
         Path(arguments.json).write_text(json.dumps(objects, indent=2) + "\n", encoding="utf-8")
@@ -69,8 +71,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str]) -> Iterator["Row"]:
     """Yields a row for each program of each stage; programs are compiled one after the other."""
-    from robust_ft import preflight_report
-    from robust_ft import recipe as recipes
+
+    from robust_ft import checks
+    from robust_ft.preflight import report
 
     given = copy.copy(arguments)
     given.gin_bindings = [*arguments.gin_bindings, *bindings]
@@ -78,10 +81,10 @@ def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str])
     partitioner = config.recipe.partitioner
     place = topology.describe(name, partitioner.slices)
     recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
-    recipes.check(recipe)
+    checks.check(recipe)
     command_line.use_compile_effort(recipe)
     for stage in _chosen(recipe, arguments.stage):
-        yield from preflight_report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
+        yield from report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
 
 
 def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:
@@ -102,14 +105,15 @@ def _find(
     Settings come in the order of what they cost in speed; of one slice all are tried before the
     next. If nothing fits, the last rows are returned.
     """
-    from robust_ft import console, preflight_report
+    from robust_ft import console
     from robust_ft.errors import UserError
+    from robust_ft.preflight import report
 
     recipe = command_line.load_config(arguments).recipe
     rows: list[Row] = []
     bindings: tuple[str, ...] = ()
     for name in names:
-        for bindings in preflight_report.settings(recipe):
+        for bindings in report.settings(recipe):
             flags = " ".join([f"--gin.{each}" for each in bindings])
             rows = []
             try:

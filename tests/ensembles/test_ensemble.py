@@ -11,7 +11,8 @@ from tiny_families import CONFIGS
 from tiny_models import random_batch, random_params
 
 from robust_ft import predictor as predictor_lib
-from robust_ft.ensemble import Ensemble, interpolate
+from robust_ft.ensembles.interpolation import interpolate
+from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prefix, Prompt

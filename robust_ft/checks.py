@@ -1,0 +1,136 @@
+"""What is checked before anything is trained: now, not after hours."""
+
+import json
+from pathlib import Path
+
+from robust_ft import multihost, trainable
+from robust_ft.ensembles.selection import check_vocabularies
+from robust_ft.errors import UserError
+from robust_ft.evaluate import TARGET
+from robust_ft.models.model import Model
+from robust_ft.models.peft import Peft
+from robust_ft.recipe import Recipe
+from robust_ft.stage import Stage
+from robust_ft.stage_checkpoints import write_json
+from robust_ft.stage_start import teacher_model
+
+
+def claim(recipe: Recipe) -> None:
+    """Checks the recipe, then makes MODEL_DIR its own: creates it and writes `run.json`.
+
+    Raises:
+        UserError: A stage's patterns or batches do not fit its model or the mesh, or MODEL_DIR is
+            another recipe's, or one with another seed, or it cannot be written. Nothing in it has
+            been changed.
+    """
+    check(recipe)
+    file = Path(recipe.model_dir) / "run.json"
+    targets = [e.data.task for e in recipe.stages[-1].final_evaluations if e.role == TARGET]
+    facts = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "target": targets[0] if targets else None,
+        "stages": [stage.name for stage in recipe.stages],
+        "selections": [selection.name for selection in recipe.selections],
+    }
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8")) if file.exists() else facts
+        for field in ("name", "seed"):
+            if owner.get(field) != facts[field]:
+                raise UserError(
+                    f"MODEL_DIR={recipe.model_dir} belongs to a run with {field} "
+                    f"{owner.get(field)!r}, not {facts[field]!r}; choose another MODEL_DIR."
+                )
+        if multihost.is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, facts)
+        multihost.barrier()
+        if not file.exists():
+            raise UserError(
+                f"MODEL_DIR={recipe.model_dir} is not one folder for all processes; put it on a "
+                "file system that they share."
+            )
+    except OSError as error:
+        raise UserError(
+            f"MODEL_DIR={recipe.model_dir} cannot be written: {error.strerror}."
+        ) from None
+
+
+def check(recipe: Recipe) -> None:
+    """Checks all stages against their models and the mesh: now, not after hours of training.
+
+    Raises:
+        UserError: A stage's patterns, tasks, batches, lengths or teacher do not fit, or the
+            vocabularies of a selection's stages do not.
+    """
+    for stage in recipe.stages:
+        stage.model.check()
+        stage.trainable_paths()
+        _check_tasks(stage)
+        _check_mesh(recipe, stage)
+        _check_lengths(stage)
+        _check_teacher(recipe, stage)
+    for selection in recipe.selections:
+        check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
+
+
+def _check_tasks(stage: Stage) -> None:
+    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+        model = stage.model.without(*evaluation.detached(stage.model))
+        if model.tasks:
+            model.task_index(evaluation.task)
+    _check_packing(stage, stage.model)
+
+
+def _check_packing(stage: Stage, model: Model) -> None:
+    prompts = [p.name for p in model.peft if type(p).embed is not Peft.embed]
+    if stage.packing and prompts:
+        raise UserError(
+            f"Stage '{stage.name}' packs examples, but a soft prompt ('{prompts[0]}') needs a row "
+            "for each example; set PACKING = False (Stage.packing)."
+        )
+
+
+def _check_mesh(recipe: Recipe, stage: Stage) -> None:
+    partitioner, config = recipe.partitioner, stage.model.config
+    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+        partitioner.check_batch(evaluation.batch_size, f"the evaluation on '{evaluation.task}'")
+    partitioner.check_batch(stage.batch_size, f"stage '{stage.name}'", stage.microbatches)
+    if partitioner.mesh.size == 1:
+        return
+    # Of heads, parameters know only the product with their size.
+    for field in ("num_heads", "num_kv_heads"):
+        if (heads := getattr(config, field, None)) is not None:
+            partitioner.check_sizes(f"{type(config).__name__}.{field}", ("heads",), (heads,))
+    axes = trainable.flatten(stage.model.logical_axes())
+    for path, leaf in trainable.flatten(stage.model.shapes()).items():
+        partitioner.check_sizes(f"Parameter '{path}'", axes[path], leaf.shape)
+
+
+def _check_lengths(stage: Stage) -> None:
+    used = {(stage.model, stage.data.inputs_length, stage.data.targets_length)}
+    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+        model = stage.model.without(*evaluation.detached(stage.model))
+        used.add((model, evaluation.data.inputs_length, evaluation.decoder.max_decode_len))
+    for model, inputs, targets in used:
+        model.check_lengths(inputs, targets)
+
+
+def _check_teacher(recipe: Recipe, stage: Stage) -> None:
+    model = teacher_model(recipe, stage)
+    if model is None:
+        return
+    who = f"The teacher '{stage.teacher}' of stage '{stage.name}'"
+    sizes = model.config.vocab_size, stage.model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{who} knows {sizes[0]} tokens and its student {sizes[1]}; choose a teacher with the "
+            "student's vocabulary."
+        )
+    if model.tasks and model.tasks != stage.model.tasks:
+        raise UserError(
+            f"{who} has prompts for the tasks {', '.join(model.tasks)}, but its student has not; "
+            "choose a teacher with one prompt for all."
+        )
+    _check_packing(stage, model)
+    model.check_lengths(stage.data.inputs_length, stage.data.targets_length)

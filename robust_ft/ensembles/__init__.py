@@ -1,0 +1,1 @@
+"""Several models as one: by probabilities at every token, or by parameters; and by what weights."""

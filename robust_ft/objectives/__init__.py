@@ -1,0 +1,7 @@
+"""Objectives: what is minimized, computed without all logits in memory, and its gradient."""
+
+from robust_ft.objectives.base import Objective, Teacher
+from robust_ft.objectives.cocktail import Cocktail
+from robust_ft.objectives.cross_entropy import CrossEntropy
+
+__all__ = ["Cocktail", "CrossEntropy", "Objective", "Teacher"]

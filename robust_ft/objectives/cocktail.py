@@ -1,0 +1,77 @@
+"""Cross entropy mixed with distillation from a teacher."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from robust_ft.errors import UserError
+from robust_ft.models.model import Model
+from robust_ft.objectives.base import Teacher
+from robust_ft.objectives.chunked_loss import statistics
+from robust_ft.objectives.cross_entropy import CrossEntropy, correct, weighted_sums
+from robust_ft.types import Batch, Params, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Cocktail:
+    """Cross entropy mixed with distillation from a teacher (Ensembles and Cocktails, section 7.1).
+
+    At each target position, weight * KL(teacher || student) + (1 - weight) * cross entropy (eq. 6).
+
+    Attributes:
+        teacher_weight: The paper's lambda. At 0 this is `cross_entropy`, and no teacher runs; at 1
+            the targets only say which positions count.
+        temperature: What both models' logits are divided by before the divergence is taken; 1 in
+            the paper. The loss has the divergence times its square, because its gradient shrinks
+            by as much (Hinton et al., 2015, section 2).
+        cross_entropy: Its label smoothing goes into the cross entropy, its z-loss is added.
+    """
+
+    teacher_weight: float = 0.5
+    temperature: float = 1.0
+    cross_entropy: CrossEntropy = CrossEntropy()
+
+    takes_teacher: ClassVar[bool] = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher_weight > 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher_weight <= 1:
+            raise UserError(
+                f"Cocktail.teacher_weight={self.teacher_weight} must be from 0 (only cross "
+                "entropy) to 1 (only the teacher)."
+            )
+        if not self.temperature > 0:
+            raise UserError(f"Cocktail.temperature={self.temperature} must be above 0.")
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        rng: jax.Array | None,
+        teacher: Teacher | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Sums]:
+        if not self.teacher_weight:
+            return self.cross_entropy(model, params, batch, rng)
+        if teacher is None:
+            raise UserError("Cocktail needs a teacher; set Stage.teacher='stage:NAME'.")
+        pair = (teacher.model, teacher.params)
+        found = statistics(model, params, batch, rng, pair, self.temperature)
+        hard, z_loss = self.cross_entropy.losses(found, model.config.vocab_size)
+        soft = found.divergence * self.temperature**2
+        loss = self.teacher_weight * soft + (1 - self.teacher_weight) * hard + z_loss
+        weights = batch["decoder_loss_weights"]
+        sums = weighted_sums(
+            batch,
+            kl=found.divergence,
+            cross_entropy=hard,
+            z_loss=z_loss,
+            token_accuracy=correct(found, batch),
+        )
+        return jnp.sum(loss * weights), jnp.sum(weights), sums

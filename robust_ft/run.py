@@ -1,0 +1,122 @@
+"""Runs a recipe: its stages one after the other, finished ones skipped, then its selections."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+
+from robust_ft import console, model_info, multihost
+from robust_ft.checks import claim
+from robust_ft.ensembles.mixture_weight import FILE as SELECTED
+from robust_ft.ensembles.mixture_weight import SelectedWeight
+from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection
+from robust_ft.errors import UserError
+from robust_ft.predictor import BasePredictor
+from robust_ft.recipe import Recipe
+from robust_ft.stage import STAGE, Stage
+from robust_ft.stage_checkpoints import Outcome, write_json
+from robust_ft.stage_start import origin, predictor, restore, teacher
+from robust_ft.summary import Summary
+from robust_ft.trainer import RunContext, fit
+from robust_ft.types import Params
+
+
+def run(recipe: Recipe) -> Summary:
+    """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
+
+    Returns:
+        All evaluation results, also written to `summary.json`.
+
+    Raises:
+        Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
+    """
+    claim(recipe)
+    directory = Path(recipe.model_dir)
+    main = multihost.is_first()
+    summary = Summary(directory, enabled=main)
+    params: Params | None = None
+    with multihost.stop_on_sigterm() as stop, recipe.partitioner.activate():
+        for i, stage in enumerate(recipe.stages):
+            outcome = Outcome.read(directory / stage.name)
+            if outcome is not None:
+                _check_finished(recipe, stage, outcome)
+                console.print_line(
+                    f"[{stage.name}] finished before; step {outcome.step} was selected."
+                )
+                params = None
+                continue
+            # The stage before hands its parameters on without a detour over files.
+            follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
+            params = params if follows else None
+            # First, as for a moment it is there in two types.
+            tutor = teacher(recipe, stage)
+            params = restore(recipe, stage, params)
+            if main:
+                _write_model_info(stage, params, directory / stage.name)
+            context = RunContext(
+                directory,
+                recipe.partitioner,
+                recipe.seed,
+                summary,
+                stop,
+                baseline=i == 0,
+                origin=origin(recipe, stage),
+                teacher=tutor,
+            )
+            params = fit(stage, params, context)
+        params = None  # members of an ensemble need the room
+        for selection in recipe.selections:
+            _select(recipe, selection, summary)
+    return summary
+
+
+def _select(
+    recipe: Recipe, selection: EnsembleSelection | CocktailSelection, summary: Summary
+) -> None:
+    directory = Path(recipe.model_dir)
+    made = SelectedWeight.read(directory / selection.name)
+    if made is None:
+        made = selection.run(directory, summary, functools.partial(predictor, recipe))
+        if jax.process_index() == 0:
+            (directory / selection.name).mkdir(exist_ok=True)
+            write_json(directory / selection.name / SELECTED, dataclasses.asdict(made))
+    elif [candidate.weight for candidate in made.candidates] != list(selection.weights):
+        raise UserError(
+            f"'{selection.name}' was chosen among other weights in {recipe.model_dir}; choose "
+            "another MODEL_DIR, or delete its folder there to choose again."
+        )
+    console.print_line(
+        f"[{selection.name}] lambda {made.weight:g} was chosen; its validation score is "
+        f"{made.selected.score:.1f}."
+    )
+
+
+def final_predictor(recipe: Recipe) -> BasePredictor:
+    """Returns what a finished recipe ends with: its last selection, or its last stage's model."""
+    if not recipe.selections:
+        return predictor(recipe, recipe.stages[-1].name)
+    selection = recipe.selections[-1]
+    made = SelectedWeight.read(Path(recipe.model_dir) / selection.name)
+    if made is None:
+        raise UserError(f"'{selection.name}' has not been chosen yet in {recipe.model_dir}.")
+    return selection.predictor(made, functools.partial(predictor, recipe))
+
+
+def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
+    if outcome.steps != stage.steps:
+        raise UserError(
+            f"Stage '{stage.name}' has finished in {recipe.model_dir} after {outcome.steps} steps, "
+            f"not {stage.steps}; choose another MODEL_DIR, or delete the stage's folder and those "
+            "of the stages behind it to train them again."
+        )
+
+
+def _write_model_info(stage: Stage, params: Params, directory: Path) -> None:
+    paths = stage.trainable_paths()
+    methods = stage.model.peft
+    console.print_line(f"[{stage.name}] parameters:")
+    console.print_line(model_info.report(params, paths, methods, compact=True))
+    directory.mkdir(parents=True, exist_ok=True)
+    info = model_info.report(params, paths, methods) + "\n"
+    (directory / "model-info.txt").write_text(info, encoding="utf-8")

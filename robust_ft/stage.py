@@ -1,0 +1,134 @@
+"""What one stage of a recipe is: data only."""
+
+import dataclasses
+import zlib
+
+import jax
+
+from robust_ft import optim, trainable
+from robust_ft.data.cache import TaskData
+from robust_ft.errors import UserError, nearest
+from robust_ft.evaluate import Evaluation
+from robust_ft.models.model import Model
+from robust_ft.objectives import CrossEntropy, Objective
+from robust_ft.objectives.gradients import GradientFn, backprop
+
+# What `Stage.restore` and `Stage.teacher` begin with if they name an earlier stage.
+STAGE = "stage:"
+SCRATCH = "scratch"
+# The teacher that is the model which the first stage started from.
+PRETRAINED = "pretrained"
+
+TYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe: what trains, on what, and for how long.
+
+    Attributes:
+        name: The stage's folder in MODEL_DIR, and what "stage:<name>" refers to.
+        model: The model with the PEFT methods of this stage.
+        restore: Where parameters come from: a checkpoint's path, "stage:<name>" of an earlier
+            stage, or "scratch".
+        trainable: "peft" for the parameters of the model's PEFT methods, "base" for all others,
+            or regexes, which match paths in full; what one of them names trains.
+        data: The training data.
+        steps: Number of updates.
+        batch_size: Examples (packed rows, if packing) an update.
+        optimizer: Optimizer and learning rate.
+        objective: From logits to loss.
+        teacher: What the objective's teacher is, if it needs one: "stage:<name>" of an earlier
+            stage; "pretrained", the model that the first stage started from, without PEFT methods;
+            or a model directory, optionally with what is laid over it, such as "DIRECTORY,EXPORT".
+        teacher_dtype: Type in which the teacher's parameters are kept, "bfloat16" or "float32".
+        gradient: From a batch to a gradient.
+        gradient_dtype: Type in which a gradient is kept until it is applied, such as "bfloat16" to
+            save memory; by default each parameter's own.
+        microbatches: Parts of a batch that are computed one after the other, to save memory.
+        packing: Put several short examples into one row.
+        by_length: So many batches' examples are divided anew, by length, and padded to less where
+            that is enough, at the price of up to four compiled steps; 0 for off.
+        evaluations: Run before the first step, every `eval_period` steps and after the last. The
+            mean over those with the role "target" scores checkpoints.
+        final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
+        eval_period: Steps from one evaluation and checkpoint to the next.
+        log_period: Steps from one line of training metrics to the next.
+        select_best: Keep and hand on the checkpoint with the best score; otherwise the last one.
+    """
+
+    name: str
+    model: Model
+    restore: str
+    trainable: tuple[str, ...]
+    data: TaskData
+    steps: int
+    batch_size: int
+    optimizer: optim.Optimizer
+    objective: Objective = CrossEntropy()
+    teacher: str | None = None
+    teacher_dtype: str = "bfloat16"
+    gradient: GradientFn = backprop
+    gradient_dtype: str | None = None
+    microbatches: int = 1
+    packing: bool = False
+    by_length: int = 0
+    evaluations: tuple[Evaluation, ...] = ()
+    final_evaluations: tuple[Evaluation, ...] = ()
+    eval_period: int = 1000
+    log_period: int = 20
+    select_best: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("trainable", "evaluations", "final_evaluations"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.trainable:
+            raise UserError(f"Stage '{self.name}' trains nothing; give trainable a pattern.")
+        for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
+            if getattr(self, field) < 1:
+                value = getattr(self, field)
+                raise UserError(f"{field}={value} of stage '{self.name}' must be at least 1.")
+        if self.batch_size % self.microbatches:
+            raise UserError(
+                f"microbatches={self.microbatches} of stage '{self.name}' does not divide its "
+                f"batch_size={self.batch_size}."
+            )
+        for field in ("gradient_dtype", "teacher_dtype"):
+            dtype = getattr(self, field)
+            if dtype is not None and dtype not in TYPES:
+                raise UserError(
+                    f"{field}='{dtype}' of stage '{self.name}' must be one of {', '.join(TYPES)}."
+                    + nearest(dtype, TYPES)
+                )
+        objective = type(self.objective).__name__
+        if self.objective.takes_teacher and self.teacher is None:
+            raise UserError(
+                f"The objective of stage '{self.name}' is a {objective}, which needs a teacher; "
+                "set Stage.teacher='stage:NAME', 'pretrained' or to a model directory."
+            )
+        if self.teacher is not None and not self.objective.takes_teacher:
+            raise UserError(
+                f"Stage '{self.name}' has the teacher '{self.teacher}', from which its objective "
+                f"{objective} learns nothing; choose one that does, such as a Cocktail."
+            )
+
+    def trainable_paths(self) -> frozenset[str]:
+        """Returns the paths of the parameters that train.
+
+        Raises:
+            UserError: A pattern is no regular expression, or names no parameter of the model.
+        """
+        return trainable.trainable_paths(self.model.shapes(), self.trainable, self.model.peft_owns)
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """Returns the stage's own seed, so that no two stages see the same randomness."""
+    return zlib.crc32(f"{seed}/{stage}".encode())
+
+
+def stage_key(seed: int, stage: str, use: str) -> jax.Array:
+    """Returns the key of one use of randomness in a stage.
+
+    By name: `split(key)[i]` and `fold_in(key, i)` are the same key, so numbers would collide.
+    """
+    return jax.random.key(stage_seed(seed, f"{stage}/{use}"))
