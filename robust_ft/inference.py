@@ -9,7 +9,7 @@ from robust_ft import multihost
 from robust_ft.evaluate import Evaluation, evaluate, held_out_rows
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.recipe import Recipe
-from robust_ft.run import final_predictor
+from robust_ft.runner import final_predictor
 from robust_ft.stage_checkpoints import read_onto
 from robust_ft.stage_start import place
 

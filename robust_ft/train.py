@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 def _train(config: "Config") -> int:
     from robust_ft import console, multihost, report
     from robust_ft.checks import claim
-    from robust_ft.run import run
+    from robust_ft.runner import run
     from robust_ft.trainer import Stopped
 
     recipe = config.recipe

@@ -16,7 +16,7 @@ import toy
 
 from robust_ft import command_line, multihost, trainer
 from robust_ft.errors import UserError
-from robust_ft.run import run
+from robust_ft.runner import run
 
 TIMEOUT = 10
 

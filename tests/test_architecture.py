@@ -20,7 +20,7 @@ LAYERS = [
     {"recipe"},
     {"stage_start"},
     {"checks"},
-    {"run"},
+    {"runner"},
     {"inference", "gin_types", "report"},
     {"gin_config", "preflight"},
     {"command_line"},

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import checks, command_line, train
-from robust_ft import run as run_lib
+from robust_ft import checks, command_line, runner, train
 from robust_ft.stage_checkpoints import save_params
 from robust_ft.trainable import unflatten
 from robust_ft.trainer import Stopped
@@ -155,7 +154,7 @@ def test_sigterm_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
     def stopped(recipe):
         raise Stopped("Stopped at step 3 of stage 'model'.")
 
-    monkeypatch.setattr(run_lib, "run", stopped)
+    monkeypatch.setattr(runner, "run", stopped)
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME == 75
     assert "step 3 of stage 'model'. Run the same command to go on." in capsys.readouterr().out
 

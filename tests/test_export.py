@@ -16,8 +16,7 @@ from safetensors.numpy import load_file
 from tiny_models import example_batch, random_params
 
 import robust_ft
-from robust_ft import command_line, export, stage_start
-from robust_ft import run as run_lib
+from robust_ft import command_line, export, runner, stage_start
 from robust_ft.checkpoints_io import adapters, native, peft, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.convert import main
@@ -194,7 +193,7 @@ def test_stages_leave_exports_that_recipes_start_from(bases, tmp_path):
         toy.stage("late", restore="stage:norms", model=second, trainable=[".*/second"], **quiet),
     )
     recipe = Recipe("toy", str(tmp_path), stages)
-    run_lib.run(recipe)
+    runner.run(recipe)
     found = {stage.name: f"{tmp_path}/{stage.name}/export" for stage in stages}
     made = {name: peft.read(folder) for name, folder in found.items()}
     # The prompt stage changes nothing of the base, the stage of norms does.
@@ -238,10 +237,10 @@ def test_a_stage_that_died_before_its_end_exports_the_same(bases, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Outcome, "write", dies)
         with pytest.raises(KeyboardInterrupt):
-            run_lib.run(recipe)
+            runner.run(recipe)
     folder = tmp_path / "run" / "model" / "export"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    run_lib.run(recipe)
+    runner.run(recipe)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert peft.read(str(folder)).base.fingerprint == fingerprint(base_params().items())
 

@@ -18,7 +18,7 @@ import toy
 from robust_ft import multihost
 from robust_ft.command_line import RESUME
 from robust_ft.errors import UserError
-from robust_ft.run import run
+from robust_ft.runner import run
 from robust_ft.stage_checkpoints import _of_this_process
 
 TESTS = Path(__file__).parent

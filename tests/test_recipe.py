@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import checks, stage_start, trainer
-from robust_ft import run as run_lib
+from robust_ft import checks, runner, stage_start, trainer
 from robust_ft.errors import UserError
 from robust_ft.evaluate import HELD_OUT, suite
 from robust_ft.models.bart import BartConfig
@@ -33,7 +32,7 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "promot"
     with pytest.MonkeyPatch.context() as patch:
         evaluate = toy.ScriptedEvaluate(patch, SCORES)
-        summary = run_lib.run(toy.promot(directory))
+        summary = runner.run(toy.promot(directory))
     return types.SimpleNamespace(directory=directory, calls=evaluate.calls, rows=summary.rows)
 
 
@@ -161,8 +160,8 @@ def test_files_of_a_run(finished):
 
 def test_finished_stages_are_skipped(finished, monkeypatch):
     before = (finished.directory / "summary.json").read_text()
-    monkeypatch.setattr(run_lib, "fit", None)
-    assert run_lib.run(toy.promot(finished.directory)).rows == finished.rows
+    monkeypatch.setattr(runner, "fit", None)
+    assert runner.run(toy.promot(finished.directory)).rows == finished.rows
     assert (finished.directory / "summary.json").read_text() == before
 
 
@@ -176,11 +175,11 @@ def test_restoring_a_stage_from_files_equals_handing_it_over(finished, tmp_path,
             raise KeyboardInterrupt
         return fit(stage, params, run)
 
-    monkeypatch.setattr(run_lib, "fit", dies_in_the_model_stage)
+    monkeypatch.setattr(runner, "fit", dies_in_the_model_stage)
     with pytest.raises(KeyboardInterrupt):
-        run_lib.run(recipe)
-    monkeypatch.setattr(run_lib, "fit", fit)
-    again = run_lib.run(recipe)
+        runner.run(recipe)
+    monkeypatch.setattr(runner, "fit", fit)
+    again = runner.run(recipe)
     assert again.rows == finished.rows
     toy.assert_same(toy.final(tmp_path, "model"), toy.final(finished.directory, "model"))
 
@@ -201,11 +200,11 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(trainer.TrainingLog, "add", add_and_stop)
     with pytest.raises(trainer.Stopped, match=f"step {step} of stage '{stage}'"):
-        run_lib.run(toy.promot(tmp_path))
+        runner.run(toy.promot(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / stage / f"checkpoint_{step}").is_dir()
     monkeypatch.setattr(trainer.TrainingLog, "add", add)
-    assert run_lib.run(toy.promot(tmp_path)).rows == finished.rows
+    assert runner.run(toy.promot(tmp_path)).rows == finished.rows
     for name in ("prompt", "model"):
         toy.assert_same(toy.final(tmp_path, name), toy.final(finished.directory, name))
         lines = [toy.read_lines(d / name / "metrics.jsonl") for d in (tmp_path, finished.directory)]
@@ -264,8 +263,8 @@ def test_what_an_earlier_stage_kept_narrower_is_handed_on_unrounded(tmp_path, mo
         starts[stage.name] = jax.tree.map(np.array, toy.flat(params))
         return trainer.fit(stage, params, run)
 
-    monkeypatch.setattr(run_lib, "fit", fit)
-    run_lib.run(recipe)
+    monkeypatch.setattr(runner, "fit", fit)
+    runner.run(recipe)
     assert starts["prompt"]["token_embedder/embedding"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(starts["model"]["token_embedder/embedding"], table)
     trained = toy.final(tmp_path / "run", "prompt")[toy.PROMPT]
@@ -359,11 +358,11 @@ def test_each_task_trains_its_own_prompt(tmp_path, monkeypatch):
     toy.ScriptedEvaluate(monkeypatch)
     recipe = of_two(tmp_path / "both")
     before = toy.flat(stage_start.restore(recipe, recipe.stages[0]))[toy.PROMPT]
-    run_lib.run(recipe)
+    runner.run(recipe)
     after = toy.final(tmp_path / "both", "prompt")[toy.PROMPT]
     assert before.shape == after.shape == (2, 3, 16)
     assert (before != after).any(axis=(1, 2)).all()
-    run_lib.run(of_two(tmp_path / "one", data=toy.DATA))
+    runner.run(of_two(tmp_path / "one", data=toy.DATA))
     after = toy.final(tmp_path / "one", "prompt")[toy.PROMPT]
     assert (before != after).any(axis=(1, 2)).tolist() == [True, False]
 
@@ -371,18 +370,18 @@ def test_each_task_trains_its_own_prompt(tmp_path, monkeypatch):
 def test_tasks_without_a_prompt(tmp_path):
     model = dataclasses.replace(toy.MODEL, peft=(Prompt(length=3, tasks=("toi", "toy_other")),))
     with pytest.raises(UserError, match=r"no prompt for the task 'toy', .* mean 'toi'"):
-        run_lib.run(of_two(tmp_path / "run", model=model))
+        runner.run(of_two(tmp_path / "run", model=model))
     with pytest.raises(UserError, match=r"for the task 'toy_other_1shot', only for toy\."):
         held_out = dataclasses.replace(toy.HELD_OUT_EVALUATION, detach=())
         evaluations = suite("test", toy.TARGET_EVALUATION, held_out, {1: ["toy_other"]})
         model = dataclasses.replace(toy.MODEL, peft=(Prompt(length=3, tasks=("toy",)),))
-        run_lib.run(of_two(tmp_path / "run", model=model, final_evaluations=evaluations))
+        runner.run(of_two(tmp_path / "run", model=model, final_evaluations=evaluations))
     assert not (tmp_path / "run").exists()
 
 
 def test_soft_prompts_are_not_packed(tmp_path):
     with pytest.raises(UserError, match=r"'prompt' packs examples, but a soft prompt .* PACKING"):
-        run_lib.run(toy.promot(tmp_path / "run", prompt={"packing": True}))
+        runner.run(toy.promot(tmp_path / "run", prompt={"packing": True}))
     assert not (tmp_path / "run").exists()
     plain = toy.promot(tmp_path / "run", model={"packing": True, "model": toy.PLAIN})
     checks.claim(plain)
@@ -408,18 +407,18 @@ def test_a_folder_of_another_recipe_or_seed(finished):
     before = {p: p.read_bytes() for p in finished.directory.rglob("*") if p.is_file()}
     other = dataclasses.replace(toy.promot(finished.directory), name="full")
     with pytest.raises(UserError, match="belongs to a run with name 'toy_promot', not 'full'"):
-        run_lib.run(other)
+        runner.run(other)
     with pytest.raises(UserError, match="belongs to a run with seed 0, not 1"):
-        run_lib.run(toy.promot(finished.directory, seed=1))
+        runner.run(toy.promot(finished.directory, seed=1))
     with pytest.raises(UserError, match=r"'prompt' has finished in .* after 6 steps, not 8"):
-        run_lib.run(toy.promot(finished.directory, prompt={"steps": 8}))
+        runner.run(toy.promot(finished.directory, prompt={"steps": 8}))
     assert before == {p: p.read_bytes() for p in finished.directory.rglob("*") if p.is_file()}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file cannot be written: File exists"):
-        run_lib.run(toy.promot(tmp_path / "file"))
+        runner.run(toy.promot(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        run_lib.run(toy.promot(tmp_path / "file" / "run"))
+        runner.run(toy.promot(tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == "mine"

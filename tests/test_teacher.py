@@ -9,8 +9,7 @@ import pytest
 import toy
 from tiny_models import assert_trees_close, random_params
 
-from robust_ft import checks, gin_config, stage_start
-from robust_ft import run as run_lib
+from robust_ft import checks, gin_config, runner, stage_start
 from robust_ft.checkpoints_io import native
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
@@ -64,7 +63,7 @@ def run(tmp_path_factory):
     finished = recipe(folder / "run", student, light)
     with pytest.MonkeyPatch.context() as patch:
         toy.ScriptedEvaluate(patch, [0.0, 9.0, 5.0])  # the light stage's best is at step 2
-        run_lib.run(finished)
+        runner.run(finished)
     return finished
 
 
@@ -126,7 +125,7 @@ def test_without_weight_of_the_teacher_training_is_full_finetuning(run, tmp_path
     }.items():
         toy.ScriptedEvaluate(monkeypatch)
         student = student_stage(restore=base, steps=2, microbatches=1, **changes)
-        run_lib.run(Recipe(name, str(tmp_path / name), (student,)))
+        runner.run(Recipe(name, str(tmp_path / name), (student,)))
         finals.append(toy.final(tmp_path / name, "student"))
     toy.assert_same(*finals)
 

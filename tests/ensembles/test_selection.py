@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from robust_ft import assets, checks, inference, stage_start
-from robust_ft import run as run_lib
+from robust_ft import assets, checks, inference, runner, stage_start
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, students
@@ -56,7 +55,7 @@ def made(directory, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, run_lib.run(made(directory)).rows
+    return directory, runner.run(made(directory)).rows
 
 
 def lines(folder, task="toy-test", step=2):
@@ -125,7 +124,7 @@ def test_choices_are_what_validation_scores_say(finished):
 def test_a_finished_choice_is_not_made_again(finished, monkeypatch):
     directory, rows = finished
     monkeypatch.setattr(selections, "evaluate", lambda *_: pytest.fail("decoded again"))
-    assert run_lib.run(made(directory)).rows == rows
+    assert runner.run(made(directory)).rows == rows
 
 
 @pytest.mark.slow
@@ -133,7 +132,7 @@ def test_other_weights_in_the_same_folder_are_refused(finished):
     directory, _ = finished
     other = dataclasses.replace(ENSEMBLE, weights=(0.0, 1.0))
     with pytest.raises(UserError, match="'ensemble' was chosen among other weights"):
-        run_lib.run(made(directory, selections=(COCKTAIL, other)))
+        runner.run(made(directory, selections=(COCKTAIL, other)))
 
 
 @pytest.mark.slow
@@ -149,8 +148,8 @@ def test_a_finished_recipe_is_evaluated_as_its_last_choice(finished):
     }
     assert {(r["task"], r["metric"]): r["value"] for r in found} == expected
     assert {(r["stage"], r["step"]) for r in found} == {("ensemble", -1)}
-    assert isinstance(run_lib.final_predictor(made(directory)), Ensemble)
-    student = run_lib.final_predictor(made(directory, selections=(ENSEMBLE, COCKTAIL)))
+    assert isinstance(runner.final_predictor(made(directory)), Ensemble)
+    student = runner.final_predictor(made(directory, selections=(ENSEMBLE, COCKTAIL)))
     chosen = SelectedWeight.read(directory / "cocktail").selected.folder
     toy.assert_same(
         toy.flat(student.params), toy.flat(stage_start.finished(made(directory), chosen))
@@ -159,7 +158,7 @@ def test_a_finished_recipe_is_evaluated_as_its_last_choice(finished):
 
 def test_an_unfinished_choice_is_no_predictor(tmp_path):
     with pytest.raises(UserError, match="'ensemble' has not been chosen yet"):
-        run_lib.final_predictor(made(tmp_path))
+        runner.final_predictor(made(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import run as run_lib
-from robust_ft import stage_start
+from robust_ft import runner, stage_start
 from robust_ft.decoding import Decoder
 from robust_ft.models.gpt2 import GPT2Config
 from robust_ft.models.model import Model
@@ -55,7 +54,7 @@ def run(tmp_path_factory):
         ),
     )
     ran = Recipe("toy_gpt2", str(folder), stages)
-    return ran, run_lib.run(ran)
+    return ran, runner.run(ran)
 
 
 def losses(directory, stage):
