@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_ft import metrics
+from robust_ft import metrics, task_names
 from robust_ft.data import cache, loader
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def task(self) -> str:
-        return self.data.task + (f"_{self.shots}shot" if self.shots else "")
+        return task_names.with_shots(self.data.task, self.shots)
 
     def detached(self, model: LanguageModel) -> tuple[str, ...]:
         """Returns the names of the model's PEFT methods that are removed for this task.

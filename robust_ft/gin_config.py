@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from robust_ft import gin_types, objectives, optim, trainable, vocabulary
+from robust_ft import gin_types, objectives, optim, task_names, trainable, vocabulary
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
 from robust_ft.decoding import Decoder
@@ -54,7 +54,7 @@ def task_data(
             f"TASK_FEATURE_LENGTHS={dict(feature_lengths)} needs exactly 'inputs' and 'targets'."
         )
     return TaskData(
-        task=f"{task}_{shots}shot" if shots else task,
+        task=task_names.with_shots(task, shots),
         module=module,
         split=split,
         inputs_length=feature_lengths["inputs"],

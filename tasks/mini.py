@@ -15,7 +15,7 @@ import functools
 import seqio
 import tensorflow as tf
 
-from robust_ft import metrics
+from robust_ft import metrics, task_names
 from robust_ft.data.seqio_tasks import text_features
 from robust_ft.metrics import postprocess
 from tasks import mini_world
@@ -28,7 +28,7 @@ CHOICES = {"rte": ("True", "False"), "fact": ("True", "False"), "cb": ("yes", "n
 
 def task_name(family: str, shots: int = 0) -> str:
     """Returns the name of a family's seqio task, as `mini_rte` or `mini_rte_1shot`."""
-    return f"mini_{family}_{shots}shot" if shots else f"mini_{family}"
+    return task_names.with_shots(f"mini_{family}", shots)
 
 
 def _dataset(

@@ -9,6 +9,7 @@ promot_eval, promot_eval_1shot, _4shot        ProMoT's eight evaluation tasks; w
 
 import seqio
 
+from robust_ft import task_names
 from robust_ft.data import derived
 from tasks import (  # noqa: F401, importing them registers their tasks
     dart,
@@ -41,4 +42,4 @@ PROMOT_EVAL = (
 seqio.MixtureRegistry.add("rte_wmt14", ["rte", "wmt14_enfr"], default_rate=1.0)
 seqio.MixtureRegistry.add("promot_eval", list(PROMOT_EVAL), default_rate=1.0)
 for _shots in (1, 4):
-    derived.find(f"promot_eval_{_shots}shot")
+    derived.find(task_names.with_shots("promot_eval", _shots))

@@ -1,11 +1,7 @@
 """k-shot and label-shuffled versions of every seqio task and mixture, made when asked for by name.
 
-  <task>_<k>shot     k exemplars from the training split before each input
-  <task>_shuffled    each input with the target of another one (for ProMoT's format gradient)
-
-`_seed<n>` behind the name draws anew (the default is 0): `rte_4shot_seed1`. Names nest:
-`rte_shuffled_1shot` has exemplars with shuffled labels. A task registered under such a name is
-itself.
+The names are those of `robust_ft.task_names`: `<task>_<k>shot`, `<task>_shuffled` (for ProMoT's
+format gradient), both also with `_seed<n>`. A task registered under such a name is itself.
 
 Every example has its own exemplars, in training splits too (ProMoT + 1-shot): different ones,
 never one with the example's own inputs. What is drawn is a function of (seed, example id) and of
@@ -15,18 +11,17 @@ and counted, when the cache is built, since only then the vocabulary is known: `
 
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
 
+from robust_ft import task_names
 from robust_ft.data import task_rows
 from robust_ft.data.seqio_tasks import from_python
 from robust_ft.errors import UserError
 
-_NAME = re.compile(r"(?P<base>.+)_(?:(?P<shots>[1-9]\d*)shot|shuffled)(?:_seed(?P<seed>\d+))?")
 # Sentencepiece vocabularies read this as one space.
 SEPARATOR = "\n\n"
 # Exemplars come from so many first training examples: what fits into memory for any task.
@@ -50,19 +45,19 @@ def find(name: str) -> seqio.Task | seqio.Mixture | None:
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         return seqio.get_mixture_or_task(name)
-    match = _NAME.fullmatch(name)
-    base = find(match["base"]) if match else None
-    if match is None or base is None:
+    derived = task_names.parse(name)
+    base = find(derived.base) if derived else None
+    if derived is None or base is None:
         return None
     if isinstance(base, seqio.Mixture):
-        suffix = name[len(match["base"]) :]
-        for task in base.tasks:
-            find(f"{task.name}{suffix}")
-        rates = [(f"{task.name}{suffix}", base.get_rate(task)) for task in base.tasks]
-        return seqio.MixtureRegistry.add(name, rates)
-    seed = int(match["seed"] or 0)
-    if match["shots"]:
-        source: seqio.DataSource = _ShotsSource(base, int(match["shots"]), seed)
+        rates = {str(derived._replace(base=task.name)): base.get_rate(task) for task in base.tasks}
+        for task in rates:
+            find(task)
+        return seqio.MixtureRegistry.add(name, list(rates.items()))
+    seed = derived.seed or 0
+    source: seqio.DataSource
+    if derived.shots:
+        source = _ShotsSource(base, derived.shots, seed)
     else:
         source = _ShuffledSource(base, seed)
     return seqio.TaskRegistry.add(

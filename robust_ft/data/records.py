@@ -117,18 +117,18 @@ def model_batch(
 def packed_batch(
     packed: Mapping[str, Int32[np.ndarray, "batch length"]], pad_id: int = 0, start_id: int = 0
 ) -> Arrays:
-    """Returns t5x's features for rows that Grain packed, with segment ids and positions.
+    """Returns t5x's features for rows that Grain packed, with segment ids.
 
     Every segment's decoder inputs start with `start_id`, so no example sees its neighbour's last
-    token. Segment ids count from 1 in a row and are 0 on padding; positions count from 0 in a
-    segment.
+    token. Segment ids count from 1 in a row and are 0 on padding. t5x's positions are left out:
+    our models derive them from the segment ids.
     """
     is_target = packed["targets_segment_ids"] > 0
     targets = np.where(is_target, packed["targets"], pad_id).astype(np.int32)
     inputs = np.where(packed["inputs_segment_ids"] > 0, packed["inputs"], pad_id).astype(np.int32)
-    positions = packed["targets_positions"]
+    is_first = packed["targets_positions"] == 0  # also everywhere in the padding
     first = np.where(is_target, start_id, pad_id)
-    decoder_inputs = np.where(positions == 0, first, shift_right(targets, start_id))
+    decoder_inputs = np.where(is_first, first, shift_right(targets, start_id))
     weights: Float32[np.ndarray, "batch length"] = is_target.astype(np.float32)
     return {
         "encoder_input_tokens": inputs,
@@ -137,8 +137,6 @@ def packed_batch(
         "decoder_loss_weights": weights,
         "encoder_segment_ids": packed["inputs_segment_ids"],
         "decoder_segment_ids": packed["targets_segment_ids"],
-        "encoder_positions": packed["inputs_positions"],
-        "decoder_positions": positions,
     }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
+from robust_ft import task_names
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.peft.base import Peft
 from robust_ft.types import Batch, Params
@@ -100,14 +100,13 @@ class Model:
     def task_index(self, task: str) -> int:
         """Returns what batches' "task_index" [batch] says for a task: its position in `tasks`.
 
-        `<task>_<k>shot` and `<task>_ood` have the parameters of `<task>`, unless they have their
-        own.
+        Derived tasks (`task_names`) have the parameters of the task they come from, unless they
+        have their own.
 
         Raises:
             UserError: The task has none.
         """
-        zero_shot = re.sub(r"_\d+shot$", "", task)
-        for name in (task, zero_shot, zero_shot.removesuffix("_ood")):
+        for name in task_names.lineage(task):
             if name in self.tasks:
                 return self.tasks.index(name)
         raise UserError(

@@ -111,8 +111,8 @@ def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
         "decoder_target_tokens": data.targets_length,
     }
     if stage.packing:
-        for side, length in (("encoder", data.inputs_length), ("decoder", data.targets_length)):
-            names |= {f"{side}_segment_ids": length, f"{side}_positions": length}
+        names["encoder_segment_ids"] = data.inputs_length
+        names["decoder_segment_ids"] = data.targets_length
     batch = {name: _tokens(partitioner, np.int32, rows, length) for name, length in names.items()}
     batch["decoder_loss_weights"] = _tokens(partitioner, np.float32, rows, data.targets_length)
     if stage.model.tasks:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from robust_ft import task_names
 from robust_ft.metrics import resampling
 from robust_ft.metrics.significance import Bootstrap, summary_of_draws, welch_t_test
 from robust_ft.report.results import Column, selected_step
@@ -50,7 +51,7 @@ class Draws:
 
     def _draw(self, run: Run, column: Column) -> Float[np.ndarray, "draws"] | None:
         stage = run.stages[-1]
-        task = column.task + (f"_{column.shots}shot" if column.shots else "")
+        task = task_names.with_shots(column.task, column.shots)
         step = selected_step(run, stage)
         files = [
             file for file in run.samples

@@ -17,9 +17,7 @@ VOCABULARY = ByteVocabulary()
 FEATURES = [
     "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights",
 ]  # fmt: skip
-PACKED = [
-    "encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions",
-]  # fmt: skip
+PACKED = ["encoder_segment_ids", "decoder_segment_ids"]
 quick = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -195,18 +193,16 @@ def test_packed_rows_hold_whole_examples(toy):
             ("encoder", "encoder_input_tokens"),
             ("decoder", "decoder_target_tokens"),
         ):
-            segments, positions = batch[f"{side}_segment_ids"], batch[f"{side}_positions"]
+            segments = batch[f"{side}_segment_ids"]
             np.testing.assert_array_equal(segments > 0, batch[tokens] > 0)
             for row in range(8):
                 sizes = np.bincount(segments[row])[1:]
-                expected = np.concatenate([np.arange(size) for size in sizes])
-                np.testing.assert_array_equal(positions[row][: len(expected)], expected)
-                np.testing.assert_array_equal(
-                    segments[row][: len(expected)], np.repeat(np.arange(len(sizes)) + 1, sizes)
-                )
+                expected = np.repeat(np.arange(len(sizes)) + 1, sizes)
+                np.testing.assert_array_equal(segments[row][: len(expected)], expected)
         weights = batch["decoder_loss_weights"]
         np.testing.assert_array_equal(weights, batch["decoder_segment_ids"] > 0)
-        starts = batch["decoder_positions"] == 0
+        segments = batch["decoder_segment_ids"]
+        starts = np.diff(segments, axis=1, prepend=0) != 0  # of segments, and of the padding
         shifted = np.roll(batch["decoder_target_tokens"], 1, axis=1)
         np.testing.assert_array_equal(batch["decoder_input_tokens"], np.where(starts, 0, shifted))
     fill = np.mean([(batch["encoder_input_tokens"] > 0).mean() for batch in batches])
