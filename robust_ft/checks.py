@@ -1,17 +1,16 @@
 """What is checked before anything is trained: now, not after hours."""
 
-import json
 from pathlib import Path
 
 from robust_ft import multihost, trainable
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
 from robust_ft.evaluate import TARGET
+from robust_ft.files import read_json, write_json
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
-from robust_ft.stage_checkpoints import write_json
 from robust_ft.stage_start import teacher_model
 
 
@@ -34,7 +33,7 @@ def claim(recipe: Recipe) -> None:
         "selections": [selection.name for selection in recipe.selections],
     }
     try:
-        owner = json.loads(file.read_text(encoding="utf-8")) if file.exists() else facts
+        owner = read_json(file, default=facts)
         for field in ("name", "seed"):
             if owner.get(field) != facts[field]:
                 raise UserError(

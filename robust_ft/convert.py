@@ -112,7 +112,7 @@ def convert(
             path: tensor.cast(dtype)
             for path, tensor in _weights(source, source_format, base, config).items()
         }
-        with outputs.fresh(Path(output), overwrite) as temporary:
+        with outputs.replacing(Path(output), overwrite) as temporary:
             safetensors_files.write(temporary, tensors)
         size = Path(output).stat().st_size
         console.print_line(f"{len(tensors)} parameters in {output} ({size:,} bytes).")
@@ -123,7 +123,7 @@ def convert(
             "belong to, or an --output that ends in .safetensors."
         )
     checkpoint = _model(source, source_format, base, config).cast(dtype)
-    with outputs.fresh(Path(output), overwrite) as temporary:
+    with outputs.replacing(Path(output), overwrite) as temporary:
         temporary.mkdir()
         _write(checkpoint, temporary, output_format)
     console.print_line(
@@ -167,7 +167,7 @@ def _convert_adapter(
         adapters.check_base(adapter, leaves, str(base))
     tensors = {path: tensor.cast(dtype) for path, tensor in adapter.tensors.items()}
     alone = dataclasses.replace(adapter, tensors=tensors)
-    with outputs.fresh(Path(output), overwrite) as temporary:
+    with outputs.replacing(Path(output), overwrite) as temporary:
         if to_file:
             safetensors_files.write(temporary, tensors)
         else:

@@ -7,7 +7,6 @@ without it (ProMoT, section 4, "Evaluation").
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from robust_ft.data import cache, loader
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import write_json_lines
 from robust_ft.metrics.format_share import format_share
 from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.metrics.postprocess import promot
@@ -148,8 +148,7 @@ class Result:
         split = self.evaluation.data.split
         task = self.evaluation.task + ("" if split == "validation" else f"-{split}")
         name = f"{task}-{step:06}.jsonl"
-        lines = (json.dumps(prediction, ensure_ascii=False) for prediction in self.predictions)
-        (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json_lines(directory / name, self.predictions)
 
 
 def evaluate(evaluation: Evaluation, predictor: BasePredictor) -> Result:

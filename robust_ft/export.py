@@ -69,7 +69,7 @@ def write(
         for path, array in flatten(jax.device_get(whole)).items()
     }
     adapter = Adapter(str(folder), model.exported().peft, tensors, base)
-    with outputs.fresh(folder, overwrite=True) as temporary:
+    with outputs.replacing(folder, overwrite=True) as temporary:
         temporary.mkdir()
         adapters.write(adapter, temporary)
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -1,12 +1,12 @@
 """What is done with a finished recipe: evaluating it again, and predicting."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from robust_ft import multihost
 from robust_ft.evaluate import Evaluation, evaluate, held_out_rows
+from robust_ft.files import write_json_lines
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.recipe import Recipe
 from robust_ft.runner import final_predictor
@@ -61,6 +61,5 @@ def infer(recipe: Recipe, inference: Inference) -> Path:
     file = folder / f"{evaluation.task}-predict.jsonl-00000-of-00001"
     if multihost.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(prediction, ensure_ascii=False) for prediction in result.predictions]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json_lines(file, result.predictions)
     return file

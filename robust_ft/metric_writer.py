@@ -12,10 +12,11 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from robust_ft.errors import UserError
+from robust_ft.files import json_line, write_json_lines
 
 NOT_FINITE = "not_finite"  # key of the note that tells a null's real value: {"loss": "nan"}
 EVALUATIONS = "inference_eval"
@@ -156,7 +157,7 @@ class MetricWriter:
         paths += sorted((self.directory / EVALUATIONS).glob("*-metrics.jsonl"))
         for path in paths:
             if path.exists():
-                _rewrite(path, (r for r in _parse(path) if r.get("step", 0) <= step))
+                write_json_lines(path, (r for r in _parse(path) if r.get("step", 0) <= step))
         self._purge_from = step + 1
         for events in self._events.values():
             events.purge(self._purge_from)
@@ -185,7 +186,7 @@ class MetricWriter:
             _mend(path)
             self._mended.add(path)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json_line(record))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -221,21 +222,11 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rewrite(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _mend(path: pathlib.Path) -> None:
     """Ends the file with a newline; a last line that a crash cut off is dropped."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
-        _rewrite(path, _parse(path))
+        write_json_lines(path, _parse(path))
 
 
 def _number(value: Any) -> int | float:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from robust_ft import assets, multihost
 from robust_ft.checkpoints_io import adapters, added_tokens, sources
 from robust_ft.errors import UserError
+from robust_ft.files import read_json, replacing, write_json
 from robust_ft.models.model import Model
 from robust_ft.train_step import TrainState
 from robust_ft.trainable import flatten, unflatten
@@ -165,10 +166,9 @@ def save_params(path: str | os.PathLike[str], params: Params, dtype: str | None 
         name: np.ascontiguousarray(np.asarray(leaf, dtype=dtype))
         for name, leaf in flatten(jax.device_get(params)).items()
     }
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, temporary)
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(arrays, temporary)
 
 
 def read_onto(model: Model, path: str) -> dict[str, np.ndarray]:
@@ -243,13 +243,6 @@ def restore_onto(
     return {path: array.astype(expected[path].dtype, copy=False) for path, array in found.items()}
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a finished stage leaves behind in `<stage>/outcome.json`.
@@ -279,10 +272,9 @@ class Outcome:
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> "Outcome | None":
         """Returns the outcome of a finished stage, None of an unfinished one."""
-        file = cls.file(directory)
-        if not file.exists():
+        fields = read_json(cls.file(directory), default=None)
+        if fields is None:
             return None
-        fields = json.loads(file.read_text(encoding="utf-8"))
         return cls(**fields | {"paths": tuple(fields["paths"])})
 
     def load(self, directory: str | os.PathLike[str]) -> Params:

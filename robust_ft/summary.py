@@ -1,12 +1,11 @@
 """`summary.json`: every evaluation result of a run, one object each."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from robust_ft.stage_checkpoints import write_json
+from robust_ft.files import read_json, write_json
 
 _KEY = ("stage", "step", "task", "split", "shots", "metric", "lambda")
 
@@ -22,9 +21,8 @@ class Summary:
     def __init__(self, directory: str | os.PathLike[str], enabled: bool = True):
         self._file = Path(directory) / "summary.json"
         self._enabled = enabled
-        rows = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._put(rows)
+        self._put(read_json(self._file, default=[]))
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust_ft import command_line, cpu_settings
+from robust_ft.files import write_atomically
 
 if TYPE_CHECKING:
     from robust_ft.gin_config import Config
@@ -92,8 +93,7 @@ def _write_config(config: "Config") -> None:
     from robust_ft import multihost
 
     if multihost.is_first():
-        file = Path(config.recipe.model_dir) / "config.gin"
-        file.write_text(config.operative, encoding="utf-8")
+        write_atomically(Path(config.recipe.model_dir) / "config.gin", config.operative)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from typing import Any
 from absl import logging
 
 from robust_ft import metrics
-from robust_ft.data.raw_files import Row, read_json, text
+from robust_ft.data.raw_files import Row, text
 from robust_ft.data.seqio_tasks import Files, Origin, Splits, Tfds, add
 from robust_ft.errors import UserError
+from robust_ft.files import read_json
 from robust_ft.metrics import postprocess
 from tasks import templates
 

@@ -19,7 +19,6 @@ from robust_ft.stage_checkpoints import (
     load_params,
     restore_onto,
     save_params,
-    write_json,
 )
 from robust_ft.train_step import TrainState, init_state
 
@@ -188,11 +187,3 @@ def test_outcome_round_trip(tmp_path):
     assert Outcome.read(tmp_path) == outcome
     save(tmp_path, {4: 1.0})
     assert outcome.load(tmp_path).keys() == {"a", "b"}
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "x.json"
-    write_json(file, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(file, {"a": object()})
-    assert json.loads(file.read_text()) == {"a": 1}

@@ -5,7 +5,6 @@ base it was in `robust_ft_adapter.json`, and soft prompts once more as bare arra
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import numpy as np
 
 from robust_ft.checkpoints_io import safetensors_files
 from robust_ft.checkpoints_io.names import misfit
-from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import read_json_object, write_json
 from robust_ft.fingerprint import fingerprint
 from robust_ft.models import peft
 from robust_ft.models.model import Model
@@ -91,7 +91,7 @@ def read(folder: Path) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"'{folder}' lacks {WEIGHTS}.")
     tensors = safetensors_files.read(folder / WEIGHTS)
-    settings = settings_file(folder / SETTINGS)
+    settings = read_json_object(folder / SETTINGS, default={})
     try:
         if (version := int(settings["version"])) > VERSION:
             raise UserError(f"'{folder / SETTINGS}' was written by a newer robust_ft.")
@@ -121,8 +121,7 @@ def write(adapter: Adapter, folder: Path) -> None:
         "base": dataclasses.asdict(adapter.base) if adapter.base else None,
         "peft": dict(adapter.peft_config),
     }
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / SETTINGS).write_text(text, encoding="utf-8")
+    write_json(folder / SETTINGS, settings)
     safetensors_files.write(folder / WEIGHTS, adapter.tensors)
     for each in adapter.methods:
         if isinstance(each, Prompt):

@@ -1,7 +1,6 @@
 """Hugging Face model directories, read and written tensor by tensor."""
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ import numpy as np
 
 from robust_ft.checkpoints_io import families, safetensors_files
 from robust_ft.checkpoints_io.names import expand, resolve
-from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
+from robust_ft.files import read_json_object, write_json
 from robust_ft.models.model import ModelConfig
 from robust_ft.vocabulary import (
     Vocabulary,
@@ -61,7 +61,7 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
     folder = find(source)
     if not is_directory(folder):
         raise UserError(f"'{source}' is no Hugging Face model directory: it has no {CONFIG}.")
-    settings = settings_file(folder / CONFIG)
+    settings = read_json_object(folder / CONFIG, default={})
     name = families.of_model_type(settings.get("model_type"), str(folder / CONFIG))
     family, tensors = families.get(name), read_weights(folder)
     try:
@@ -104,8 +104,7 @@ def write(
     A checkpoint that came from Hugging Face gets its own config.json and names back.
     """
     tensors = _named(checkpoint)
-    text = json.dumps(_settings(checkpoint, tensors), indent=2) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG, _settings(checkpoint, tensors))
     safetensors_files.write_sharded(folder, tensors, {"format": "pt"}, shard_bytes)
     for file in checkpoint.files:
         (folder / file.name).write_bytes(file.read_bytes())

@@ -1,7 +1,6 @@
 """Our own model directories: weights under our paths, robust_ft.json and vocabulary files."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import robust_ft.vocabulary
 from robust_ft.checkpoints_io import families, safetensors_files
 from robust_ft.checkpoints_io.names import misfit, parameter_shapes
-from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import read_json_object, write_json
 from robust_ft.models.model import Model, ModelConfig
 from robust_ft.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ def read(source: str) -> Checkpoint:
     folder = Path(source).expanduser()
     if not is_directory(folder):
         raise UserError(f"'{source}' is no model directory of robust_ft: it has no {SETTINGS}.")
-    settings = settings_file(folder / SETTINGS)
+    settings = read_json_object(folder / SETTINGS, default={})
     try:
         if settings["version"] > VERSION:
             raise UserError(f"'{folder / SETTINGS}' was written by a newer robust_ft.")
@@ -71,8 +71,7 @@ def write(
         "files": [file.name for file in checkpoint.files],
         "hugging_face": dict(checkpoint.hugging_face),
     }
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / SETTINGS).write_text(text, encoding="utf-8")
+    write_json(folder / SETTINGS, settings)
     safetensors_files.write_sharded(folder, checkpoint.tensors, None, shard_bytes)
     for file in checkpoint.files:
         (folder / file.name).write_bytes(file.read_bytes())

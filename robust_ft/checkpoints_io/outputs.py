@@ -1,11 +1,10 @@
-"""Outputs that are there whole or not at all."""
+"""Outputs of converting and exporting: there whole or not at all, and never replaced unasked."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from robust_ft import files
 from robust_ft.errors import UserError
 
 
@@ -17,31 +16,19 @@ def check(output: Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def fresh(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a path beside `output` to write to, a file or directory, that replaces it at the end.
+def replacing(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or a folder to, which becomes `output` at the end.
 
-    If anything goes wrong what was written is removed, and what was there before stays.
+    See `files.replacing`; folders above `output` are made.
 
     Raises:
         UserError: `output` is there and `overwrite` is not set, or it cannot be written.
     """
     output = output.expanduser().absolute()
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
     try:
         check(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if output.is_dir():
-            output.rename(replaced)
-        temporary.rename(output)
+        with files.replacing(output) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"'{output}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        for left in (temporary, replaced):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            elif left.exists():
-                left.unlink()

@@ -4,15 +4,15 @@ PEFT's hold `adapter_config.json` and `adapter_model.safetensors`. `peft_methods
 method's files look like, `adapters` our own directories.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from robust_ft.checkpoints_io import adapters, peft_methods, safetensors_files
 from robust_ft.checkpoints_io.adapters import Adapter
-from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor, settings_file
+from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
+from robust_ft.files import read_json_object, write_json
 from robust_ft.models.peft import Lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +41,9 @@ def read(source: str) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"'{folder}' lacks {WEIGHTS}.")
     tensors = safetensors_files.read(folder / WEIGHTS)
-    return peft_methods.from_peft(str(folder), settings_file(folder / CONFIG), tensors)
+    return peft_methods.from_peft(
+        str(folder), read_json_object(folder / CONFIG, default={}), tensors
+    )
 
 
 def of_weights(
@@ -76,6 +78,5 @@ def write(adapter: Adapter, base: Checkpoint, folder: Path) -> None:
     """
     adapters.check(adapter, base)
     config, tensors = peft_methods.to_peft(adapter, base)
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG, dict(sorted(config.items())))
     safetensors_files.write(folder / WEIGHTS, tensors, {"format": "pt"})

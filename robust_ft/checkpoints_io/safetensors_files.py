@@ -17,6 +17,7 @@ import numpy as np
 
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
+from robust_ft.files import read_json, write_json
 
 # In the package's order of types, which files are sorted by, the widest first.
 TYPES = {
@@ -95,11 +96,11 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
 def weight_map(index: Path) -> dict[str, str]:
     """Returns {tensor: file} of an index file."""
     try:
-        mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        mapped = read_json(index)["weight_map"]
         if not isinstance(mapped, dict) or not all(isinstance(f, str) for f in mapped.values()):
             raise TypeError
         return mapped
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(
             f"'{index}' is no index of shards: it has no readable 'weight_map'."
         ) from None
@@ -161,8 +162,7 @@ def write_sharded(
         write(folder / file, shard, metadata)
         where |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
-    text = json.dumps(index, indent=2) + "\n"
-    (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
+    write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ft.errors import UserError
 from robust_ft.models.model import ModelConfig
 
 # What is copied at once: large enough for disks, small against a checkpoint.
@@ -129,20 +127,3 @@ def float_type(tensors: Iterable[Tensor]) -> str | None:
     """Returns the floats' type if all have the same, else None."""
     types = {t.dtype for t in tensors if jnp.issubdtype(t.dtype, np.floating)}
     return str(types.pop()) if len(types) == 1 else None
-
-
-def settings_file(file: Path) -> dict[str, Any]:
-    """Returns the dict that a JSON file holds, an empty one if there is no such file.
-
-    Raises:
-        UserError: It holds something else.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{file}' is no readable JSON file: {error}.") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"'{file}' holds no JSON object.")
-    return settings

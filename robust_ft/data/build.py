@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import importlib
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -38,6 +37,7 @@ from robust_ft.data import (
 from robust_ft.data.columns import Column
 from robust_ft.data.parts import Counts, Parts
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import write_json
 
 with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
     # Otherwise tensorflow takes all memory of the accelerators that JAX is about to use.
@@ -70,7 +70,7 @@ def build(data: cache.TaskData) -> None:
                 f"Mixture '{data.task}' gives a task a rate that is not positive: {rates}."
             )
         with _publishing(cache.directory(data, source)) as folder:
-            _write_json(folder / cache.MIXTURE, {"mixture": data.task, "rates": rates})
+            write_json(folder / cache.MIXTURE, {"mixture": data.task, "rates": rates})
 
 
 def build_share(found: Sequence[cache.TaskData], index: int, count: int) -> None:
@@ -199,7 +199,7 @@ def _build_task(task: seqio.Task, data: cache.TaskData, source: str) -> None:
             # Without locks somebody else might be done with a common folder, and remove it.
             kept = parts.folder_of(final) if is_alone else folder.with_name(f"{folder.name}.parts")
             info = _write_examples(task, data, folder, kept)
-            _write_json(folder / cache.INFO, dataclasses.asdict(info))
+            write_json(folder / cache.INFO, dataclasses.asdict(info))
         shutil.rmtree(kept)
     _report(info, data)
 
@@ -390,13 +390,6 @@ def _remove_leftovers(parent: Path, owner: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, PermissionError):
             pass
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 class _Progress:

@@ -5,7 +5,6 @@ Processes may write different parts of one folder at the same time.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import socket
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from robust_ft.files import read_json, write_json
 
 _COPIED = 4096  # records that are copied at once
 _IDENTITY = "identity.json"
@@ -69,14 +70,14 @@ class Parts:
         """
         self.folder = folder
         self.identity = identity
-        if folder.exists() and _read(folder / _IDENTITY) != identity:
+        if folder.exists() and read_json(folder / _IDENTITY, default=None) != identity:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _IDENTITY, identity)
+        write_json(folder / _IDENTITY, identity)
 
     def counts(self, number: int) -> Counts | None:
         """Returns the counts of a part, None if it is not complete."""
-        found = _read(self._json(number))
+        found = read_json(self._json(number), default=None)
         return None if found is None else Counts(**found)
 
     def write(self, number: int, records: Iterator[bytes], counts: Counts) -> None:
@@ -88,20 +89,20 @@ class Parts:
             writer.write(record)
         writer.close()
         temporary.replace(file)
-        _write(self._json(number), dataclasses.asdict(counts))
+        write_json(self._json(number), dataclasses.asdict(counts))
 
     def end(self, number: int) -> None:
         """Says how many parts there are."""
-        _write(self.folder / _END, {"parts": number})
+        write_json(self.folder / _END, {"parts": number})
 
     def are_complete(self) -> bool:
         """Whether all parts are there."""
-        end = _read(self.folder / _END)
+        end = read_json(self.folder / _END, default=None)
         return end is not None and all(self._json(n).is_file() for n in range(end["parts"]))
 
     def join(self, output: Path) -> Counts:
         """Makes one file of all parts, which must be complete; returns the counts of all."""
-        end = _read(self.folder / _END) or {"parts": 0}
+        end = read_json(self.folder / _END, default=None) or {"parts": 0}
         total = Counts()
         for number in range(end["parts"]):
             counts = self.counts(number)
@@ -136,19 +137,5 @@ def folder_of(final: Path) -> Path:
 
 def num_done(folder: Path) -> int:
     """Returns how many examples are in the complete parts of a folder, which need not exist."""
-    found = [_read(file) for file in folder.glob("examples-*[0-9].json")]
+    found = [read_json(file, default=None) for file in folder.glob("examples-*[0-9].json")]
     return sum(counts["num_examples"] for counts in found if counts is not None)
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a whole file or none, whoever else writes the same."""
-    temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(file)

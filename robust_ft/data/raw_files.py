@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import read_json
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -83,20 +84,6 @@ def json_list(files: Sequence[Path], key: str | None = None) -> Iterator[Row]:
             if not isinstance(record, dict):
                 raise UserError(f"{place}: it is not a JSON object.")
             yield Row(place, record)
-
-
-def read_json(file: Path) -> Any:
-    """Returns what a JSON file holds.
-
-    Raises:
-      UserError: it is not JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: it is not JSON ({error.msg}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: it is not UTF-8 ({error.reason}).") from error
 
 
 def tab_separated(files: Sequence[Path], columns: Sequence[str] = ()) -> Iterator[Row]:

@@ -5,12 +5,12 @@ be had when a model is selected (Ensembles and Cocktails, section 6.1).
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from robust_ft.errors import UserError
+from robust_ft.files import read_json
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 FILE = "selection.json"
@@ -93,9 +93,6 @@ class SelectedWeight:
     def read(cls, directory: Path) -> "SelectedWeight | None":
         """Returns the selection in a folder, None if there is none yet."""
         for file in (directory / FILE, directory / _EARLIER_FILE):
-            if file.exists():
-                break
-        else:
-            return None
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        return cls(fields["weight"], tuple(Candidate(**c) for c in fields["candidates"]))
+            if (fields := read_json(file, default=None)) is not None:
+                return cls(fields["weight"], tuple(Candidate(**c) for c in fields["candidates"]))
+        return None

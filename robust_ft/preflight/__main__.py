@@ -11,13 +11,12 @@ smallest).
 
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust_ft import command_line
+from robust_ft.files import write_json
 from robust_ft.preflight import topology
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     report.print_rows(rows)
     if arguments.json:
         objects = [row.to_json() for row in rows]
-        Path(arguments.json).write_text(json.dumps(objects, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, objects)
     if all(row.fits for row in rows):
         if arguments.find:
             flags = " ".join([f"--gin.{each}" for each in bindings])

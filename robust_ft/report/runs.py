@@ -1,7 +1,6 @@
 """Reads run folders into plain data."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
 
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
@@ -111,9 +111,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """
     folder = pathlib.Path(directory)
     _check_folder(folder)
-    about = _read_json(folder / "run.json")
-    if not isinstance(about, dict):
-        raise UserError(f"{folder / 'run.json'} does not hold a JSON object.")
+    about = read_json_object(folder / "run.json")
     for key in ("name", "target", "stages"):
         if not about.get(key):
             raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
@@ -132,7 +130,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in sample_files(folder, stage)),
         selected={
-            stage: int(_read_json(outcome)["step"])
+            stage: int(read_json(outcome)["step"])
             for stage in stages
             if (outcome := folder / stage / "outcome.json").exists()
         },
@@ -152,17 +150,8 @@ def _check_folder(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} has no summary.json: its run has not been evaluated yet.")
 
 
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from None
-
-
 def _read_rows(path: pathlib.Path, stages: Sequence[str]) -> tuple[Row, ...]:
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, list) or not content:
         raise UserError(f"{path} does not hold a list of results.")
     rows = []

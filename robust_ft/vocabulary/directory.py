@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 from robust_ft import assets
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import read_json_object
 from robust_ft.vocabulary.base import Vocabulary
 from robust_ft.vocabulary.byte import ByteVocabulary
 from robust_ft.vocabulary.hub import BART_TOKENS, BpeVocabulary, TokenizersVocabulary
@@ -129,10 +129,10 @@ class _Settings:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._tokenizer = _read_json(folder / "tokenizer_config.json")
-        self._special = _read_json(folder / "special_tokens_map.json")
-        self._added = _read_json(folder / "added_tokens.json")
-        self._model = _read_json(folder / "config.json")
+        self._tokenizer = read_json_object(folder / "tokenizer_config.json", default={})
+        self._special = read_json_object(folder / "special_tokens_map.json", default={})
+        self._added = read_json_object(folder / "added_tokens.json", default={})
+        self._model = read_json_object(folder / "config.json", default={})
 
     def get(self, name: str) -> Any:
         """Returns an entry of tokenizer_config.json, None if it is not there."""
@@ -235,7 +235,7 @@ def _guess(folder: Path, present: set[str], source: str) -> tuple[str, tuple[str
     families |= {_FAIRSEQ: "bart", _OPENAI: "gpt2", _LLAMA: "llama"}
     family = families.get(complete[0], "")
     if complete[0] == _BPE:
-        ids = _read_json(folder / "vocab.json")
+        ids = read_json_object(folder / "vocab.json", default={})
         family = "bart" if (ids.get("<s>"), ids.get("</s>")) == (0, 2) else "gpt2"
     return family, complete[0]
 
@@ -360,16 +360,3 @@ def _missing(kinds: Sequence[tuple[str, ...]], present: set[str]) -> str:
             have = [name for name in kind if name in present]
             return f"beside {' and '.join(have)}, {' and '.join(lacking)} is missing."
     return f"there is none of {_listed(kinds, ', ')}."
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Returns a JSON object, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{file}' is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{file}' is not a JSON object.")
-    return content

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import parse_json
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, read, until_eos
 
 
@@ -256,10 +256,7 @@ BART_TOKENS: dict[str, Any] = {
 
 
 def _read_vocab(path: str) -> dict[str, int]:
-    try:
-        vocab = json.loads(read(path, "vocabulary"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The vocabulary '{path}' is not JSON ({error}).") from error
+    vocab = parse_json(read(path, "vocabulary"), path)
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"The vocabulary '{path}' is not a JSON object of tokens and their ids.")
     for token, token_id in vocab.items():

@@ -291,7 +291,7 @@ def test_a_config_that_does_not_fit(tmp_path, settings, message):
 def test_a_config_that_is_none(tmp_path, text):
     written(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config.json' (is no readable JSON|holds no JSON object)"):
+    with pytest.raises(UserError, match=r"config.json' is not (JSON|a JSON object)"):
         hf.read(str(tmp_path))
 
 

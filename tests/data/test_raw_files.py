@@ -83,7 +83,6 @@ def test_json_list(write):
         (raw_files.quoted, 'a,b\n1,2\n"x,2\n3,4\n', "line 3: unexpected end of data"),
         (raw_files.json_list, "{}", "it is not a JSON list"),
         (raw_files.json_list, '[{},\n"a"]', "item 2: it is not a JSON object"),
-        (raw_files.json_list, "[\n1,", "line 2: it is not JSON"),
     ],
 )
 def test_what_is_wrong_and_where(write, reader, content, sentence):
@@ -111,3 +110,8 @@ def test_fields():
     ]:
         with pytest.raises(ValueError, match=sentence):
             read()
+
+
+def test_a_list_that_is_cut_off(write):
+    with pytest.raises(UserError, match=r"file\.txt' is not JSON: .* in line 2"):
+        list(raw_files.json_list([write("[\n1,")]))

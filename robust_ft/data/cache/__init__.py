@@ -17,11 +17,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robust_ft.data import fingerprints, quiet
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
+from robust_ft.files import read_json
 from robust_ft.vocabulary import Vocabulary
 
 # Counted up when records, info.json or the tokenization change, so that old caches are left alone.
@@ -152,7 +152,7 @@ def ensure(data: TaskData) -> list[CachedTask]:
 def load(data: TaskData) -> list[CachedTask] | None:
     """Returns the ready cache of `data`, None if it is missing, incomplete or out of date."""
     source = fingerprints.module_fingerprint(data.module)
-    mixture = _read_json(directory(data, source) / MIXTURE)
+    mixture = read_json(directory(data, source) / MIXTURE, default=None)
     rates = mixture["rates"] if mixture else {data.task: 1.0}
     tasks = []
     for task, rate in rates.items():
@@ -194,7 +194,7 @@ def directory(data: TaskData, source: str | None = None) -> Path:
 
 def read_info(folder: Path) -> CacheInfo | None:
     """Returns a task's info, None if the folder is not complete or out of date."""
-    fields = _read_json(folder / INFO)
+    fields = read_json(folder / INFO, default=None)
     if fields is None or not (folder / EXAMPLES).is_file():
         return None
     raw_files = tuple(fingerprints.RawFile(**raw) for raw in fields.pop("raw_files"))
@@ -211,11 +211,4 @@ def seqio_version() -> str | None:
     try:
         return importlib.metadata.version("seqio")
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
         return None
