@@ -1,4 +1,4 @@
-"""Objectives: what is minimized, computed without all logits in memory, and its gradient."""
+"""Objectives: losses, computed without holding all logits in memory, and gradient rules."""
 
 from robust_ft.objectives.base import Objective, Teacher
 from robust_ft.objectives.cocktail import Cocktail

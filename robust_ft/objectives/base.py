@@ -1,24 +1,28 @@
-"""What an objective is: a rule from logits to loss, as sums over the positions that count."""
+"""The protocol of objectives: from a model's logits to a loss, as sums over target positions."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_ft.models.model import Model
 from robust_ft.types import Batch, Params, Sums
 
+# (loss summed over target positions, sum of the positions' weights, sums of metrics)
+LossSums = tuple[Float[Array, ""], Float[Array, ""], Sums]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A model that another one learns from.
+    """A frozen model whose distribution a student learns from.
 
-    A pytree of its parameters, so that it goes into a jitted step as one argument.
+    A pytree of its parameters, so that a jitted step takes it as one argument.
 
     Attributes:
-        model: The model with its PEFT methods, as after training.
+        model: The model with its PEFT methods, as exported after training.
         params: All of its parameters.
     """
 
@@ -26,8 +30,9 @@ class Teacher:
     params: Params
 
 
+@runtime_checkable
 class Objective(Protocol):
-    """A frozen dataclass of the loss's settings."""
+    """What a stage minimizes: a frozen dataclass of the loss's settings."""
 
     @property
     def takes_teacher(self) -> bool:
@@ -36,7 +41,7 @@ class Objective(Protocol):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether it is called with the teacher; one without weight need not be loaded."""
+        """Whether it is called with the teacher; one of weight 0 need not be loaded."""
         ...
 
     def __call__(
@@ -46,14 +51,23 @@ class Objective(Protocol):
         batch: Batch,
         rng: jax.Array | None,
         teacher: Teacher | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, ""], Sums]:
-        """Returns the loss summed over target positions, their summed weights, and other sums.
+    ) -> LossSums:
+        """Returns the summed loss, the summed weights and sums of metrics, see `weighted_sums`.
 
         Args:
-            model: What turns parameters and a batch into logits.
-            params: All parameters.
+            model: The model that trains.
+            params: All of its parameters.
             batch: `decoder_loss_weights` says which target positions count.
             rng: A key for dropout, or None for none.
-            teacher: The model to learn from, if `needs_teacher`.
+            teacher: The teacher, if `needs_teacher`.
         """
         ...
+
+
+def weighted_sums(
+    batch: Batch, loss: Float[Array, "batch target"], **metrics: Float[Array, "batch target"]
+) -> LossSums:
+    """Sums a loss and metrics over target positions, weighted by `decoder_loss_weights`."""
+    weights = batch["decoder_loss_weights"]  # [batch, target]
+    sums = {name: jnp.sum(values * weights) for name, values in metrics.items()}
+    return jnp.sum(loss * weights), jnp.sum(weights), sums

@@ -1,8 +1,9 @@
-"""What losses ask of logits at each target position, without all logits in memory at once.
+"""Chunked (fused linear) cross-entropy: what losses read of logits that are never all in memory.
 
 A vocabulary of 250,112 tokens makes 8 GB of float32 logits out of 64 x 128 target positions, and
-their gradient is as large. Here the head computes the logits of one block of the vocabulary after
-the other, and the backward pass computes each block again: one matrix product more.
+their gradient is as large. Here the output head computes the logits of one chunk of the vocabulary
+after the other, reduced at once by an online softmax. The backward pass computes each chunk's
+logits again, which costs one matrix product more.
 """
 
 import functools
@@ -14,337 +15,380 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from robust_ft.models.model import Model
-from robust_ft.objectives.vocab_chunks import Block, Blocks, Values, vocab_axes
+from robust_ft.objectives.base import Teacher
+from robust_ft.objectives.vocab_chunks import Chunk, ChunkValues, VocabChunks, vocab_axes
 from robust_ft.trainable import flatten, unflatten
 from robust_ft.types import Batch, Params
 
-# Logits of one model that a device computes at once, or weights that it gathers for them: 256 MB in
-# float32. Blocks of this size keep a device busy; what stays below would only be slower in blocks.
-MAX_NUMBERS = 2**26
+# The most logits of one model that a device computes at once, or head weights that it gathers for
+# them: 256 MB in float32. Chunks of this size keep a device busy, and smaller ones are slower.
+MAX_CHUNK_ELEMENTS = 2**26
 
 
-class Statistics(NamedTuple):
-    """What losses know of the logits at each target position; float32.
+class LogitStatistics(NamedTuple):
+    """What losses read of the logits at each target position; float32.
 
     Attributes:
-        log_z: The logarithm of the sum of their exponentials.
-        target: The target token's.
-        total: Their sum.
-        top: The largest. It has no gradient.
-        divergence: KL(teacher || student), 0 without a teacher. Only the student has a gradient.
+        log_z: The logsumexp of the logits.
+        target_logit: The target token's logit.
+        logit_sum: The sum of the logits, for label smoothing.
+        max_logit: The largest logit. It has no gradient.
+        kl: KL(teacher || student), 0 without a teacher. Only the student has a gradient.
     """
 
-    log_z: Float[Array, "batch target"]
-    target: Float[Array, "batch target"]
-    total: Float[Array, "batch target"]
-    top: Float[Array, "batch target"]
-    divergence: Float[Array, "batch target"]
+    log_z: Float[Array, "*positions"]
+    target_logit: Float[Array, "*positions"]
+    logit_sum: Float[Array, "*positions"]
+    max_logit: Float[Array, "*positions"]
+    kl: Float[Array, "*positions"]
 
 
-class Side(NamedTuple):
-    """One model's part in a loss.
+class HeadInputs(NamedTuple):
+    """The inputs of one model's output head.
 
     Attributes:
-        hidden: What its head reads.
-        head: The head's parameters (`Model.head_params`).
+        hidden: The hidden states.
+        params: The head's parameters (`Model.head_params`).
         rng: For dropout in the head, if any.
     """
 
     hidden: Float[Array, "batch target embed"]
-    head: Params
+    params: Params
     rng: jax.Array | None = None
 
 
-class Setting(NamedTuple):
-    """What is known when a loss is compiled.
+class LossSpec(NamedTuple):
+    """The static arguments of a chunked loss.
 
     Attributes:
-        blocks: How the vocabulary is divided.
-        model: The student.
+        chunks: The division of the vocabulary.
+        student: The student's model.
         teacher: The teacher's model, if there is one.
-        temperature: What logits are divided by before the divergence is taken.
+        temperature: Divides the logits of both models in the KL divergence.
     """
 
-    blocks: Blocks
-    model: Model
+    chunks: VocabChunks
+    student: Model
     teacher: Model | None = None
     temperature: float = 1.0
 
     @property
     def softmaxes(self) -> tuple[str, ...]:
-        """Names of the softmaxes that there are, see `_exponents`."""
+        """The names of the softmaxes that the loss needs, see `_softmax_logits`."""
         if self.teacher is None:
             return ("student",)
-        return ("student", "teacher") if self.temperature == 1 else ("student", "warm", "teacher")
+        # At temperature 1 the student's two softmaxes are the same.
+        tempered = () if self.temperature == 1 else ("tempered_student",)
+        return ("student", *tempered, "teacher")
 
 
-def statistics(
+def logit_statistics(
     model: Model,
     params: Params,
     batch: Batch,
     rng: jax.Array | None,
-    teacher: tuple[Model, Params] | None = None,
+    teacher: Teacher | None = None,
     temperature: float = 1.0,
-) -> Statistics:
-    """Returns the statistics of a batch's target positions, in blocks where these save memory.
+) -> LogitStatistics:
+    """Returns the statistics at a batch's target positions, chunked where that saves memory.
 
     Args:
         model: The student.
-        params: All of its parameters.
-        batch: Has `decoder_target_tokens`.
+        params: All of the student's parameters.
+        batch: Has `decoder_target_tokens` [batch, target].
         rng: A key for the student's dropout, or None for none.
-        teacher: A model over the same vocabulary and all of its parameters, which have no gradient.
-        temperature: What both models' logits are divided by before the divergence is taken.
+        teacher: A model over the same vocabulary. Its parameters get no gradient.
+        temperature: Divides the logits of both models in the KL divergence.
     """
     targets = batch["decoder_target_tokens"]
-    rows, length = targets.shape
     config = model.config
-    blocks = Blocks.holding(MAX_NUMBERS, rows, length, config.vocab_size, config.emb_dim)
-    tutor, tutor_params = teacher or (None, {})
-    tutor_params = jax.lax.stop_gradient(tutor_params)
-    if blocks.count == 1:
+    chunks = VocabChunks.fitting(
+        MAX_CHUNK_ELEMENTS, *targets.shape, vocab_size=config.vocab_size, emb_dim=config.emb_dim
+    )
+    teacher = jax.lax.stop_gradient(teacher)
+    if chunks.count == 1:
         logits = model.logits(params, batch, rng)
-        taught = None if tutor is None else tutor.logits(tutor_params, batch)
-        return plain(logits, targets, taught, temperature)
-    student = Side(model.hidden(params, batch, rng), model.head_params(params), rng)
-    setting = Setting(blocks, model, tutor, temperature)
-    if tutor is None:
-        return blocked(setting, student, None, targets)
-    hidden = tutor.hidden(tutor_params, batch)
-    return blocked(setting, student, Side(hidden, tutor.head_params(tutor_params)), targets)
+        teacher_logits = None if teacher is None else teacher.model.logits(teacher.params, batch)
+        return unchunked_statistics(logits, targets, teacher_logits, temperature)
+    student = HeadInputs(model.hidden(params, batch, rng), model.head_params(params), rng)
+    if teacher is None:
+        return chunked_statistics(LossSpec(chunks, model), student, None, targets)
+    teacher_inputs = HeadInputs(
+        teacher.model.hidden(teacher.params, batch), teacher.model.head_params(teacher.params)
+    )
+    spec = LossSpec(chunks, model, teacher.model, temperature)
+    return chunked_statistics(spec, student, teacher_inputs, targets)
 
 
-def plain(
-    logits: Float[Array, "*rest vocab"],
-    targets: Int[Array, "*rest"],
-    teacher: Float[Array, "*rest vocab"] | None = None,
+def unchunked_statistics(
+    logits: Float[Array, "*positions vocab"],
+    targets: Int[Array, "*positions"],
+    teacher_logits: Float[Array, "*positions vocab"] | None = None,
     temperature: float = 1.0,
-) -> Statistics:
-    """Returns the statistics of logits, and of a teacher's, that are all in memory."""
+) -> LogitStatistics:
+    """Returns the statistics of logits that are all in memory."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    divergence = jnp.zeros_like(log_z)
-    if teacher is not None:
-        log_p = jax.nn.log_softmax(teacher / temperature)
+    kl = jnp.zeros_like(log_z)
+    if teacher_logits is not None:
+        log_p = jax.nn.log_softmax(teacher_logits / temperature)
         log_q = jax.nn.log_softmax(logits / temperature)
-        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return Statistics(
-        log_z,
-        jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0],
-        jnp.sum(logits, axis=-1),
-        jnp.max(jax.lax.stop_gradient(logits), axis=-1),
-        divergence,
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return LogitStatistics(
+        log_z=log_z,
+        target_logit=jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0],
+        logit_sum=jnp.sum(logits, axis=-1),
+        max_logit=jnp.max(jax.lax.stop_gradient(logits), axis=-1),
+        kl=kl,
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blocked(
-    setting: Setting, student: Side, teacher: Side | None, targets: Int[Array, "batch target"]
-) -> Statistics:
-    """Returns what `plain` does for all of the heads' logits, which are never there at once.
+def chunked_statistics(
+    spec: LossSpec,
+    student: HeadInputs,
+    teacher: HeadInputs | None,
+    targets: Int[Array, "batch target"],
+) -> LogitStatistics:
+    """Returns what `unchunked_statistics` does for the heads' logits, without holding them all.
 
     Args:
-        setting: Models and blocks.
-        student: It alone has a gradient; parameters of its head that do not train have none.
-        teacher: As in `setting`.
-        targets: The tokens that `Statistics.target` is about.
+        spec: Models and chunks.
+        student: It alone has a gradient; frozen parameters of its head cost none.
+        teacher: The teacher's, if `spec` has a teacher.
+        targets: The target tokens.
     """
-    return _forward(setting, student, teacher, targets)[0]
+    return _forward(spec, student, teacher, targets)[0]
 
 
-class _Softmax(NamedTuple):
-    """A sum of exponentials over the blocks so far, of each part of the vocabulary.
+class _OnlineSoftmax(NamedTuple):
+    """A softmax over the chunks so far, for each shard of the vocabulary.
+
+    Like FlashAttention's (Milakov and Gimelshein, 2018): sums of exponentials are kept relative to
+    the largest logit so far, and rescaled when a larger one comes.
 
     Attributes:
-        top: The largest exponent.
-        mass: The sum, divided by exp(top).
-        mean: The sum of exponentials times factors, divided by exp(top).
+        max: The largest logit.
+        sum_exp: sum_v exp(logit_v - max).
+        weighted_sum: sum_v exp(logit_v - max) * value_v, for the mean of `update`'s values.
     """
 
-    top: Float[Array, "batch target parts"]
-    mass: Float[Array, "batch target parts"]
-    mean: Float[Array, "batch target parts"]
+    max: Float[Array, "batch target shards"]
+    sum_exp: Float[Array, "batch target shards"]
+    weighted_sum: Float[Array, "batch target shards"]
 
-    def seen(self, exponents: Values, factors: Values | None) -> "_Softmax":
-        top = jnp.maximum(self.top, jnp.max(exponents, axis=-1))
-        before = jnp.exp(self.top - top)
-        terms = jnp.exp(exponents - top[..., None])
-        mass = self.mass * before + jnp.sum(terms, axis=-1)
-        mean = self.mean
-        if factors is not None:
-            mean = mean * before + jnp.sum(terms * factors, axis=-1)
-        return _Softmax(top, mass, mean)
+    def update(self, logits: ChunkValues, values: ChunkValues | None) -> "_OnlineSoftmax":
+        new_max = jnp.maximum(self.max, jnp.max(logits, axis=-1))
+        rescale = jnp.exp(self.max - new_max)
+        exp = jnp.exp(logits - new_max[..., None])
+        sum_exp = self.sum_exp * rescale + jnp.sum(exp, axis=-1)
+        weighted_sum = self.weighted_sum
+        if values is not None:
+            weighted_sum = weighted_sum * rescale + jnp.sum(exp * values, axis=-1)
+        return _OnlineSoftmax(new_max, sum_exp, weighted_sum)
 
     def log_z(self) -> Float[Array, "batch target"]:
-        return jax.nn.logsumexp(self.top + jnp.log(self.mass), axis=-1)
+        return jax.nn.logsumexp(self.max + jnp.log(self.sum_exp), axis=-1)
 
-    def expectation(self) -> Float[Array, "batch target"]:
-        """Returns the factors' mean, weighted by the exponentials."""
-        shares = jax.nn.softmax(self.top + jnp.log(self.mass), axis=-1)
-        return jnp.sum(shares * self.mean / self.mass, axis=-1)
+    def mean(self) -> Float[Array, "batch target"]:
+        """Returns the mean of the values under the softmax."""
+        shard_probs = jax.nn.softmax(self.max + jnp.log(self.sum_exp), axis=-1)
+        return jnp.sum(shard_probs * self.weighted_sum / self.sum_exp, axis=-1)
 
 
-class _Seen(NamedTuple):
-    """What the forward pass carries from block to block, of each part of the vocabulary.
+class _Carry(NamedTuple):
+    """What the forward pass carries from chunk to chunk.
+
+    Shards of the vocabulary are summed only after the last chunk: one collective instead of one
+    for each chunk.
 
     Attributes:
-        softmax: By name. The teacher's factors are its exponents minus the student's.
-        target: As in `Statistics`.
-        total: As in `Statistics`.
+        softmaxes: By name. The teacher's values are its logits minus the student's.
+        target_logit: 0 until the target's chunk was seen.
+        logit_sum: Of the chunks so far.
     """
 
-    softmax: dict[str, _Softmax]
-    target: Float[Array, "batch target parts"]
-    total: Float[Array, "batch target parts"]
+    softmaxes: dict[str, _OnlineSoftmax]
+    target_logit: Float[Array, "batch target shards"]
+    logit_sum: Float[Array, "batch target shards"]
 
 
 def _forward(
-    setting: Setting, student: Side, teacher: Side | None, targets: Int[Array, "batch target"]
-) -> tuple[Statistics, dict[str, Float[Array, "batch target"]]]:
-    """Returns the statistics, and log_z of each softmax."""
-    blocks = setting.blocks
+    spec: LossSpec,
+    student: HeadInputs,
+    teacher: HeadInputs | None,
+    targets: Int[Array, "batch target"],
+) -> tuple[LogitStatistics, dict[str, Float[Array, "batch target"]]]:
+    """Returns the statistics, and each softmax's log_z."""
 
-    def body(turn: Int[Array, ""], seen: _Seen) -> _Seen:
-        block = blocks.at(turn)
-        logits = _logits(setting.model, block, student)
-        exponents = _exponents(setting, block, logits, teacher)
-        softmax = {
-            name: seen.softmax[name].seen(
-                jnp.where(block.fresh, values, -jnp.inf),
-                values - exponents.get("warm", logits) if name == "teacher" else None,
+    def body(index: Int[Array, ""], carry: _Carry) -> _Carry:
+        chunk = spec.chunks.chunk(index)
+        is_new = chunk.is_new[None, None, None]  # [1, 1, 1, width]
+        logits = _chunk_logits(spec.student, chunk, student)  # [batch, target, shards, width]
+        softmax_logits = _softmax_logits(spec, chunk, logits, teacher)
+        softmaxes = {
+            name: carry.softmaxes[name].update(
+                jnp.where(is_new, values, -jnp.inf),
+                values - softmax_logits.get("tempered_student", logits)
+                if name == "teacher"
+                else None,
             )
-            for name, values in exponents.items()
+            for name, values in softmax_logits.items()
         }
-        return _Seen(
-            softmax,
-            seen.target + jnp.sum(jnp.where(block.holds(targets), logits, 0.0), axis=-1),
-            seen.total + jnp.sum(jnp.where(block.fresh, logits, 0.0), axis=-1),
+        target_logit = jnp.where(chunk.is_target(targets), logits, 0.0)
+        return _Carry(
+            softmaxes,
+            carry.target_logit + jnp.sum(target_logit, axis=-1),
+            carry.logit_sum + jnp.sum(jnp.where(is_new, logits, 0.0), axis=-1),
         )
 
-    shape = (*targets.shape, blocks.parts)
+    shape = (*targets.shape, spec.chunks.shards)
     zeros = jnp.zeros(shape)
-    nothing = _Softmax(jnp.full(shape, -jnp.inf), zeros, zeros)
-    start = _Seen(dict.fromkeys(setting.softmaxes, nothing), zeros, zeros)
-    seen = jax.lax.fori_loop(0, blocks.count, body, start)
-    log_z = {name: softmax.log_z() for name, softmax in seen.softmax.items()}
-    divergence = jnp.zeros(targets.shape)
+    empty = _OnlineSoftmax(jnp.full(shape, -jnp.inf), zeros, zeros)
+    carry = _Carry(dict.fromkeys(spec.softmaxes, empty), zeros, zeros)
+    carry = jax.lax.fori_loop(0, spec.chunks.count, body, carry)
+    log_z = {name: softmax.log_z() for name, softmax in carry.softmaxes.items()}
+    kl = jnp.zeros(targets.shape)
     if "teacher" in log_z:
-        # sum_v p_v (log p_v - log q_v), where both logarithms are exponents minus their log_z.
-        differences = seen.softmax["teacher"].expectation()
-        divergence = differences - log_z["teacher"] + log_z.get("warm", log_z["student"])
-    found = Statistics(
-        log_z["student"],
-        jnp.sum(seen.target, axis=-1),
-        jnp.sum(seen.total, axis=-1),
-        jnp.max(seen.softmax["student"].top, axis=-1),
-        divergence,
+        # sum_v p_v (log p_v - log q_v), where either log-probability is a logit minus its log_z.
+        mean_difference = carry.softmaxes["teacher"].mean()
+        kl = mean_difference - log_z["teacher"] + log_z.get("tempered_student", log_z["student"])
+    statistics = LogitStatistics(
+        log_z=log_z["student"],
+        target_logit=jnp.sum(carry.target_logit, axis=-1),
+        logit_sum=jnp.sum(carry.logit_sum, axis=-1),
+        max_logit=jnp.max(carry.softmaxes["student"].max, axis=-1),
+        kl=kl,
     )
-    return found, log_z
+    return statistics, log_z
 
 
-def _logits(model: Model, block: Block, side: Side) -> Values:
+def _chunk_logits(model: Model, chunk: Chunk, inputs: HeadInputs) -> ChunkValues:
     axes = vocab_axes(model)
-    taken = {path: block.take(leaf, axes[path]) for path, leaf in flatten(side.head).items()}
-    return block.logits(model, side.hidden, taken, side.rng)
+    params = flatten(inputs.params)
+    head = {path: chunk.slice(param, axes[path]) for path, param in params.items()}
+    return chunk.logits(model, inputs.hidden, head, inputs.rng)
 
 
-def _exponents(
-    setting: Setting, block: Block, logits: Values, teacher: Side | None
-) -> dict[str, Values]:
-    """Returns the exponents of a block in each softmax.
+def _softmax_logits(
+    spec: LossSpec, chunk: Chunk, logits: ChunkValues, teacher: HeadInputs | None
+) -> dict[str, ChunkValues]:
+    """Returns a chunk's logits in each softmax.
 
-    Those of "student" are its logits; those of "teacher" and, unless they are the same as
-    "student", "warm" are the teacher's and the student's logits divided by the temperature.
+    "student" has the student's logits. "teacher" and "tempered_student" have both models' logits
+    divided by the temperature; the latter is left out where it would be the same as "student".
     """
-    exponents = {"student": logits}
-    if teacher is not None and setting.teacher is not None:
-        exponents["warm"] = logits / setting.temperature
-        exponents["teacher"] = _logits(setting.teacher, block, teacher) / setting.temperature
-    return {name: exponents[name] for name in setting.softmaxes}
+    softmax_logits = {"student": logits}
+    if teacher is not None and spec.teacher is not None:
+        softmax_logits["tempered_student"] = logits / spec.temperature
+        teacher_logits = _chunk_logits(spec.teacher, chunk, teacher)
+        softmax_logits["teacher"] = teacher_logits / spec.temperature
+    return {name: softmax_logits[name] for name in spec.softmaxes}
 
 
-class _Kept(NamedTuple):
+class _Residuals(NamedTuple):
     """What the backward pass reads.
 
     Attributes:
-        moving: What has a gradient, by path: parameters of the student's head that train, and its
-            hidden states as "hidden".
-        still: The student's other ones.
+        differentiated: What needs a gradient, by path: parameters of the student's head that
+            train, and its hidden states as "hidden".
+        constant: The rest of these.
         rng: The student's.
-        teacher: The teacher's part.
+        teacher: The inputs of the teacher's head.
         targets: The target tokens.
         log_z: Of each softmax.
     """
 
-    moving: dict[str, jax.Array]
-    still: dict[str, jax.Array]
+    differentiated: dict[str, jax.Array]
+    constant: dict[str, jax.Array]
     rng: jax.Array | None
-    teacher: Side | None
+    teacher: HeadInputs | None
     targets: Int[Array, "batch target"]
     log_z: dict[str, Float[Array, "batch target"]]
 
 
-def _forward_rule(setting: Setting, *inputs: Any) -> tuple[Statistics, _Kept]:
-    # Every leaf comes as a CustomVJPPrimal, which says whether anything is differentiated by it.
+def _forward_rule(spec: LossSpec, *primals: Any) -> tuple[LogitStatistics, _Residuals]:
+    # With symbolic_zeros every leaf is a CustomVJPPrimal, which knows whether it is differentiated.
+    # So a frozen embedding table gets no gradient, which would be as large as the table.
     student, teacher, targets = jax.tree.map(
-        lambda leaf: leaf.value, inputs, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
+        lambda leaf: leaf.value, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
     )
-    leaves = {"hidden": inputs[0].hidden, **flatten(inputs[0].head)}
-    moving = {path: leaf.value for path, leaf in leaves.items() if leaf.perturbed}
-    still = {path: leaf.value for path, leaf in leaves.items() if not leaf.perturbed}
-    found, log_z = _forward(setting, student, teacher, targets)
-    return found, _Kept(moving, still, student.rng, teacher, targets, log_z)
+    leaves = {"hidden": primals[0].hidden, **flatten(primals[0].params)}
+    differentiated = {path: leaf.value for path, leaf in leaves.items() if leaf.perturbed}
+    constant = {path: leaf.value for path, leaf in leaves.items() if not leaf.perturbed}
+    statistics, log_z = _forward(spec, student, teacher, targets)
+    return statistics, _Residuals(differentiated, constant, student.rng, teacher, targets, log_z)
 
 
-def _backward_rule(setting: Setting, kept: _Kept, gradient: Statistics) -> tuple[Side, None, None]:
-    blocks, axes = setting.blocks, {"hidden": None, **vocab_axes(setting.model)}
+def _backward_rule(
+    spec: LossSpec, residuals: _Residuals, cotangents: LogitStatistics
+) -> tuple[HeadInputs, None, None]:
+    axes = {"hidden": None, **vocab_axes(spec.student)}
 
-    def body(turn: Int[Array, ""], sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        block = blocks.at(turn)
-        moving, still = (
-            {path: block.take(leaf, axes[path]) for path, leaf in leaves.items()}
-            for leaves in (kept.moving, kept.still)
+    def body(index: Int[Array, ""], total: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        chunk = spec.chunks.chunk(index)
+        differentiated, constant = (
+            {path: chunk.slice(leaf, axes[path]) for path, leaf in leaves.items()}
+            for leaves in (residuals.differentiated, residuals.constant)
         )
 
-        def logits_of(moving: dict[str, jax.Array]) -> Values:
-            head = moving | still
-            return block.logits(setting.model, head.pop("hidden"), head, kept.rng)
+        def logits_of(differentiated: dict[str, jax.Array]) -> ChunkValues:
+            head = differentiated | constant
+            return chunk.logits(spec.student, head.pop("hidden"), head, residuals.rng)
 
-        logits, pull = jax.vjp(logits_of, moving)
-        (found,) = pull(_logits_gradient(setting, block, logits, kept, gradient))
-        return {path: block.add(sums[path], found[path], axes[path]) for path in sums}
+        logits, vjp = jax.vjp(logits_of, differentiated)
+        (gradients,) = vjp(_logits_gradient(spec, chunk, logits, residuals, cotangents))
+        return {
+            path: chunk.add_gradient(total[path], gradient, axes[path])
+            for path, gradient in gradients.items()
+        }
 
-    sums = {path: blocks.zeros(leaf, axes[path]) for path, leaf in kept.moving.items()}
-    sums = jax.lax.fori_loop(0, blocks.count, body, sums)
-    found: dict[str, Any] = dict.fromkeys(kept.still) | {
-        path: sums[path].reshape(leaf.shape).astype(leaf.dtype)
-        for path, leaf in kept.moving.items()
+    total = {
+        path: spec.chunks.zero_gradient(leaf, axes[path])
+        for path, leaf in residuals.differentiated.items()
     }
-    return Side(found.pop("hidden"), unflatten(found)), None, None
+    total = jax.lax.fori_loop(0, spec.chunks.count, body, total)
+    gradients: dict[str, Any] = dict.fromkeys(residuals.constant) | {
+        path: total[path].reshape(leaf.shape).astype(leaf.dtype)
+        for path, leaf in residuals.differentiated.items()
+    }
+    return HeadInputs(gradients.pop("hidden"), unflatten(gradients)), None, None
 
 
-blocked.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+chunked_statistics.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
 def _logits_gradient(
-    setting: Setting, block: Block, logits: Values, kept: _Kept, gradient: Statistics
-) -> Values:
-    """Returns the loss's gradient by a block's logits, from that by the statistics."""
-    exponents = _exponents(setting, block, logits, kept.teacher)
-    softmax = {
-        name: jnp.exp(values - kept.log_z[name][..., None, None])
-        for name, values in exponents.items()
+    spec: LossSpec,
+    chunk: Chunk,
+    logits: ChunkValues,
+    residuals: _Residuals,
+    cotangents: LogitStatistics,
+) -> ChunkValues:
+    """Returns the loss's gradient with respect to a chunk's logits.
+
+    Args:
+        spec: Models and chunks.
+        chunk: The chunk.
+        logits: The student's logits.
+        residuals: Of the forward pass.
+        cotangents: The loss's gradient with respect to the statistics.
+    """
+    probs = {
+        name: jnp.exp(values - residuals.log_z[name][..., None, None])
+        for name, values in _softmax_logits(spec, chunk, logits, residuals.teacher).items()
     }
-    by_logits = {
-        "log_z": softmax["student"],
-        "target": block.holds(kept.targets),
-        "total": jnp.ones_like(logits),
+    # The derivative of each statistic by each logit.
+    derivatives = {
+        "log_z": probs["student"],
+        "target_logit": chunk.is_target(residuals.targets).astype(logits.dtype),
+        "logit_sum": jnp.ones_like(logits),
     }
-    if "teacher" in softmax:
-        difference = softmax.get("warm", softmax["student"]) - softmax["teacher"]
-        by_logits["divergence"] = difference / setting.temperature
-    total = jnp.zeros_like(logits)
-    for name, factor in by_logits.items():
-        by_statistic = getattr(gradient, name)
-        if not isinstance(by_statistic, SymbolicZero):
-            total += by_statistic[..., None, None] * factor
-    return jnp.where(block.fresh, total, 0.0)
+    if "teacher" in probs:
+        student_probs = probs.get("tempered_student", probs["student"])
+        derivatives["kl"] = (student_probs - probs["teacher"]) / spec.temperature
+    total = jnp.zeros_like(logits)  # [batch, target, shards, width]
+    for name, derivative in derivatives.items():
+        cotangent = getattr(cotangents, name)  # [batch, target]
+        if not isinstance(cotangent, SymbolicZero):
+            total += cotangent[..., None, None] * derivative
+    return jnp.where(chunk.is_new[None, None, None], total, 0.0)

@@ -1,33 +1,31 @@
-"""Cross entropy mixed with distillation from a teacher."""
+"""Cross-entropy mixed with distillation from a teacher."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
-from robust_ft.objectives.base import Teacher
-from robust_ft.objectives.chunked_loss import statistics
-from robust_ft.objectives.cross_entropy import CrossEntropy, correct, weighted_sums
-from robust_ft.types import Batch, Params, Sums
+from robust_ft.objectives.base import LossSums, Teacher, weighted_sums
+from robust_ft.objectives.chunked_loss import logit_statistics
+from robust_ft.objectives.cross_entropy import CrossEntropy, token_accuracy
+from robust_ft.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Cocktail:
-    """Cross entropy mixed with distillation from a teacher (Ensembles and Cocktails, section 7.1).
+    """Cross-entropy mixed with distillation from a teacher (Ensembles and Cocktails, section 7.1).
 
-    At each target position, weight * KL(teacher || student) + (1 - weight) * cross entropy (eq. 6).
+    At each target position, weight * KL(teacher || student) + (1 - weight) * cross-entropy (eq. 6).
 
     Attributes:
         teacher_weight: The paper's lambda. At 0 this is `cross_entropy`, and no teacher runs; at 1
             the targets only say which positions count.
-        temperature: What both models' logits are divided by before the divergence is taken; 1 in
-            the paper. The loss has the divergence times its square, because its gradient shrinks
-            by as much (Hinton et al., 2015, section 2).
-        cross_entropy: Its label smoothing goes into the cross entropy, its z-loss is added.
+        temperature: Divides the logits of both models in the KL divergence; 1 in the paper. The
+            divergence is multiplied by its square, since its gradient shrinks by as much (Hinton
+            et al., 2015, section 2).
+        cross_entropy: Its label smoothing goes into the cross-entropy, its z-loss is added.
     """
 
     teacher_weight: float = 0.5
@@ -43,8 +41,8 @@ class Cocktail:
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_weight <= 1:
             raise UserError(
-                f"Cocktail.teacher_weight={self.teacher_weight} must be from 0 (only cross "
-                "entropy) to 1 (only the teacher)."
+                f"Cocktail.teacher_weight={self.teacher_weight} must be from 0 (only "
+                "cross-entropy) to 1 (only the teacher)."
             )
         if not self.temperature > 0:
             raise UserError(f"Cocktail.temperature={self.temperature} must be above 0.")
@@ -56,22 +54,19 @@ class Cocktail:
         batch: Batch,
         rng: jax.Array | None,
         teacher: Teacher | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, ""], Sums]:
-        if not self.teacher_weight:
+    ) -> LossSums:
+        if not self.needs_teacher:
             return self.cross_entropy(model, params, batch, rng)
         if teacher is None:
             raise UserError("Cocktail needs a teacher; set Stage.teacher='stage:NAME'.")
-        pair = (teacher.model, teacher.params)
-        found = statistics(model, params, batch, rng, pair, self.temperature)
-        hard, z_loss = self.cross_entropy.losses(found, model.config.vocab_size)
-        soft = found.divergence * self.temperature**2
-        loss = self.teacher_weight * soft + (1 - self.teacher_weight) * hard + z_loss
-        weights = batch["decoder_loss_weights"]
-        sums = weighted_sums(
+        statistics = logit_statistics(model, params, batch, rng, teacher, self.temperature)
+        hard, z_loss = self.cross_entropy.losses(statistics, model.config.vocab_size)
+        soft = statistics.kl * self.temperature**2
+        return weighted_sums(
             batch,
-            kl=found.divergence,
+            self.teacher_weight * soft + (1 - self.teacher_weight) * hard + z_loss,
+            kl=statistics.kl,
             cross_entropy=hard,
             z_loss=z_loss,
-            token_accuracy=correct(found, batch),
+            token_accuracy=token_accuracy(statistics),
         )
-        return jnp.sum(loss * weights), jnp.sum(weights), sums

@@ -1,21 +1,22 @@
 """Gradient rules: from a batch to a gradient of the trainable parameters."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
 
 from robust_ft.types import Batch, Params, Sums
 
-# (trainable parameters, batch, key) -> (summed loss, (summed weights, other sums))
+# (trainable parameters, batch, key) -> (summed loss, (summed weights, metric sums))
 LossFn = Callable[
     [Params, Batch, jax.Array], tuple[Float[Array, ""], tuple[Float[Array, ""], Sums]]
 ]
 
 
+@runtime_checkable
 class GradientFn(Protocol):
-    """A rule from a batch to a gradient; meta-learning is another such rule."""
+    """A rule from a batch to a gradient: backpropagation, or a meta-learning rule."""
 
     def __call__(
         self, loss_fn: LossFn, trainable: Params, batch: Batch, rng: jax.Array

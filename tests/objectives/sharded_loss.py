@@ -1,9 +1,10 @@
-"""Computes the blocked loss on meshes and the plain one on one device; run in a process alone.
+"""Computes the chunked loss on meshes and the unchunked one on one device; run in a process alone.
 
 The 4 devices that XLA_FLAGS asks for split examples and the vocabulary in two each, or all
 parameters in four. Prints each case that comes out the same, and raises an error for another.
 """
 
+import functools
 import math
 import re
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import assert_trees_close, random_batch, random_params, tiny_model
 
-from robust_ft.objectives import chunked_loss
+from robust_ft.objectives import Teacher, chunked_loss
 from robust_ft.partitioning import Partitioner
 
 VOCAB, EMBED = 600, 16
@@ -27,9 +28,12 @@ def gradient_of(params, teacher, batch, temperature):
     """Returns (gradient, statistics) of a sum of all statistics, and the compiled program."""
 
     def loss(params, teacher, batch):
-        found = chunked_loss.statistics(MODEL, params, batch, None, (TEACHER, teacher), temperature)
-        logits = (found.log_z, found.target / 2, found.total / 300, found.divergence)
-        return sum(jnp.sum(jnp.sin(each)) for each in logits), found
+        statistics = chunked_loss.logit_statistics(
+            MODEL, params, batch, None, Teacher(TEACHER, teacher), temperature
+        )
+        log_z, target_logit, logit_sum, _, kl = statistics
+        terms = (log_z, target_logit / 2, logit_sum / 300, kl)
+        return functools.reduce(jnp.add, [jnp.sum(jnp.sin(term)) for term in terms]), statistics
 
     jitted = jax.jit(jax.grad(loss, has_aux=True))
     compiled = jitted.lower(params, teacher, batch).compile()
@@ -41,8 +45,8 @@ def check(partitioner, most, temperature):
 
     Args:
         partitioner: The mesh.
-        most: How many numbers a device gathers from others at once.
-        temperature: Of the divergence.
+        most: The most elements that a device gathers from others at once.
+        temperature: Of the KL divergence.
     """
     params, teacher = random_params(MODEL), random_params(TEACHER, seed=1)
     (expected, wanted), _ = gradient_of(params, teacher, BATCH, temperature)
@@ -52,13 +56,13 @@ def check(partitioner, most, temperature):
             for model, each in ((MODEL, params), (TEACHER, teacher))
         )
         # Of at least 128 tokens, where logits or gathered weights would allow fewer.
-        limit, chunked_loss.MAX_NUMBERS = chunked_loss.MAX_NUMBERS, EMBED * 100
+        limit, chunked_loss.MAX_CHUNK_ELEMENTS = chunked_loss.MAX_CHUNK_ELEMENTS, EMBED * 100
         batch = partitioner.put_batch(BATCH)
-        (gradient, found), program = gradient_of(params, teacher, batch, temperature)
-        chunked_loss.MAX_NUMBERS = limit
+        (gradient, statistics), program = gradient_of(params, teacher, batch, temperature)
+        chunked_loss.MAX_CHUNK_ELEMENTS = limit
     assert_trees_close(gradient, expected, rtol=1e-5)
-    for name in found._fields:
-        value, exact = getattr(found, name), getattr(wanted, name)
+    for name in statistics._fields:
+        value, exact = getattr(statistics, name), getattr(wanted, name)
         np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5, err_msg=name)
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", program)
     sizes = [math.prod(int(n) for n in shape.split(",")) for shape in gathered]
@@ -68,9 +72,9 @@ def check(partitioner, most, temperature):
 
 if __name__ == "__main__":
     assert jax.device_count() == 4
-    # Devices that split the vocabulary tell each other a few numbers of each position.
+    # Devices that split the vocabulary exchange a few numbers of each position.
     check(Partitioner(model_parallel=2), 2 * 7 * 2, temperature=2.0)
     print("split", flush=True)
-    # Devices that split weights along the hidden size gather those of one block.
+    # Devices that split weights along the hidden size gather those of one chunk.
     check(Partitioner(fully_sharded=4), EMBED * 128, temperature=1.0)
     print("sharded", flush=True)

@@ -8,12 +8,12 @@ from tiny_models import VOCAB, example_batch, random_params, tiny_model, tree_eq
 
 from robust_ft.errors import UserError
 from robust_ft.objectives import Cocktail, CrossEntropy, Teacher
-from robust_ft.objectives.chunked_loss import plain
+from robust_ft.objectives.chunked_loss import unchunked_statistics
 
 
 def smoothed_cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
-    found = plain(logits, targets)
-    return CrossEntropy(label_smoothing, z_loss).losses(found, logits.shape[-1])
+    statistics = unchunked_statistics(jnp.asarray(logits), jnp.asarray(targets))
+    return CrossEntropy(label_smoothing, z_loss).losses(statistics, logits.shape[-1])
 
 
 jitted = jax.jit(smoothed_cross_entropy, static_argnums=(2, 3))
@@ -119,8 +119,8 @@ def test_z_loss_is_no_reward():
 
 
 SIZES = {"num_encoder_layers": 1, "num_decoder_layers": 1}
-STUDENT, TUTOR = tiny_model(**SIZES), tiny_model(**SIZES, logits_via_embedding=True)
-TEACHER = Teacher(TUTOR, random_params(TUTOR, seed=9))
+STUDENT, TEACHER_MODEL = tiny_model(**SIZES), tiny_model(**SIZES, logits_via_embedding=True)
+TEACHER = Teacher(TEACHER_MODEL, random_params(TEACHER_MODEL, seed=9))
 
 
 def jitted_objective(objective):
@@ -139,7 +139,7 @@ def test_cocktail_mixes_divergence_and_cross_entropy(mixed, temperature):
     objective = Cocktail(mixed, temperature, CrossEntropy(label_smoothing=0.1, z_loss=1e-2))
     (loss, (weight, sums)), _ = jitted_objective(objective)(params, batch, TEACHER)
     logits = np.asarray(jax.jit(STUDENT.logits)(params, batch), np.float64)
-    taught = np.asarray(jax.jit(TUTOR.logits)(TEACHER.params, batch), np.float64)
+    taught = np.asarray(jax.jit(TEACHER_MODEL.logits)(TEACHER.params, batch), np.float64)
     totals = dict.fromkeys(("loss", "kl", "cross_entropy", "z_loss"), 0.0)
     for row, column in np.argwhere(batch["decoder_loss_weights"] > 0):
         here, there = logits[row, column], taught[row, column]
@@ -187,7 +187,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
 def test_the_teacher_has_no_gradient():
     params, batch = random_params(STUDENT), example_batch(3)
     gradient = jax.jit(
-        jax.grad(lambda t: Cocktail(0.5)(STUDENT, params, batch, None, Teacher(TUTOR, t))[0])
+        jax.grad(
+            lambda t: Cocktail(0.5)(STUDENT, params, batch, None, Teacher(TEACHER_MODEL, t))[0]
+        )
     )(TEACHER.params)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
