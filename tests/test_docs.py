@@ -1,0 +1,74 @@
+"""What the documents name exists: links, files, gin files, commands and Python imports."""
+
+import ast
+import fnmatch
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+# The log tells of the code as it was on a day.
+CURRENT = [path for path in DOCUMENTS if path.name != "log.md"]
+ROOMS = ("robust_ft", "tasks", "gin_configs", "launch", "benchmarks", "examples", "docs", "tests")
+# Files that readers write, or that runs and checkpoints hold.
+NOT_OURS = {"config.gin", "more.gin", "my_qa.gin", "my_tasks.py"}
+
+
+# Of every file in the rooms.
+NAMES = {path.name for room in ROOMS for path in (ROOT / room).rglob("*")}
+
+
+def named(document, pattern):
+    """Returns the distinct first groups of a pattern's matches, in order."""
+    return list(dict.fromkeys(re.findall(pattern, document.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def document(request):
+    return request.param
+
+
+@pytest.fixture(params=CURRENT, ids=lambda path: str(path.relative_to(ROOT)))
+def current(request):
+    return request.param
+
+
+def test_links(document):
+    for link in named(document, r"\]\(([^)\s#]+)[^)]*\)"):
+        assert "://" in link or (document.parent / link).exists(), link
+
+
+def test_paths(current):
+    for path in named(current, rf"(?<![\w./<-])((?:{'|'.join(ROOMS)})/[\w./*<>-]*[\w/*>])"):
+        pattern = re.sub(r"<\w+>", "*", path)  # `<family>` stands for any
+        assert any(ROOT.glob(pattern)), path
+
+
+def test_file_names(current):
+    for name in named(current, r"(?<![\w./*<>-])([\w<>*]+\.(?:gin|py|sh))\b"):
+        pattern = re.sub(r"<\w+>", "*", name)
+        assert name in NOT_OURS or fnmatch.filter(NAMES, pattern), name
+
+
+def test_commands(current):
+    for module in named(current, r"python -m\s+(robust_ft\.[\w.]*\w)"):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_dotted_names(current):
+    for name in named(current, r"`(robust_ft(?:\.\w+)+)(?<!\.json)[`(]"):
+        pkgutil.resolve_name(name)
+
+
+def test_imports(current):
+    blocks = re.findall(r"```python\n(.*?)```", current.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("robust_ft"):
+                for alias in node.names:
+                    pkgutil.resolve_name(f"{node.module}.{alias.name}")
