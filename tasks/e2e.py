@@ -23,7 +23,7 @@ def linearize(meaning: str) -> str:
     """Returns `name : Alimentum | area : city centre` for `name[Alimentum], area[city centre]`.
 
     Raises:
-      ValueError: `meaning` is something else.
+        ValueError: `meaning` is something else.
     """
     found = _ATTRIBUTE.findall(meaning)
     if not found or _ATTRIBUTE.sub("", meaning):

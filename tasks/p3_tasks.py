@@ -190,9 +190,10 @@ class Dataset:
     """A dataset and its templates.
 
     Attributes:
-      path: its name on the Hub and, behind a slash, its part; promptsource has its templates there.
-      num_train: examples of the training split; 0 where nothing depends on it.
-      templates: names as `word_name` spells them.
+        path: Its name on the Hub and, behind a slash, its part; promptsource has its templates
+            there.
+        num_train: Examples of the training split; 0 where nothing depends on it.
+        templates: Names as `word_name` spells them.
     """
 
     path: str

@@ -65,7 +65,7 @@ def parse(content: str) -> dict[str, str]:
     """Returns url, summary and document of a published document.
 
     Raises:
-      ValueError: a part is missing.
+        ValueError: A part is missing.
     """
     lines = (line for line in content.splitlines() if line.strip() and line not in _BUTTONS)
     pieces = re.split(r"\[(?:XSUM|SN)\]([A-Z-]+)\[(?:XSUM|SN)\]", "\n".join(lines))

@@ -57,7 +57,7 @@ def build(data: cache.TaskData) -> None:
     """Builds what is missing of the cache of a task, or of all of a mixture's tasks.
 
     Raises:
-      UserError: if the task or split does not exist, is empty, or does not suit the vocabulary.
+        UserError: If the task or split does not exist, is empty, or does not suit the vocabulary.
     """
     source = _import(data.module)
     provider, tasks = _find(data)
@@ -80,7 +80,7 @@ def build_share(found: Sequence[cache.TaskData], index: int, count: int) -> None
     every process reads all of it: only tokenizing is shared.
 
     Raises:
-      UserError: as `build`.
+        UserError: As `build`.
     """
     jobs = {}
     for data in found:
@@ -116,7 +116,7 @@ def tasks_of(data: cache.TaskData) -> list[str]:
     """Returns the names of the tasks that have the split: a mixture's, or the task itself.
 
     Raises:
-      UserError: if the module, the task or the split does not exist.
+        UserError: If the module, the task or the split does not exist.
     """
     _import(data.module)
     return [task.name for task in _find(data)[1]]
@@ -126,7 +126,7 @@ def any_split(data: cache.TaskData) -> str:
     """Returns the split of `data`, or another one if the task has none of that name.
 
     Raises:
-      UserError: if the module or the task does not exist.
+        UserError: If the module or the task does not exist.
     """
     _import(data.module)
     found = derived.find(data.task)
@@ -139,7 +139,7 @@ def find_task(data: cache.TaskData) -> seqio.Task:
     """Returns the task.
 
     Raises:
-      UserError: as `tasks_of`; or if `data` names a mixture of several tasks.
+        UserError: As `tasks_of`; or if `data` names a mixture of several tasks.
     """
     _import(data.module)
     [task] = _find(data)[1]

@@ -16,7 +16,7 @@ class Column:
     """Turns one feature of a task's examples into token ids.
 
     Attributes:
-      length: tokens of the last example before it was cut.
+        length: Tokens of the last example before it was cut.
     """
 
     def __init__(self, task: seqio.Task, feature: str, data: TaskData):

@@ -41,7 +41,7 @@ def find(name: str) -> seqio.Task | seqio.Mixture | None:
     """Returns the task or mixture called `name`, registered or made now; None if there is none.
 
     Raises:
-      UserError: its exemplars cannot come from anywhere.
+        UserError: Its exemplars cannot come from anywhere.
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         return seqio.get_mixture_or_task(name)
@@ -84,11 +84,11 @@ def draw(
     """Returns `shots` exemplars with different inputs, none of them `query`.
 
     Args:
-      pool: what to draw from; it must have enough of them.
-      query: the inputs of the example they are for.
-      shots: how many.
-      seed: of the run.
-      example_id: of the example in its split.
+        pool: What to draw from; it must have enough of them.
+        query: The inputs of the example they are for.
+        shots: How many.
+        seed: Of the run.
+        example_id: Of the example in its split.
     """
     chosen: dict[str, Exemplar] = {}
     for attempt in itertools.count():
@@ -108,9 +108,9 @@ def fit(
     Where they do not fit together, each in turn is kept if it fits beside those before it.
 
     Args:
-      exemplars: texts, in their order.
-      query: the text of the example itself, which always stays.
-      fits: whether a text fits.
+        exemplars: Texts, in their order.
+        query: The text of the example itself, which always stays.
+        fits: Whether a text fits.
     """
     if fits(text := _join(exemplars, query)):
         return text, exemplars

@@ -23,19 +23,19 @@ class FileTask:
     line), behind which `.gz` may stand. The first line of `.csv` and `.tsv` names the columns.
 
     Attributes:
-      name: of the task, as MIXTURE_OR_TASK_NAME has it.
-      inputs: the input text, with columns in braces: 'Q: {question} A:'. Doubled braces stand for
-        themselves.
-      targets: the target text likewise. Where it is one column that holds a list (`.jsonl`), all
-        of the list count as right, and the first is what is learned.
-      train: file of the training split, None for none.
-      validation: file of the validation split.
-      test: file of the test split.
-      choices: the targets that are allowed, for classification.
-      metrics: names for `robust_ft.metrics.get`; the first one averages and selects.
-      postprocess: name for `robust_ft.metrics.get_postprocess`.
-      exemplars: name of the task whose training split has the exemplars of k-shot versions; its own
-        by default.
+        name: Of the task, as MIXTURE_OR_TASK_NAME has it.
+        inputs: The input text, with columns in braces: 'Q: {question} A:'. Doubled braces stand for
+            themselves.
+        targets: The target text likewise. Where it is one column that holds a list (`.jsonl`), all
+            of the list count as right, and the first is what is learned.
+        train: File of the training split, None for none.
+        validation: File of the validation split.
+        test: File of the test split.
+        choices: The targets that are allowed, for classification.
+        metrics: Names for `robust_ft.metrics.get`; the first one averages and selects.
+        postprocess: Name for `robust_ft.metrics.get_postprocess`.
+        exemplars: Name of the task whose training split has the exemplars of k-shot versions; its
+            own by default.
     """
 
     name: str
@@ -80,7 +80,7 @@ class FileTask:
         """Returns the inputs, targets and references that a file's record gives.
 
         Raises:
-          ValueError: a column is missing, or holds something that is no text.
+            ValueError: A column is missing, or holds something that is no text.
         """
         column = self.targets.removeprefix("{").removesuffix("}")
         answers = record.get(column) if self.targets == f"{{{column}}}" else None

@@ -26,7 +26,7 @@ def module_fingerprint(module: str) -> str:
     packages is not looked at.
 
     Raises:
-      UserError: if there is no such module.
+        UserError: If there is no such module.
     """
     digest = hashlib.sha256()
     files = _module_files(module)
@@ -95,10 +95,10 @@ class RawFile:
     """A raw data file as it was when a cache was built.
 
     Attributes:
-      path: relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
-      size: bytes.
-      mtime_ns: modification time; equal times save hashing the file again.
-      sha256: hex digest of the content.
+        path: Relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
+        size: Bytes.
+        mtime_ns: Modification time; equal times save hashing the file again.
+        sha256: Hex digest of the content.
     """
 
     path: str

@@ -38,14 +38,14 @@ class EvalExample:
     """One example to evaluate on.
 
     Attributes:
-      inputs: token ids, EOS included, no padding.
-      targets: token ids, EOS included, no padding.
-      inputs_text: the text before tokenization.
-      targets_text: the text before tokenization.
-      references: what counts as right; the targets' text alone where a task says nothing else.
-      id: the task's own integer id, else the position in the split.
-      choices: the possible answers of a classification task that names them.
-      answer_choices: the answers that a model ranks, empty for a task that is decoded.
+        inputs: Token ids, EOS included, no padding.
+        targets: Token ids, EOS included, no padding.
+        inputs_text: The text before tokenization.
+        targets_text: The text before tokenization.
+        references: What counts as right; the targets' text alone where a task says nothing else.
+        id: The task's own integer id, else the position in the split.
+        choices: The possible answers of a classification task that names them.
+        answer_choices: The answers that a model ranks, empty for a task that is decoded.
     """
 
     inputs: Int32[np.ndarray, " inputs"]
@@ -90,7 +90,7 @@ class BatchSource:
         """Goes to a position from `get_state`.
 
         Raises:
-          UserError: if the position was taken with other data, seed, batch size or packing.
+            UserError: If the position was taken with other data, seed, batch size or packing.
         """
         state = {"by_length": 0, **state}  # which earlier versions did not say
         differing = [name for name, value in self._identity.items() if state.get(name) != value]
@@ -123,22 +123,24 @@ def train_batches(
     takes from its tasks at their rates.
 
     Args:
-      data: what to read.
-      batch_size: rows of the global batch; each shard gives `batch_size / shard count` of them.
-      seed: of the order. The same whatever the shards: without packing, the shards' batches on top
-        of each other are the batch of one shard; with packing, shards pack disjoint examples.
-      packing: whether to put several examples into one row, with segment ids and positions.
-      shard: index and count. All processes that hold a part of one model take the same.
-      start_id: first token of all decoder inputs, the model's; padding is the vocabulary's.
-      task_index: from a task's name to what "task_index" (int32[batch]) says for its examples, such
-        as `Model.task_index`; by default batches do not have it.
-      by_length: so many batches' examples are sorted by length and divided anew, so that those of
-        like lengths come together, and are padded to a half, quarter or eighth of the lengths where
-        that is enough; the batches' order stays random. Every shard reads all of them. 0 for off.
+        data: What to read.
+        batch_size: Rows of the global batch; each shard gives `batch_size / shard count` of them.
+        seed: Of the order. The same whatever the shards: without packing, the shards' batches on
+            top of each other are the batch of one shard; with packing, shards pack disjoint
+            examples.
+        packing: Whether to put several examples into one row, with segment ids and positions.
+        shard: Index and count. All processes that hold a part of one model take the same.
+        start_id: First token of all decoder inputs, the model's; padding is the vocabulary's.
+        task_index: From a task's name to what "task_index" (int32[batch]) says for its examples,
+            such as `Model.task_index`; by default batches do not have it.
+        by_length: So many batches' examples are sorted by length and divided anew, so that those of
+            like lengths come together, and are padded to a half, quarter or eighth of the lengths
+            where that is enough; the batches' order stays random. Every shard reads all of them. 0
+            for off.
 
     Raises:
-      UserError: see `cache.ensure`; or if the batch cannot be divided by the shards, or rows that
-        hold several tasks' examples are to have one index or one length.
+        UserError: See `cache.ensure`; or if the batch cannot be divided by the shards, or rows that
+            hold several tasks' examples are to have one index or one length.
     """
     index, count = shard
     _check(batch_size, index, count, by_length)
@@ -212,12 +214,12 @@ def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]
     """Returns a task's examples in the order of its split, from its cache (built if missing).
 
     Args:
-      data: what to read; one task, or a mixture of one.
-      limit: at most so many examples, spread evenly over the split, since many test files are
-        sorted. The same ones every time.
+        data: What to read; one task, or a mixture of one.
+        limit: At most so many examples, spread evenly over the split, since many test files are
+            sorted. The same ones every time.
 
     Raises:
-      UserError: see `cache.ensure`; or if `data` is a mixture of several tasks.
+        UserError: See `cache.ensure`; or if `data` is a mixture of several tasks.
     """
     tasks = cache.ensure(data)
     if len(tasks) > 1:
@@ -251,7 +253,7 @@ def eval_batches(
     `start_id` (the first token of all decoder inputs) the model's.
 
     Raises:
-      ValueError: if an example is longer than its length.
+        ValueError: If an example is longer than its length.
     """
     batches = []
     for start in range(0, len(examples), batch_size):

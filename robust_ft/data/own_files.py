@@ -22,7 +22,7 @@ def register(task: FileTask) -> None:
     """Makes a task known; one of the same name that another config described is replaced.
 
     Raises:
-      UserError: the name is taken by a task that is no `FileTask`, or there is no such metric.
+        UserError: The name is taken by a task that is no `FileTask`, or there is no such metric.
     """
     if _registered.get(task.name) == task.definition:
         return

@@ -29,11 +29,11 @@ class Counts:
     """What is counted over examples; by feature ('inputs', 'targets') where it says so.
 
     Attributes:
-      num_examples: how many there are.
-      num_dropped_exemplars: exemplars that did not fit.
-      num_truncated: examples that were cut, by feature.
-      max_length: tokens of the longest example before cutting, by feature.
-      num_tokens: tokens kept, by feature.
+        num_examples: How many there are.
+        num_dropped_exemplars: Exemplars that did not fit.
+        num_truncated: Examples that were cut, by feature.
+        max_length: Tokens of the longest example before cutting, by feature.
+        num_tokens: Tokens kept, by feature.
     """
 
     num_examples: int = 0
@@ -65,8 +65,8 @@ class Parts:
         """Opens or makes the folder.
 
         Args:
-          folder: where the parts are.
-          identity: what they depend on, as JSON has it; parts of another one are removed.
+            folder: Where the parts are.
+            identity: What they depend on, as JSON has it; parts of another one are removed.
         """
         self.folder = folder
         self.identity = identity

@@ -16,10 +16,10 @@ class Preview:
     """One example.
 
     Attributes:
-      texts: what the cache would keep of an evaluation split: inputs, targets, references, ...
-      tokens: ids by feature, cut to its length.
-      lengths: tokens by feature before cutting.
-      num_dropped_exemplars: exemplars that did not fit.
+        texts: What the cache would keep of an evaluation split: inputs, targets, references, ...
+        tokens: Ids by feature, cut to its length.
+        lengths: Tokens by feature before cutting.
+        num_dropped_exemplars: Exemplars that did not fit.
     """
 
     texts: dict[str, Any]
@@ -32,7 +32,7 @@ def previews(data: TaskData) -> Iterator[Preview]:
     """Yields the examples of one task in the order of its split, from its source and not its cache.
 
     Raises:
-      UserError: as `build.find_task`; or the task does not suit the vocabulary.
+        UserError: As `build.find_task`; or the task does not suit the vocabulary.
     """
     task = build.find_task(data)
     made = {feature: columns.Column(task, feature, data) for feature in task_rows.FEATURES}

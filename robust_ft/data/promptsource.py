@@ -40,9 +40,9 @@ class Template:
     """One template of a dataset.
 
     Attributes:
-      name: as promptsource has it.
-      jinja: the text of inputs and targets, with `|||` between them.
-      answer_choices: the text of the possible targets, with `|||` between them; None for none.
+        name: As promptsource has it.
+        jinja: The text of inputs and targets, with `|||` between them.
+        answer_choices: The text of the possible targets, with `|||` between them; None for none.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Template:
         """Returns the prompt of a record, None if the template says nothing of it.
 
         Args:
-          record: columns as the dataset has them on the Hub.
-          seed: what random draws are a function of.
+            record: Columns as the dataset has them on the Hub.
+            seed: What random draws are a function of.
 
         Raises:
-          ValueError: a column is missing, or the template fails on the record.
+            ValueError: A column is missing, or the template fails on the record.
         """
         for column in _columns(self.jinja) | _columns(self.answer_choices or ""):
             if column not in record:
@@ -81,7 +81,7 @@ def load(file: Path) -> dict[str, Template]:
     """Returns the templates of one `templates.yaml` by their names.
 
     Raises:
-      UserError: the file is not one of promptsource's.
+        UserError: The file is not one of promptsource's.
     """
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)

@@ -30,7 +30,7 @@ def lines(file: Path) -> Iterator[tuple[str, str]]:
     """Yields (place, line without its end) of a UTF-8 text file, of a gzipped one if named `.gz`.
 
     Raises:
-      UserError: a line is not UTF-8.
+        UserError: A line is not UTF-8.
     """
     with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -48,7 +48,7 @@ def json_lines(files: Sequence[Path]) -> Iterator[Row]:
     """Yields the JSON objects of files with one a line; empty lines are skipped.
 
     Raises:
-      UserError: a line is not a JSON object.
+        UserError: A line is not a JSON object.
     """
     for file in files:
         for place, line in lines(file):
@@ -71,7 +71,7 @@ def json_list(files: Sequence[Path], key: str | None = None) -> Iterator[Row]:
     Places are `<file>, item <n>`, counted from 1.
 
     Raises:
-      UserError: the file is not such JSON.
+        UserError: The file is not such JSON.
     """
     for file in files:
         content = read_json(file)
@@ -90,11 +90,11 @@ def tab_separated(files: Sequence[Path], columns: Sequence[str] = ()) -> Iterato
     """Yields the rows of tab-separated files without quoting, as GLUE has them.
 
     Args:
-      files: the files.
-      columns: their names; by default the first line of each file holds them.
+        files: The files.
+        columns: Their names; by default the first line of each file holds them.
 
     Raises:
-      UserError: a row has more or fewer fields than there are columns.
+        UserError: A row has more or fewer fields than there are columns.
     """
     for file in files:
         names = tuple(columns)
@@ -114,12 +114,12 @@ def quoted(
     A quoted field may hold the delimiter, doubled quotes and line breaks.
 
     Args:
-      files: the files.
-      delimiter: one character.
-      columns: their names; by default the first row of each file holds them.
+        files: The files.
+        delimiter: One character.
+        columns: Their names; by default the first row of each file holds them.
 
     Raises:
-      UserError: a row has more or fewer fields than there are columns, or quotes do not match.
+        UserError: A row has more or fewer fields than there are columns, or quotes do not match.
     """
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default cuts at 128 KiB
     for file in files:
@@ -145,7 +145,7 @@ def aligned(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
     """Yields the lines of several files side by side, one file a column; none may be shorter.
 
     Raises:
-      UserError: the files have unequal numbers of lines.
+        UserError: The files have unequal numbers of lines.
     """
     streams = [lines(file) for file in files]
     while True:
@@ -172,7 +172,7 @@ def text(record: Mapping[str, Any], name: str) -> str:
     """Returns a field that must be a string.
 
     Raises:
-      ValueError: there is no such field, or it is something else.
+        ValueError: There is no such field, or it is something else.
     """
     if name not in record:
         raise ValueError(f"no field '{name}'.{nearest(name, record)}")
@@ -185,7 +185,7 @@ def texts(record: Mapping[str, Any], name: str) -> list[str]:
     """Returns a field that must be a list of strings, not an empty one.
 
     Raises:
-      ValueError: there is no such field, or it is something else.
+        ValueError: There is no such field, or it is something else.
     """
     value = record.get(name)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
@@ -197,7 +197,7 @@ def one_of(record: Mapping[str, Any], name: str, choices: Mapping[str, str]) -> 
     """Returns what `choices` has for a field that must be one of its keys.
 
     Raises:
-      ValueError: there is no such field, or it is something else.
+        ValueError: There is no such field, or it is something else.
     """
     value = text(record, name)
     if value not in choices:

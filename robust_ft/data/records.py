@@ -31,10 +31,10 @@ def encode(
     """Returns the record of one example.
 
     Args:
-      inputs: token ids, EOS included.
-      targets: token ids, EOS included.
-      dtype: what `token_dtype` said for the vocabulary.
-      texts: strings and lists of strings by name, or None to keep none.
+        inputs: Token ids, EOS included.
+        targets: Token ids, EOS included.
+        dtype: What `token_dtype` said for the vocabulary.
+        texts: Strings and lists of strings by name, or None to keep none.
     """
     head = np.array([len(inputs), len(targets)], _HEADER).tobytes()
     tokens = np.asarray(inputs, dtype).tobytes() + np.asarray(targets, dtype).tobytes()
@@ -64,7 +64,7 @@ def pad_right(
     """Returns `sequences` under each other, filled up with `pad_id` to `length` and `rows` rows.
 
     Raises:
-      ValueError: if a sequence is longer than `length`; nothing is cut silently.
+        ValueError: If a sequence is longer than `length`; nothing is cut silently.
     """
     lengths = _lengths(sequences)
     if lengths.size and lengths.max() > length:
@@ -92,16 +92,16 @@ def model_batch(
     pad with a token that it also uses, such as EOS.
 
     Args:
-      inputs: ids of each example.
-      targets: ids of each example.
-      inputs_length: length of the rows of inputs.
-      targets_length: length of the rows of targets.
-      rows: fewest rows; those without an example are all padding.
-      pad_id: the vocabulary's.
-      start_id: the model's.
+        inputs: Ids of each example.
+        targets: Ids of each example.
+        inputs_length: Length of the rows of inputs.
+        targets_length: Length of the rows of targets.
+        rows: Fewest rows; those without an example are all padding.
+        pad_id: The vocabulary's.
+        start_id: The model's.
 
     Raises:
-      ValueError: if an example is longer than its length.
+        ValueError: If an example is longer than its length.
     """
     padded = pad_right(targets, targets_length, rows, pad_id)
     lengths = np.zeros(len(padded), np.int64)

@@ -36,7 +36,7 @@ def text_features(add_eos_to_inputs: bool = True) -> dict[str, seqio.Feature]:
     """Returns the `output_features` of a task whose `inputs` and `targets` are texts.
 
     Args:
-      add_eos_to_inputs: whether inputs end in EOS, as T5's do; targets always do.
+        add_eos_to_inputs: Whether inputs end in EOS, as T5's do; targets always do.
     """
 
     def feature(add_eos: bool) -> seqio.Feature:
@@ -58,10 +58,10 @@ def from_python(
     the same for one example as for hundreds, so hundreds take it together.
 
     Args:
-      examples: called for each pass over the dataset.
-      texts: names of fields that are one string.
-      lists: names of fields that are lists of strings, of any lengths.
-      integers: names of fields that are an integer.
+        examples: Called for each pass over the dataset.
+        texts: Names of fields that are one string.
+        lists: Names of fields that are lists of strings, of any lengths.
+        integers: Names of fields that are an integer.
     """
 
     def chunks() -> Iterator[dict[str, list[Any]]]:
@@ -91,9 +91,9 @@ class Files:
     """Official raw files of a split.
 
     Attributes:
-      paths: below $ROBUST_FT_DATA_DIR, or absolute; may hold wildcards, whose files are read in the
-        order of their names.
-      read: from these files to their records.
+        paths: Below $ROBUST_FT_DATA_DIR, or absolute; may hold wildcards, whose files are read in
+            the order of their names.
+        read: From these files to their records.
     """
 
     paths: tuple[str, ...]
@@ -119,9 +119,9 @@ class Tfds:
     """A split of a dataset of TFDS, which prepares it or finds it prepared in $TFDS_DATA_DIR.
 
     Attributes:
-      name: with its version, such as 'super_glue/rte:1.0.2'.
-      split: TFDS's name for it, such as 'train' or 'validation[:50%]'.
-      record: from an example (bytes are strings by then, arrays lists) to what `Files` read.
+        name: With its version, such as 'super_glue/rte:1.0.2'.
+        split: TFDS's name for it, such as 'train' or 'validation[:50%]'.
+        record: From an example (bytes are strings by then, arrays lists) to what `Files` read.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Tfds:
         """Returns the split, downloaded if it is not there yet.
 
         Raises:
-          Exception: whatever a download, a server or a disk can raise.
+            Exception: Whatever a download, a server or a disk can raise.
         """
         if not tfds.builder(self.name).is_prepared() and _is_offline():
             raise ConnectionError("there is no network")
@@ -171,16 +171,17 @@ class TextSource(seqio.DataSource):
         """Describes the source.
 
         Args:
-          task: its name, for messages.
-          splits: for each, where it may come from; the first that is there is taken, and TFDS
-            counts as being there.
-          example: from a record to `inputs` and `targets`; None leaves the record out. Raises
-            KeyError or ValueError with a sentence for a record that it does not accept.
-          references: whether `example` also gives `references`, a list of all that counts as right.
-          choices: the answers that a classification task allows.
-          exemplars: the task whose training split has this task's exemplars, by default itself.
-          answer_choices: whether `example` also gives `answer_choices`, a list of the answers that
-            a model ranks (none where the example has none).
+            task: Its name, for messages.
+            splits: For each, where it may come from; the first that is there is taken, and TFDS
+                counts as being there.
+            example: From a record to `inputs` and `targets`; None leaves the record out. Raises
+                KeyError or ValueError with a sentence for a record that it does not accept.
+            references: Whether `example` also gives `references`, a list of all that counts as
+                right.
+            choices: The answers that a classification task allows.
+            exemplars: The task whose training split has this task's exemplars, by default itself.
+            answer_choices: Whether `example` also gives `answer_choices`, a list of the answers
+                that a model ranks (none where the example has none).
         """
         super().__init__(splits=tuple(splits))
         self._task = task
@@ -221,7 +222,8 @@ class TextSource(seqio.DataSource):
         """Yields the split's examples.
 
         Raises:
-          UserError: there is no such split, neither its files nor TFDS have it, or a record is bad.
+            UserError: There is no such split, neither its files nor TFDS have it, or a record is
+                bad.
         """
         count = 0
         for place, record in self._rows(split):

@@ -16,7 +16,7 @@ def read(files: Sequence[Path]) -> Iterator[Row]:
     """Yields the rows of Parquet, Arrow, JSON Lines and TFRecord files, told by their names.
 
     Raises:
-      UserError: a file is of none of these kinds, or not what its name says.
+        UserError: A file is of none of these kinds, or not what its name says.
     """
     for file in files:
         kind = next((name for name in _READERS if name in file.name), None)

@@ -34,12 +34,12 @@ def dataset(
     seed makes preprocessors that draw random numbers repeatable.
 
     Args:
-      task: the task.
-      split: one of its splits.
-      lengths: given to preprocessors that ask for them.
+        task: The task.
+        split: One of its splits.
+        lengths: Given to preprocessors that ask for them.
 
     Raises:
-      UserError: the task makes no inputs or no targets.
+        UserError: The task makes no inputs or no targets.
     """
     with explained():
         found = task.source.get_dataset(split=split, shuffle=False, seed=None)
@@ -56,7 +56,7 @@ def rows(found: tf.data.Dataset) -> Iterator[dict[str, Any]]:
     """Yields the examples of `dataset`: bytes, numbers, or arrays of them by name.
 
     Raises:
-      UserError: one that Python code inside the task raised.
+        UserError: One that Python code inside the task raised.
     """
     with explained():
         # Many at once: tensorflow takes as long to hand out one example as a batch of them.

@@ -83,7 +83,7 @@ def get(name: str) -> Metric:
     """Returns the metric called `name`, or "module:function" for one defined elsewhere.
 
     Raises:
-      UserError: there is none.
+        UserError: There is none.
     """
     return _get("metric", METRICS, name)
 
@@ -92,7 +92,7 @@ def get_parts(name: str) -> Metric:
     """Returns the metric called `name` in the form that also tells the parts of its score.
 
     Raises:
-      UserError: there is none.
+        UserError: There is none.
     """
     return PARTS.get(name) or get(name)
 
@@ -101,7 +101,7 @@ def get_postprocess(name: str) -> Postprocess:
     """Returns the postprocessor called `name` (as in `get`), `identity` for "".
 
     Raises:
-      UserError: there is none.
+        UserError: There is none.
     """
     return _get("postprocessor", POSTPROCESSORS, name or "identity")
 

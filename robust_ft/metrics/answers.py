@@ -24,14 +24,14 @@ def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, fl
     """Percentage of predictions that equal an answer once both are normalized as SQuAD's are.
 
     Args:
-      targets: the answer to each question, or several of which any may match.
-      predictions: the predicted answers.
+        targets: The answer to each question, or several of which any may match.
+        predictions: The predicted answers.
 
     Returns:
-      {"exact_match": 0..100}.
+        {"exact_match": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _mean("exact_match", targets, predictions, squad_normalize, _equal)
 
@@ -40,14 +40,14 @@ def token_f1(targets: References, predictions: Sequence[str]) -> dict[str, float
     """Mean F1 between the words of prediction and answer, normalized as SQuAD's are.
 
     Args:
-      targets: the answer to each question, or several of which the best one counts.
-      predictions: the predicted answers.
+        targets: The answer to each question, or several of which the best one counts.
+        predictions: The predicted answers.
 
     Returns:
-      {"token_f1": 0..100}.
+        {"token_f1": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _mean("token_f1", targets, predictions, squad_normalize, _word_f1)
 

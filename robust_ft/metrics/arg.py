@@ -31,16 +31,17 @@ def average_relative_gain(
     """Mean over templates of (accuracy - random baseline) / random baseline, in percent.
 
     Args:
-      accuracies: 0..100, of each template of each dataset.
-      baselines: accuracy of guessing, 0..100, of each dataset.
-      by_dataset: average within datasets first, so that each counts the same whatever its number
-        of templates. The paper's text says templates, its numbers come from code that does this.
+        accuracies: 0..100, of each template of each dataset.
+        baselines: Accuracy of guessing, 0..100, of each dataset.
+        by_dataset: Average within datasets first, so that each counts the same whatever its number
+            of templates. The paper's text says templates, its numbers come from code that does
+            this.
 
     Returns:
-      -100 (never right) and up; 0 is guessing.
+        -100 (never right) and up; 0 is guessing.
 
     Raises:
-      UserError: no accuracies, one that is not from 0 to 100, or a dataset without a baseline.
+        UserError: No accuracies, one that is not from 0 to 100, or a dataset without a baseline.
     """
     weights = relative_gain_weights(
         {dataset: len(found) for dataset, found in accuracies.items()}, baselines, by_dataset
@@ -61,12 +62,12 @@ def relative_gain_weights(
     """Returns what one point of accuracy on one template of each dataset adds to ARG.
 
     Args:
-      templates: number of templates of each dataset.
-      baselines: see `average_relative_gain`.
-      by_dataset: see `average_relative_gain`.
+        templates: Number of templates of each dataset.
+        baselines: See `average_relative_gain`.
+        by_dataset: See `average_relative_gain`.
 
     Raises:
-      UserError: no templates, or a dataset without a baseline.
+        UserError: No templates, or a dataset without a baseline.
     """
     if not templates or not all(templates.values()):
         raise UserError("ARG: there are no accuracies to average.")

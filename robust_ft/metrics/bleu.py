@@ -29,14 +29,14 @@ def bleu(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     """BLEU as sacrebleu computes it by default: 13a tokens, with case, exponential smoothing.
 
     Args:
-      targets: the reference of each example, or several (not always as many).
-      predictions: the predicted texts, not tokenized.
+        targets: The reference of each example, or several (not always as many).
+        predictions: The predicted texts, not tokenized.
 
     Returns:
-      {"bleu": 0..100}.
+        {"bleu": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _score("bleu", bleu_parts(targets, predictions))
 
@@ -58,16 +58,16 @@ def multi_bleu(targets: References, predictions: Sequence[str]) -> dict[str, flo
     There is no smoothing: without a common 4-gram the score is 0.
 
     Args:
-      targets: the reference of each example, or several. An example with fewer than others has
-        blank lines in reference files, and so it has here: empty references, which count for
-        the brevity penalty when they are the closest in length.
-      predictions: the predicted texts, tokenized.
+        targets: The reference of each example, or several. An example with fewer than others has
+            blank lines in reference files, and so it has here: empty references, which count for
+            the brevity penalty when they are the closest in length.
+        predictions: The predicted texts, tokenized.
 
     Returns:
-      {"multi_bleu": 0..100}.
+        {"multi_bleu": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _score("multi_bleu", multi_bleu_parts(targets, predictions))
 
@@ -76,8 +76,8 @@ def multi_bleu_parts(targets: References, predictions: Sequence[str]) -> dict[st
     """Returns what `multi_bleu` does and its parts.
 
     Returns:
-      {"multi_bleu": 0..100, "precision_1".."precision_4": 0..100, "brevity_penalty": 0..1,
-      "ratio" of lengths, "prediction_length" and "reference_length" in tokens}.
+        {"multi_bleu": 0..100, "precision_1".."precision_4": 0..100, "brevity_penalty": 0..1,
+        "ratio" of lengths, "prediction_length" and "reference_length" in tokens}.
     """
     return _multi_bleu_of(multi_bleu_counts(targets, predictions).sum(axis=0))
 
@@ -88,8 +88,8 @@ def multi_bleu_counts(
     """Returns what `multi_bleu` adds up over examples.
 
     Returns:
-      for each example its length and that of the closest reference, in tokens, and the matching
-      and all n-grams of the prediction, n from 1 to 4.
+        For each example its length and that of the closest reference, in tokens, and the matching
+        and all n-grams of the prediction, n from 1 to 4.
     """
     examples = pairs("multi_bleu", targets, predictions)
     width = max(len(references) for references, _ in examples)
@@ -115,14 +115,14 @@ def webnlg_bleu(targets: References, predictions: Sequence[str]) -> dict[str, fl
     Text that is in the challenge's form already, such as its own files, stays as it is.
 
     Args:
-      targets: the reference of each example, or several, of which the first three count.
-      predictions: the predicted texts.
+        targets: The reference of each example, or several, of which the first three count.
+        predictions: The predicted texts.
 
     Returns:
-      {"webnlg_bleu": 0..100}.
+        {"webnlg_bleu": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _score("webnlg_bleu", webnlg_bleu_parts(targets, predictions))
 

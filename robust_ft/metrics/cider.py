@@ -24,15 +24,15 @@ def cider(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     Stanford tokenizer of coco-caption also takes "isn't" apart, so that scores may differ a bit.
 
     Args:
-      targets: the reference of each example, or several, over which the mean is taken.
-      predictions: the predicted texts, not tokenized.
+        targets: The reference of each example, or several, over which the mean is taken.
+        predictions: The predicted texts, not tokenized.
 
     Returns:
-      {"cider": 0..10}, on the scale of the papers' tables; a single example has no rare n-grams
-      and scores 0.
+        {"cider": 0..10}, on the scale of the papers' tables; a single example has no rare n-grams
+        and scores 0.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     tokenize = tokenizer_13a()
 

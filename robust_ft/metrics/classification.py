@@ -15,14 +15,14 @@ def accuracy(targets: References, predictions: Sequence[str]) -> dict[str, float
     """Percentage of predictions that are their label.
 
     Args:
-      targets: the label of each example, or several that count as right.
-      predictions: the predicted labels.
+        targets: The label of each example, or several that count as right.
+        predictions: The predicted labels.
 
     Returns:
-      {"accuracy": 0..100}.
+        {"accuracy": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     labels = _labels("accuracy", targets, predictions)
     return {"accuracy": 100 * float(np.mean([label == given for label, given in labels]))}
@@ -32,15 +32,15 @@ def binary_f1(targets: References, predictions: Sequence[str]) -> dict[str, floa
     """F1 of the positive label, as GLUE reports for MRPC and QQP.
 
     Args:
-      targets: the label of each example; the positive one is one of `POSITIVE`.
-      predictions: the predicted labels.
+        targets: The label of each example; the positive one is one of `POSITIVE`.
+        predictions: The predicted labels.
 
     Returns:
-      {"binary_f1": 0..100}.
+        {"binary_f1": 0..100}.
 
     Raises:
-      UserError: no examples, not as many targets as predictions, or no one label among the
-        targets that is known to be positive.
+        UserError: No examples, not as many targets as predictions, or no one label among the
+            targets that is known to be positive.
     """
     labels = _labels("binary_f1", targets, predictions)
     present = sorted({label for label, _ in labels})
@@ -59,14 +59,14 @@ def macro_f1(targets: References, predictions: Sequence[str]) -> dict[str, float
     Predictions that are no label count as errors, not as labels of their own.
 
     Args:
-      targets: the label of each example, or several that count as right.
-      predictions: the predicted labels.
+        targets: The label of each example, or several that count as right.
+        predictions: The predicted labels.
 
     Returns:
-      {"macro_f1": 0..100}.
+        {"macro_f1": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     labels = _labels("macro_f1", targets, predictions)
     scores = [_f1(labels, label) for label in sorted({label for label, _ in labels})]

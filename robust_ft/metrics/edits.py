@@ -9,14 +9,14 @@ def chrf(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     """F2 over the n-grams of up to 6 characters, white space apart.
 
     Args:
-      targets: the reference of each example, or several, of which the best one counts.
-      predictions: the predicted texts.
+        targets: The reference of each example, or several, of which the best one counts.
+        predictions: The predicted texts.
 
     Returns:
-      {"chrf": 0..100}.
+        {"chrf": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     from sacrebleu.metrics import CHRF
 
@@ -32,15 +32,15 @@ def ter(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     are lower-cased; an edit inserts, deletes or replaces a word or moves several.
 
     Args:
-      targets: the reference of each example, or several, of which the closest one counts; their
-        mean length is what edits are a share of.
-      predictions: the predicted texts.
+        targets: The reference of each example, or several, of which the closest one counts; their
+            mean length is what edits are a share of.
+        predictions: The predicted texts.
 
     Returns:
-      {"ter": 0 or more; above 100 where predictions are longer than references}.
+        {"ter": 0 or more; above 100 where predictions are longer than references}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return {"ter": ter_parts(targets, predictions)["ter"]}
 

@@ -10,15 +10,15 @@ def format_share(outputs: Sequence[str], pattern: str) -> float:
     """Share of outputs that match the finetuned task's output format (ProMoT, section 3).
 
     Args:
-      outputs: what a model answered, to any task.
-      pattern: a regular expression for a whole output, space at its ends apart; for RTE
-        "True|False".
+        outputs: What a model answered, to any task.
+        pattern: A regular expression for a whole output, space at its ends apart; for RTE
+            "True|False".
 
     Returns:
-      The share, 0..1.
+        The share, 0..1.
 
     Raises:
-      UserError: no outputs, or a pattern that is not a regular expression.
+        UserError: No outputs, or a pattern that is not a regular expression.
     """
     try:
         compiled = re.compile(pattern)

@@ -17,14 +17,14 @@ def meteor(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     weights and searches for the alignment with the fewest chunks: compare only scores of this one.
 
     Args:
-      targets: the reference of each example, or several, of which the best one counts.
-      predictions: the predicted texts, not tokenized.
+        targets: The reference of each example, or several, of which the best one counts.
+        predictions: The predicted texts, not tokenized.
 
     Returns:
-      {"meteor": 0..100}.
+        {"meteor": 0..100}.
 
     Raises:
-      UserError: no examples, not as many targets as predictions, or WordNet is not there.
+        UserError: No examples, not as many targets as predictions, or WordNet is not there.
     """
     from nltk.translate.meteor_score import meteor_score
 

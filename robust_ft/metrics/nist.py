@@ -18,16 +18,16 @@ def nist(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     """NIST of a whole corpus as mteval-v13a and the E2E challenge compute it, without case.
 
     Args:
-      targets: the reference of each example, or several: an n-gram may come from any of them, and
-        their mean length is the length that a prediction should have.
-      predictions: the predicted texts, not tokenized.
+        targets: The reference of each example, or several: an n-gram may come from any of them, and
+            their mean length is the length that a prediction should have.
+        predictions: The predicted texts, not tokenized.
 
     Returns:
-      {"nist": mean information of a predicted n-gram in bits, summed over n = 1..5}: from 0 up,
-      not a percentage; about 8 for good systems on E2E.
+        {"nist": mean information of a predicted n-gram in bits, summed over n = 1..5}: from 0 up,
+        not a percentage; about 8 for good systems on E2E.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     tokenize = tokenizer_13a()
     examples = [

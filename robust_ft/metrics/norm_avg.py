@@ -14,7 +14,7 @@ def norm_avg(scores: Sequence[float]) -> float:
     tables are the plain mean of their columns.
 
     Raises:
-      UserError: no scores, or a score that is not a number from 0 to 100.
+        UserError: No scores, or a score that is not a number from 0 to 100.
     """
     if len(scores) == 0:
         raise UserError("norm_avg: there are no scores to average.")

@@ -15,12 +15,12 @@ def pairs(
     """Returns (references, prediction) for each example.
 
     Args:
-      name: the metric, named in errors.
-      targets: a string or a non-empty sequence of strings for each example.
-      predictions: a string for each example.
+        name: The metric, named in errors.
+        targets: A string or a non-empty sequence of strings for each example.
+        predictions: A string for each example.
 
     Raises:
-      UserError: no examples, different numbers of them, or an example without a reference.
+        UserError: No examples, different numbers of them, or an example without a reference.
     """
     if len(targets) != len(predictions):
         raise UserError(

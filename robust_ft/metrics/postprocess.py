@@ -34,12 +34,12 @@ def promot(output: str, example: Any = None, is_target: bool = False) -> str:
     - A target has nothing to trim: it may contain such a word by right.
 
     Args:
-      output: the decoded text.
-      example: unused.
-      is_target: whether `output` is a target and not a model's output.
+        output: The decoded text.
+        example: Unused.
+        is_target: Whether `output` is a target and not a model's output.
 
     Returns:
-      The answer, without space at its ends; may be empty.
+        The answer, without space at its ends; may be empty.
     """
     del example
     text = output.partition(_FIRST_SENTINEL)[2] if _FIRST_SENTINEL in output else output
@@ -57,12 +57,12 @@ def first_word(output: str, example: Any = None, is_target: bool = False) -> str
     digits do. Text that starts with something else gives what stands before the first space.
 
     Args:
-      output: the decoded text.
-      example: unused.
-      is_target: whether `output` is a target; labels must then be of one word.
+        output: The decoded text.
+        example: Unused.
+        is_target: Whether `output` is a target; labels must then be of one word.
 
     Returns:
-      The word, or "" if there is none.
+        The word, or "" if there is none.
     """
     text = promot(output, example, is_target)
     word = re.match(r"\w+", text)

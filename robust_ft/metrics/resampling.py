@@ -45,13 +45,13 @@ def resampled_scores(
     """Returns the score of each draw.
 
     Args:
-      value: the name of a metric's value, such as "bleu" or "rouge2".
-      targets: the reference of each example, or several.
-      predictions: the predicted texts.
-      counts: how often each draw has each example.
+        value: The name of a metric's value, such as "bleu" or "rouge2".
+        targets: The reference of each example, or several.
+        predictions: The predicted texts.
+        counts: How often each draw has each example.
 
     Raises:
-      KeyError: the value is of no metric that is known to be a function of sums (`known`).
+        KeyError: The value is of no metric that is known to be a function of sums (`known`).
     """
     if value in _SUMS:
         summands, score = _SUMS[value]

@@ -17,15 +17,15 @@ def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     """ROUGE of words as they are, as T5's evaluation has it.
 
     Args:
-      targets: the reference of each example, or several, of which the best one counts for each
-        kind of ROUGE.
-      predictions: the predicted texts.
+        targets: The reference of each example, or several, of which the best one counts for each
+            kind of ROUGE.
+        predictions: The predicted texts.
 
     Returns:
-      {"rouge2", "rouge1", "rougeL", "rougeLsum": mean F1, 0..100}.
+        {"rouge2", "rouge1", "rougeL", "rougeLsum": mean F1, 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _scores(rouge_parts(targets, predictions), "")
 
@@ -34,14 +34,14 @@ def rouge_stemmed(targets: References, predictions: Sequence[str]) -> dict[str, 
     """ROUGE of word stems (Porter), as the papers on BART and prefix-tuning have it.
 
     Args:
-      targets: the reference of each example, or several (see `rouge`).
-      predictions: the predicted texts.
+        targets: The reference of each example, or several (see `rouge`).
+        predictions: The predicted texts.
 
     Returns:
-      {"rouge2_stemmed", "rouge1_stemmed", "rougeL_stemmed", "rougeLsum_stemmed": 0..100}.
+        {"rouge2_stemmed", "rouge1_stemmed", "rougeL_stemmed", "rougeLsum_stemmed": 0..100}.
 
     Raises:
-      UserError: no examples, or not as many targets as predictions.
+        UserError: No examples, or not as many targets as predictions.
     """
     return _scores(rouge_stemmed_parts(targets, predictions), "_stemmed")
 

@@ -24,10 +24,10 @@ class WelchTest:
     """Welch's t-test.
 
     Attributes:
-      difference: mean of the first minus mean of the second.
-      statistic: t; infinite where neither varies and the means differ.
-      degrees_of_freedom: by Welch and Satterthwaite; NaN where neither varies.
-      p_value: two-sided, 0..1.
+        difference: Mean of the first minus mean of the second.
+        statistic: t; infinite where neither varies and the means differ.
+        degrees_of_freedom: By Welch and Satterthwaite; NaN where neither varies.
+        p_value: Two-sided, 0..1.
     """
 
     difference: float
@@ -40,11 +40,11 @@ def welch_t_test(first: Sequence[float], second: Sequence[float]) -> WelchTest:
     """Tests whether two methods differ, from the scores of their seeds.
 
     Args:
-      first: at least two scores.
-      second: at least two scores; as many as of the first or not, with the same variance or not.
+        first: At least two scores.
+        second: At least two scores; as many as of the first or not, with the same variance or not.
 
     Raises:
-      UserError: a side has fewer than two scores.
+        UserError: A side has fewer than two scores.
     """
     for values in (first, second):
         if len(values) < 2:
@@ -74,10 +74,10 @@ class Bootstrap:
     """A paired bootstrap.
 
     Attributes:
-      difference: of the first minus the second, on the examples as they are.
-      low: 2.5th percentile of the difference over draws.
-      high: 97.5th percentile.
-      p_value: share of draws in which the first is not better than the second (one-sided).
+        difference: Of the first minus the second, on the examples as they are.
+        low: 2.5th percentile of the difference over draws.
+        high: 97.5th percentile.
+        p_value: Share of draws in which the first is not better than the second (one-sided).
     """
 
     difference: float
@@ -92,13 +92,13 @@ def paired_bootstrap(first: Scores, second: Scores, draws: int = 1000, seed: int
     In each draw as many examples as there are are taken with replacement, the same for both.
 
     Args:
-      first: scores of one model.
-      second: scores of the other on the same examples, in any order.
-      draws: how often.
-      seed: of the draws.
+        first: Scores of one model.
+        second: Scores of the other on the same examples, in any order.
+        draws: How often.
+        seed: Of the draws.
 
     Raises:
-      UserError: no examples, or not the same ones on both sides.
+        UserError: No examples, or not the same ones on both sides.
     """
     differences = _differences("", first, second)
     rng = np.random.default_rng(seed)
@@ -116,15 +116,16 @@ def paired_bootstrap_arg(
     """Compares the ARG of two models; examples are drawn anew for each template.
 
     Args:
-      first: for each dataset, the scores (0 or 100) of one model under each of its templates.
-      second: of the other model, under the same templates in the same order.
-      baselines: see `robust_ft.metrics.arg.average_relative_gain`.
-      by_dataset: see `robust_ft.metrics.arg.average_relative_gain`.
-      draws: how often.
-      seed: of the draws.
+        first: For each dataset, the scores (0 or 100) of one model under each of its templates.
+        second: Of the other model, under the same templates in the same order.
+        baselines: See `robust_ft.metrics.arg.average_relative_gain`.
+        by_dataset: See `robust_ft.metrics.arg.average_relative_gain`.
+        draws: How often.
+        seed: Of the draws.
 
     Raises:
-      UserError: datasets, templates or examples are not the same on both sides, or there are none.
+        UserError: Datasets, templates or examples are not the same on both sides, or there are
+            none.
     """
     numbers = [{dataset: len(found) for dataset, found in side.items()} for side in (first, second)]
     if numbers[0] != numbers[1]:
@@ -172,8 +173,8 @@ def summary_of_draws(difference: float, resampled: Float[np.ndarray, "draws"]) -
     """Returns what a paired bootstrap found.
 
     Args:
-      difference: of the two models on the examples as they are.
-      resampled: of the two models in each draw.
+        difference: Of the two models on the examples as they are.
+        resampled: Of the two models in each draw.
     """
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Bootstrap(difference, float(low), float(high), float(np.mean(resampled <= 0)))

@@ -63,10 +63,10 @@ def encode_inputs(vocabulary: Vocabulary, text: str, length: int | None = None) 
     """Returns what a model reads for `text`: with the vocabulary's prefix and suffix.
 
     Args:
-      vocabulary: whose ids.
-      text: without special tokens.
-      length: most ids to return, None for all; a text that is too long loses its end, not the
-        suffix.
+        vocabulary: Whose ids.
+        text: Without special tokens.
+        length: Most ids to return, None for all; a text that is too long loses its end, not the
+            suffix.
     """
     suffix = vocabulary.input_suffix_ids
     ids = [*vocabulary.input_prefix_ids, *vocabulary.encode(text), *suffix]

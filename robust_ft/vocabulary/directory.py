@@ -66,14 +66,14 @@ def vocabulary_from_directory(
     the family's own.
 
     Args:
-      directory: its path.
-      added_tokens: tokens to add at the end (a separator for GPT-2, say); not to SentencePiece
-        models and bytes. Those that the directory declares are there already.
-      pad_token: the padding token where the model has none, one of its own or an added one.
+        directory: Its path.
+        added_tokens: Tokens to add at the end (a separator for GPT-2, say); not to SentencePiece
+            models and bytes. Those that the directory declares are there already.
+        pad_token: The padding token where the model has none, one of its own or an added one.
 
     Raises:
-      UserError: if there is no vocabulary or more than one, a file is missing or corrupt, or a
-        special token is not in the vocabulary.
+        UserError: If there is no vocabulary or more than one, a file is missing or corrupt, or a
+            special token is not in the vocabulary.
     """
     folder = Path(directory).expanduser()
     if not folder.is_dir():
@@ -111,7 +111,7 @@ def vocabulary_settings(vocabulary: Vocabulary) -> tuple[dict[str, Any], tuple[P
     """Returns what makes a vocabulary again, for a JSON file beside copies of its files.
 
     Returns:
-      {'kind': name of its class, and its fields}, with files by their names alone; and the files.
+        {'kind': name of its class, and its fields}, with files by their names alone; and the files.
     """
     settings: dict[str, Any] = {"kind": type(vocabulary).__name__}
     files = []

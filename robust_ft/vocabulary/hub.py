@@ -15,15 +15,15 @@ class _HubVocabulary(Vocabulary):
     """What both kinds share; a subclass declares these as fields and makes `_make_tokenizer`.
 
     Attributes:
-      pad_token: None where the model has none; padding is then the EOS id, as is usual.
-      eos_token: ends a sequence.
-      unk_token: None, or a token that is not there, where every text has tokens (byte-level BPE).
-      bos_token: dropped by `decode`.
-      input_prefix: tokens before every input.
-      input_suffix: tokens after every input, None for EOS.
-      target_prefix: tokens before every target.
-      added_tokens: further tokens that are one id wherever a text has them; those that the files
-        lack get the next ids, in this order.
+        pad_token: None where the model has none; padding is then the EOS id, as is usual.
+        eos_token: Ends a sequence.
+        unk_token: None, or a token that is not there, where every text has tokens (byte-level BPE).
+        bos_token: Dropped by `decode`.
+        input_prefix: Tokens before every input.
+        input_suffix: Tokens after every input, None for EOS.
+        target_prefix: Tokens before every target.
+        added_tokens: Further tokens that are one id wherever a text has them; those that the files
+            lack get the next ids, in this order.
     """
 
     _PATHS: ClassVar[tuple[str, ...]]  # names of the fields that are paths
@@ -190,11 +190,11 @@ class BpeVocabulary(_HubVocabulary):
     are GPT-2's: nothing around an input, no padding token; `bart` gives BART's.
 
     Attributes:
-      vocab_path: token -> id; `vocab.json`, or OpenAI's `encoder.json`.
-      merges_path: `merges.txt`, or OpenAI's `vocab.bpe`.
-      dict_path: fairseq's `dict.txt` over GPT-2's ids, where `vocab_path` is GPT-2's and the model
-        is BART. Its line n is id n + 3 (from 1), behind `<s>`, `<pad>`, `</s>` and `<unk>`; a
-        `<mask>` follows the last.
+        vocab_path: Token -> id; `vocab.json`, or OpenAI's `encoder.json`.
+        merges_path: `merges.txt`, or OpenAI's `vocab.bpe`.
+        dict_path: fairseq's `dict.txt` over GPT-2's ids, where `vocab_path` is GPT-2's and the
+            model is BART. Its line n is id n + 3 (from 1), behind `<s>`, `<pad>`, `</s>` and
+            `<unk>`; a `<mask>` follows the last.
     """
 
     _PATHS = ("vocab_path", "merges_path", "dict_path")

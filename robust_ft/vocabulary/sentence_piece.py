@@ -22,9 +22,9 @@ class SentencePieceVocabulary(Vocabulary):
     once goes through unchanged from then on, unless it has a ' ⁇ '.
 
     Attributes:
-      path: the model file.
-      extra_ids: sentinels to add.
-      decoder_only: inputs start with the model's `<s>` and have no EOS, as Llama's.
+        path: The model file.
+        extra_ids: Sentinels to add.
+        decoder_only: Inputs start with the model's `<s>` and have no EOS, as Llama's.
     """
 
     path: str

@@ -37,14 +37,14 @@ class TaskData:
     """What to read: plain data, hashable.
 
     Attributes:
-      task: name of a seqio task or mixture.
-      module: Python module that registers it when imported, such as 'tasks.superglue'.
-      split: name of one of its splits.
-      inputs_length: maximum number of input tokens, EOS included; longer inputs are cut.
-      targets_length: the same for targets.
-      vocabulary: turns the task's texts into ids.
-      cache_dir: folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft.
-      file_tasks: tasks in files of one's own, which are known beside those of the module.
+        task: Name of a seqio task or mixture.
+        module: Python module that registers it when imported, such as 'tasks.superglue'.
+        split: Name of one of its splits.
+        inputs_length: Maximum number of input tokens, EOS included; longer inputs are cut.
+        targets_length: The same for targets.
+        vocabulary: Turns the task's texts into ids.
+        cache_dir: Folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft.
+        file_tasks: Tasks in files of one's own, which are known beside those of the module.
     """
 
     task: str
@@ -71,19 +71,19 @@ class CacheInfo:
     """What `info.json` says of one task's cache.
 
     Attributes:
-      task: seqio's name.
-      split: name of the split.
-      num_examples: records in the cache.
-      num_truncated: examples cut to the maximum length, by feature ('inputs', 'targets').
-      max_length: tokens of the longest example before cutting, by feature.
-      num_tokens: tokens kept in all, EOS included, by feature.
-      metrics: names for `robust_ft.metrics.get`; of functions from elsewhere 'module:name'.
-      postprocess: name of the postprocessing function likewise, '' if there is none.
-      token_dtype: numpy type of ids in the records.
-      has_texts: whether the records keep the texts, as all splits but training ones do.
-      raw_files: what the examples were read from, as far as the task's source says.
-      seqio_version: of the seqio that ran the task.
-      num_dropped_exemplars: of a k-shot task, those that did not fit into the inputs' length.
+        task: seqio's name.
+        split: Name of the split.
+        num_examples: Records in the cache.
+        num_truncated: Examples cut to the maximum length, by feature ('inputs', 'targets').
+        max_length: Tokens of the longest example before cutting, by feature.
+        num_tokens: Tokens kept in all, EOS included, by feature.
+        metrics: Names for `robust_ft.metrics.get`; of functions from elsewhere 'module:name'.
+        postprocess: Name of the postprocessing function likewise, '' if there is none.
+        token_dtype: numpy type of ids in the records.
+        has_texts: Whether the records keep the texts, as all splits but training ones do.
+        raw_files: What the examples were read from, as far as the task's source says.
+        seqio_version: Of the seqio that ran the task.
+        num_dropped_exemplars: Of a k-shot task, those that did not fit into the inputs' length.
     """
 
     task: str
@@ -123,7 +123,7 @@ def ensure(data: TaskData) -> list[CachedTask]:
     tensorflow are imported only for that.
 
     Raises:
-      UserError: if the module, the task or the split does not exist, or has no examples.
+        UserError: If the module, the task or the split does not exist, or has no examples.
     """
     ready = load(data)
     if ready is None:
@@ -168,11 +168,11 @@ def directory(data: TaskData, source: str | None = None) -> Path:
     """Returns the folder where the cache of `data` is or would be.
 
     Args:
-      data: what to read.
-      source: what `fingerprints.module_fingerprint` says of the module, if that is known already.
+        data: What to read.
+        source: What `fingerprints.module_fingerprint` says of the module, if that is known already.
 
     Raises:
-      UserError: if there is no such module or vocabulary file.
+        UserError: If there is no such module or vocabulary file.
     """
     parts = {
         "format": FORMAT,
