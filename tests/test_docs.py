@@ -14,12 +14,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 # The log tells of the code as it was on a day.
 CURRENT = [path for path in DOCUMENTS if path.name != "log.md"]
 ROOMS = ("robust_ft", "tasks", "gin_configs", "launch", "benchmarks", "examples", "docs", "tests")
+SUFFIXES = {"gin", "html", "json", "jsonl", "md", "npy", "png", "py", "safetensors"}
 # Files that readers write, or that runs and checkpoints hold.
 NOT_OURS = {"config.gin", "more.gin", "my_qa.gin", "my_tasks.py"}
-
-
 # Of every file in the rooms.
 NAMES = {path.name for room in ROOMS for path in (ROOT / room).rglob("*")}
+SOURCES = list(ROOT.glob("robust_ft/**/*.py"))
 
 
 def named(document, pattern):
@@ -63,6 +63,14 @@ def test_commands(current):
 def test_dotted_names(current):
     for name in named(current, r"`(robust_ft(?:\.\w+)+)(?<!\.json)[`(]"):
         pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_names_in_modules(name):
+    for module, name in named(ROOT / name, r"`(\w+)\.(\w+)[`(]"):
+        paths = [path for path in SOURCES if path.stem == module and name not in SUFFIXES]
+        texts = [path.read_text(encoding="utf-8") for path in paths]
+        assert not paths or any(re.search(rf"\b{name}\b", text) for text in texts), module + name
 
 
 def test_imports(current):
