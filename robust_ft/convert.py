@@ -220,12 +220,12 @@ def _selected(source: str) -> str:
     That is its export, which knows methods and base, or its selected checkpoint.
     """
     from robust_ft.export import FOLDER
-    from robust_ft.stage_checkpoints import PREFIX, Outcome
+    from robust_ft.outcome import Outcome
 
     if (outcome := Outcome.read(source)) is None:
         return source
     exported = Path(source) / FOLDER
-    return str(exported if exported.is_dir() else Path(source) / f"{PREFIX}_{outcome.step}")
+    return str(exported if exported.is_dir() else outcome.checkpoint(source))
 
 
 def _is_partial(source: str) -> bool:

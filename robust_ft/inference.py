@@ -9,8 +9,8 @@ from robust_ft.evaluate import Evaluation, evaluate, held_out_rows
 from robust_ft.files import write_json_lines
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.recipe import Recipe
+from robust_ft.restore import load_for_model
 from robust_ft.runner import final_predictor
-from robust_ft.stage_checkpoints import read_onto
 from robust_ft.stage_start import place
 
 
@@ -39,7 +39,7 @@ def load(recipe: Recipe, inference: Inference) -> BasePredictor:
     if inference.checkpoint is None:
         return final_predictor(recipe)
     stage = recipe.stages[-1]
-    params = place(recipe, stage, read_onto(stage.model, inference.checkpoint))
+    params = place(recipe, stage, load_for_model(stage.model, inference.checkpoint))
     return Predictor(stage.model, params, stage.data.vocabulary, recipe.partitioner)
 
 

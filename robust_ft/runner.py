@@ -13,10 +13,10 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection
 from robust_ft.errors import UserError
 from robust_ft.files import write_json
+from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
 from robust_ft.recipe import Recipe
 from robust_ft.stage import STAGE, Stage
-from robust_ft.stage_checkpoints import Outcome
 from robust_ft.stage_start import origin, predictor, restore, teacher
 from robust_ft.summary import Summary
 from robust_ft.trainer import RunContext, fit

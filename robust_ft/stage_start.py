@@ -12,10 +12,11 @@ from robust_ft.checkpoints_io import native, sources
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
+from robust_ft.outcome import Outcome
 from robust_ft.predictor import Predictor
 from robust_ft.recipe import Recipe
+from robust_ft.restore import fit_to_model, load_for_model
 from robust_ft.stage import PRETRAINED, SCRATCH, STAGE, Stage, stage_key
-from robust_ft.stage_checkpoints import Outcome, read_onto, restore_onto
 from robust_ft.types import Params
 
 
@@ -34,7 +35,7 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
     if stage.restore == SCRATCH:
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
-        return place(recipe, stage, read_onto(stage.model, stage.restore))
+        return place(recipe, stage, load_for_model(stage.model, stage.restore))
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     configs: list[Any] = [stage.model.config, earlier.model.config]
     dtype, before = (config.param_dtype for config in configs)
@@ -43,7 +44,7 @@ def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Pa
         handed_on = _finished(
             recipe, dataclasses.replace(earlier, model=_kept_in(dtype, earlier.model))
         )
-    known = restore_onto(
+    known = fit_to_model(
         stage.model.shapes(),
         trainable.flatten(handed_on),
         stage.restore,

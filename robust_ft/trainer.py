@@ -13,9 +13,10 @@ from robust_ft.errors import UserError
 from robust_ft.evaluate import ALL, Evaluation
 from robust_ft.metric_writer import MetricWriter
 from robust_ft.objectives import Teacher
+from robust_ft.outcome import Outcome
 from robust_ft.partitioning import Partitioner
 from robust_ft.stage import Stage, stage_key, stage_seed
-from robust_ft.stage_checkpoints import Outcome, StageCheckpoints
+from robust_ft.stage_checkpoints import StageCheckpoints
 from robust_ft.stage_evaluator import StageEvaluator
 from robust_ft.summary import Summary
 from robust_ft.train_step import TrainState, TrainStep, init_state, make_train_step

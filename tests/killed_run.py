@@ -10,7 +10,8 @@ import signal
 import sys
 
 from robust_ft import command_line, train, trainer
-from robust_ft.stage_checkpoints import Outcome, StageCheckpoints
+from robust_ft.outcome import Outcome
+from robust_ft.stage_checkpoints import StageCheckpoints
 
 WHERE, STAGE, STEP, MODEL_DIR, GIN_FILE = sys.argv[1:]
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"train_step", "predictor", "model_info"},
-    {"stage_checkpoints", "evaluate", "export"},
+    {"stage_checkpoints", "restore", "outcome", "evaluate", "export"},
     {"summary", "stage_evaluator", "loading", "stage"},
     {"trainer", "ensembles"},
     {"recipe"},

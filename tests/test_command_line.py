@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy
+from safetensors.numpy import save_file
 
 from robust_ft import checks, command_line, runner, train
-from robust_ft.stage_checkpoints import save_params
-from robust_ft.trainable import unflatten
 from robust_ft.trainer import Stopped
 
 TOY = f"--gin_file={Path(__file__).parent / 'toy_promot.gin'}"
@@ -115,7 +114,7 @@ def test_a_checkpoint_of_another_shape(tmp_path, capsys):
     config = dataclasses.replace(toy.CONFIG, mlp_dim=8)
     shapes = toy.flat_shapes(dataclasses.replace(toy.PLAIN, config=config))
     file = tmp_path / "other.safetensors"
-    save_params(file, unflatten({p: np.zeros(s.shape) for p, s in shapes.items()}))
+    save_file({path: np.zeros(leaf.shape) for path, leaf in shapes.items()}, file)
     flags = [f"--gin.MODEL_DIR={tmp_path / 'run'}", f"--gin.INITIAL_CHECKPOINT_PATH={file}"]
     assert run(TOY, *flags) == command_line.USER_ERROR
     assert_one_sentence(capsys.readouterr().err, "other.safetensors", "wi_0/kernel", "(16, 8)")

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from robust_ft import command_line
 from robust_ft.checkpoints_io import hf, native, sources
 from robust_ft.convert import main
-from robust_ft.stage_checkpoints import Outcome, StageCheckpoints
+from robust_ft.outcome import Outcome
+from robust_ft.stage_checkpoints import StageCheckpoints
 from robust_ft.train_step import TrainState
 from robust_ft.trainable import unflatten
 

@@ -23,9 +23,10 @@ from robust_ft.convert import main
 from robust_ft.errors import UserError
 from robust_ft.fingerprint import fingerprint
 from robust_ft.models.peft import IA3, Adapter, Lora, Prefix, Prompt
+from robust_ft.outcome import Outcome
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
-from robust_ft.stage_checkpoints import Outcome, read_onto
+from robust_ft.restore import load_for_model
 from robust_ft.trainable import flatten, trainable_paths, unflatten
 from robust_ft.vocabulary import ByteVocabulary
 
@@ -206,11 +207,11 @@ def test_stages_leave_exports_that_recipes_start_from(bases, tmp_path):
     assert toy.PROMPT in made["norms"].tensors and toy.PROMPT not in made["late"].tensors
 
     ended = toy.flat(stage_start.finished(recipe, "norms"))
-    toy.assert_same(read_onto(toy.MODEL, f"{bases['bfloat16']},{found['norms']}"), ended)
+    toy.assert_same(load_for_model(toy.MODEL, f"{bases['bfloat16']},{found['norms']}"), ended)
     ended = toy.flat(stage_start.finished(recipe, "late"))
     both = with_methods(*toy.MODEL.peft, *second.peft)
     chain = f"{bases['bfloat16']}, {found['norms']}, {found['late']}"
-    again = read_onto(both, chain)
+    again = load_for_model(both, chain)
     assert stage_start.origin(recipe, dataclasses.replace(stages[2], restore=chain)) == (
         f"{bases['bfloat16']},{found['norms']}"
     )
@@ -261,7 +262,7 @@ def test_a_stage_that_died_before_its_end_exports_the_same(bases, tmp_path, monk
 def test_a_recipe_with_other_methods(bases, tmp_path, model, sentence):
     train(tmp_path / "export", with_methods(LORA), [".*lora.*"])
     with pytest.raises(UserError, match=sentence):
-        read_onto(model, f"{bases['base']},{tmp_path}/export")
+        load_for_model(model, f"{bases['base']},{tmp_path}/export")
 
 
 def test_settings_that_only_training_reads_may_differ(bases, tmp_path):
@@ -271,7 +272,7 @@ def test_settings_that_only_training_reads_may_differ(bases, tmp_path):
         Lora(rank=2, alpha=6.0, target=r".*attention/(value|query)"),
     )
     assert (
-        read_onto(same, f"{bases['base']},{tmp_path}/export").keys()
+        load_for_model(same, f"{bases['base']},{tmp_path}/export").keys()
         == flatten(same.shapes()).keys()
     )
 
@@ -280,9 +281,9 @@ def test_a_plain_prefix_is_no_reparameterized_one(bases, tmp_path):
     model = with_methods(Prefix(length=2, mid_dim=5))
     train(tmp_path / "export", model, [".*prefix.*"])
     with pytest.raises(UserError, match=r"6 have no place in it \(decoder/layers_0.*/prefix/key"):
-        read_onto(model, f"{bases['base']},{tmp_path}/export")
+        load_for_model(model, f"{bases['base']},{tmp_path}/export")
     plain = with_methods(Prefix(length=2))
-    found = read_onto(plain, f"{bases['base']},{tmp_path}/export")
+    found = load_for_model(plain, f"{bases['base']},{tmp_path}/export")
     assert found.keys() == flatten(plain.shapes()).keys()
 
 

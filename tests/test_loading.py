@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from random_checkpoints import edit_json, random_checkpoint
+from safetensors.numpy import save_file
 from tiny_models import random_batch
 from tiny_vocabularies import write_bart, write_bpe
 
@@ -18,7 +19,6 @@ from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prompt
-from robust_ft.stage_checkpoints import save_params
 from robust_ft.trainable import flatten
 from robust_ft.vocabulary import (
     ByteVocabulary,
@@ -115,9 +115,7 @@ def test_peft_methods_start_fresh_or_from_weights(tmp_path):
     assert np.any(prompts[0] != prompts[2])
     assert flatten(fresh.without("prompt").params).keys() == made.tensors.keys()
     np.save(tmp_path / "prompt.npy", np.ones((3, 16), np.float32))
-    save_params(
-        tmp_path / "norm.safetensors", {"decoder": {"decoder_norm": {"scale": np.ones(16)}}}
-    )
+    save_file({"decoder/decoder_norm/scale": np.ones(16)}, tmp_path / "norm.safetensors")
     weights = f"{tmp_path}/prompt.npy, {tmp_path}/norm.safetensors"
     loaded = robust_ft.load(folder, peft=[Prompt(length=3)], weights=weights)
     for path in ("encoder/prompt", "decoder/decoder_norm/scale"):

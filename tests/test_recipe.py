@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from safetensors.numpy import save_file
 
 from robust_ft import checks, runner, stage_start, trainer
 from robust_ft.errors import UserError
@@ -18,9 +19,8 @@ from robust_ft.evaluate import HELD_OUT, suite
 from robust_ft.models.bart import BartConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
+from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
-from robust_ft.stage_checkpoints import Outcome, save_params
-from robust_ft.trainable import unflatten
 
 # Validation scores at steps 0, 2, 4 and 6: the prompt's best is step 4, the model's first best 2.
 SCORES = [0.0, 10.0, 30.0, 20.0, 0.0, 9.0, 5.0, 9.0]
@@ -220,7 +220,8 @@ def checkpoint(folder, model=toy.PLAIN, **changes):
     arrays = {path: np.full(leaf.shape, 0.5, np.float32) for path, leaf in shapes.items()}
     arrays |= changes
     kept = {path: array for path, array in arrays.items() if array is not None}
-    save_params(folder / "model.safetensors", unflatten(kept))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / "model.safetensors")
     return str(folder / "model.safetensors")
 
 

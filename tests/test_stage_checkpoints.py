@@ -1,25 +1,16 @@
-"""Checkpoints of a stage and files of parameters."""
-
-import json
-from pathlib import Path
+"""Checkpoints of a stage, and the outcome that names the selected one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from safetensors.numpy import load_file
 
-from robust_ft import assets
 from robust_ft.errors import UserError
 from robust_ft.optim import Adafactor, AdamW, Schedule
-from robust_ft.stage_checkpoints import (
-    Outcome,
-    StageCheckpoints,
-    load_params,
-    restore_onto,
-    save_params,
-)
+from robust_ft.outcome import Outcome
+from robust_ft.restore import load_params
+from robust_ft.stage_checkpoints import StageCheckpoints
 from robust_ft.train_step import TrainState, init_state
 
 OPTIMIZER = AdamW(Schedule(0.1), clip_norm=1.0)
@@ -125,59 +116,6 @@ def test_a_state_that_does_not_fit(tmp_path):
         checkpoints.restore(more)
     with pytest.raises(UserError, match="was saved with another optimizer; go on with"):
         checkpoints.restore(make_state(0, Adafactor(Schedule(0.1))))
-
-
-# Files of parameters.
-
-
-@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
-def test_safetensors_round_trip(tmp_path, dtype):
-    values = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    # Neither contiguous nor on the host.
-    params = {"a": {"kernel": jnp.asarray(values).T, "bias": values[:, 1]}}
-    path = tmp_path / "new" / "model.safetensors"
-    save_params(path, params, dtype)
-    loaded = load_params(str(path))
-    wanted = np.dtype(dtype or "float32")
-    toy.assert_same(
-        loaded, {"a/kernel": values.T.astype(wanted), "a/bias": values[:, 1].astype(wanted)}
-    )
-    assert load_file(path).keys() == loaded.keys()
-    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
-
-
-def test_restoring_casts_and_starts_peft_fresh():
-    shapes = {
-        "a": jax.ShapeDtypeStruct((2,), jnp.float32),
-        "prompt": jax.ShapeDtypeStruct((1,), int),
-    }
-    found = restore_onto(shapes, {"a": np.ones(2, np.float16)}, "file", lambda p: p == "prompt")
-    assert found.keys() == {"a"} and found["a"].dtype == np.float32
-    # Another method's parameters in the checkpoint have no place, unless it may be dropped.
-    extra = {"a": np.ones(2), "lora": np.ones(1)}
-    with pytest.raises(UserError, match=r"1 have no place in it \(lora\)"):
-        restore_onto(shapes, extra, "file", lambda p: p != "a")
-    dropped = restore_onto(shapes, extra, "file", lambda p: p != "a", lambda p: p == "lora")
-    assert dropped.keys() == {"a"}
-
-
-def test_restoring_names_both_sides():
-    shapes = {f"p{i:02}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(10)}
-    with pytest.raises(UserError) as error:
-        restore_onto(shapes, {"q": np.ones(1)}, "file", lambda path: False)
-    assert "10 parameters of the model are missing (p00, " in str(error.value)
-    assert "p07 and 2 more), 1 have no place in it (q)" in str(error.value)
-
-
-def test_assets():
-    assert assets.resolve("/some/file") == "/some/file"
-    resolved = assets.resolve("asset:mini/tokenizer.json")
-    assert json.loads(Path(resolved).read_text(encoding="utf-8"))
-    with pytest.raises(UserError, match=r"not shipped .* mean 'asset:mini/tokenizer.json'"):
-        assets.resolve("asset:mini/tokeniser.json")
-
-
-# Small files.
 
 
 def test_outcome_round_trip(tmp_path):

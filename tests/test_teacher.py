@@ -15,8 +15,8 @@ from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prefix, Prompt
 from robust_ft.objectives import Cocktail, CrossEntropy
+from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
-from robust_ft.stage_checkpoints import Outcome
 from robust_ft.trainable import flatten
 
 CONFIG = str(Path(__file__).parent / "toy_cocktail.gin")

@@ -12,9 +12,9 @@ from robust_ft import trainer
 from robust_ft.errors import UserError
 from robust_ft.metric_writer import MetricWriter
 from robust_ft.optim import Adafactor, Schedule
+from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
 from robust_ft.stage import stage_key, stage_seed
-from robust_ft.stage_checkpoints import Outcome
 from robust_ft.stage_start import restore
 from robust_ft.trainer import Stopped, TrainingLog, fit
 

@@ -15,10 +15,11 @@ from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.models.t5 import T5Config
 from robust_ft.optim import AdamW, Schedule
+from robust_ft.outcome import Outcome
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
+from robust_ft.restore import load_params
 from robust_ft.stage import Stage
-from robust_ft.stage_checkpoints import Outcome, load_params
 from robust_ft.summary import Summary
 from robust_ft.trainable import flatten
 from robust_ft.trainer import RunContext

@@ -5,19 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-
 from robust_ft import assets
-from robust_ft.checkpoints_io import added_tokens, hf, native, peft, safetensors_files, t5x
+from robust_ft.checkpoints_io import (
+    added_tokens,
+    hf,
+    native,
+    orbax_params,
+    peft,
+    safetensors_files,
+    t5x,
+)
 from robust_ft.checkpoints_io.adapters import Adapter
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
-from robust_ft.trainable import flatten
 
 # Prompt tuning saves a soft prompt as a bare array.
 PROMPT = "encoder/prompt"
@@ -83,8 +86,8 @@ def weights(path: str) -> dict[str, Tensor]:
         return safetensors_files.read(file)
     if file.suffix == ".npy":
         return {PROMPT: Tensor.of(prompt_values.read(str(file)), f"'{file}'")}
-    if (file / "params").is_dir():
-        return _saved(file / "params")
+    if orbax_params.is_directory(file):
+        return orbax_params.read(file)
     if peft.is_directory(file):
         return dict(peft.read(str(file)).tensors)
     if native.is_directory(file):
@@ -160,32 +163,3 @@ def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
     tensors = added_tokens.extended_tensors(model, checkpoint.tensors, source)
     native.check(source, config, tensors)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
-
-
-def _saved(folder: Path) -> dict[str, Tensor]:
-    """Returns the parameters of a run's checkpoint, each restored when it is read."""
-    folder = folder.absolute()
-    try:
-        leaves = flatten(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    except Exception as error:  # Orbax raises whatever its storage raises
-        raise UserError(f"'{folder}' is no readable checkpoint ({type(error).__name__}).") from None
-    return {path: _leaf(folder, path, leaf) for path, leaf in leaves.items()}
-
-
-def _leaf(folder: Path, path: str, metadata: Any) -> Tensor:
-    where = f"'{path}' in '{folder}'"
-
-    def load() -> np.ndarray:
-        item: Any = metadata
-        wanted: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(path.split("/")):
-            item, wanted = {key: item}, {key: wanted}
-        arguments = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
-        try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                restored = checkpointer.restore(folder, args=arguments)
-        except Exception as error:
-            raise UserError(f"{where} cannot be read ({type(error).__name__}).") from None
-        return jax.tree.leaves(restored)[0]
-
-    return Tensor(tuple(metadata.shape), np.dtype(metadata.dtype), load, where)

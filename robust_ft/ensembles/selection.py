@@ -16,9 +16,9 @@ from robust_ft.evaluate import OOD, TARGET, Evaluation, evaluate
 from robust_ft.metric_writer import EVALUATIONS
 from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.objectives import Cocktail
+from robust_ft.outcome import Outcome
 from robust_ft.predictor import Predictor
 from robust_ft.stage import STAGE, Stage
-from robust_ft.stage_checkpoints import Outcome
 from robust_ft.summary import Summary
 
 # From a stage's name to a predictor with the parameters that the stage ended with.

@@ -20,7 +20,7 @@ from robust_ft.convert import main
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Lora, Prefix, Prompt
-from robust_ft.stage_checkpoints import load_params
+from robust_ft.restore import load_params
 from robust_ft.trainable import flatten, unflatten
 
 IDS = {"pad": PAD, "eos": 1, "start": START}

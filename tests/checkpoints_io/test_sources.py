@@ -7,7 +7,8 @@ from random_checkpoints import edit_json, random_checkpoint, same_tensors, trunc
 
 from robust_ft.checkpoints_io import hf, native, safetensors_files, sources, t5x
 from robust_ft.errors import UserError
-from robust_ft.stage_checkpoints import StageCheckpoints, load_params
+from robust_ft.restore import load_params
+from robust_ft.stage_checkpoints import StageCheckpoints
 from robust_ft.train_step import TrainState
 from robust_ft.trainable import unflatten
 from robust_ft.vocabulary import ByteVocabulary

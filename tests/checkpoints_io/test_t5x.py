@@ -17,7 +17,7 @@ from robust_ft.checkpoints_io import native, t5x
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.convert import convert
 from robust_ft.errors import UserError
-from robust_ft.stage_checkpoints import load_params
+from robust_ft.restore import load_params
 from robust_ft.trainable import unflatten
 
 DISTANCE = {"relative_max_distance": 20}

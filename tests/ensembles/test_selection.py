@@ -14,8 +14,8 @@ from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, 
 from robust_ft.errors import UserError
 from robust_ft.evaluate import OOD, TARGET, suite
 from robust_ft.objectives import Cocktail
+from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
-from robust_ft.stage_checkpoints import Outcome
 from robust_ft.summary import Summary
 from robust_ft.vocabulary import ByteVocabulary, SentencePieceVocabulary, TokenizersVocabulary
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy
+from safetensors.numpy import save_file
 
 from robust_ft import runner, stage_start
 from robust_ft.decoding import Decoder
@@ -15,8 +16,6 @@ from robust_ft.models.peft import Prompt
 from robust_ft.optim import AdamW, Schedule
 from robust_ft.predictor import Predictor
 from robust_ft.recipe import Recipe
-from robust_ft.stage_checkpoints import save_params
-from robust_ft.trainable import unflatten
 
 PROMPT = "decoder/prompt"
 # Bytes, and two tokens that are added to them: ids 259 and 260.
@@ -94,7 +93,7 @@ def test_a_checkpoint_without_the_added_tokens_is_restored(run, tmp_path, caplog
     old = {path: value for path, value in params.items() if path != PROMPT}
     old["token_embedder/embedding"] = params["token_embedder/embedding"][:259]
     file = tmp_path / "old.safetensors"
-    save_params(file, unflatten(old))
+    save_file(old, file)
     stage = toy.stage(model=MODEL, restore=str(file), trainable=[".*"])
     with caplog.at_level(logging.WARNING):
         restored = toy.flat(stage_start.restore(Recipe("r", str(tmp_path), (stage,)), stage))

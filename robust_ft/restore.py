@@ -1,0 +1,117 @@
+"""Parameters that a model starts from: read from any path, and checked against the model."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_ft import assets
+from robust_ft.checkpoints_io import adapters, added_tokens, orbax_params, sources
+from robust_ft.errors import UserError
+from robust_ft.models.model import Model
+from robust_ft.trainable import flatten
+from robust_ft.types import Params
+
+
+def load_params(path: str) -> dict[str, np.ndarray]:
+    """Reads parameters into memory.
+
+    Args:
+        path: What `sources.weights` reads: a model directory, a stage's `checkpoint_<step>`, an
+            adapter, a `.safetensors` file, a soft prompt in a `.npy` file; several, separated by
+            commas.
+
+    Returns:
+        {parameter path: array}.
+
+    Raises:
+        UserError: There is nothing at this path, or it can't be read.
+    """
+    checkpoint = Path(assets.resolve(path))
+    if orbax_params.is_directory(checkpoint):
+        return orbax_params.load(checkpoint)
+    return {name: tensor.load() for name, tensor in sources.weights(path).items()}
+
+
+def load_for_model(model: Model, path: str) -> dict[str, np.ndarray]:
+    """Reads parameters that a model can start from, and checks them against it.
+
+    Only parameters of PEFT methods may be missing; they start fresh. A vocabulary larger than the
+    checkpoint's fits: see `added_tokens`.
+
+    Args:
+        model: The model.
+        path: As in `load_params`. Of several paths, each overwrites the ones before it; an adapter
+            that records its base must follow exactly that base.
+
+    Returns:
+        {parameter path: array} in the model's dtypes.
+
+    Raises:
+        UserError: They do not fit the model, or an adapter belongs to another base.
+    """
+    loaded: dict[str, np.ndarray] = {}
+    before: list[str] = []
+    for source in sources.split(path):
+        if (adapter := sources.adapter(source)) is not None:
+            adapters.check_methods(adapter, model.peft)
+            base = [(name, array) for name, array in loaded.items() if not model.peft_owns(name)]
+            if base:
+                adapters.check_base(adapter, base, ",".join(before))
+        loaded = added_tokens.extended(model, loaded | load_params(source), source)
+        before.append(source)
+    return fit_to_model(model.shapes(), loaded, path, may_lack=model.peft_owns)
+
+
+def fit_to_model(
+    shapes: Params,
+    loaded: Mapping[str, Any],
+    source: str,
+    may_lack: Callable[[str], bool],
+    may_drop: Callable[[str], bool] = lambda path: False,
+) -> dict[str, Any]:
+    """Checks loaded parameters and the model against each other, and casts to the model's dtypes.
+
+    Args:
+        shapes: The model's parameters as shapes and dtypes.
+        loaded: {parameter path: array}.
+        source: What to call the checkpoint in errors.
+        may_lack: Whether the checkpoint may lack a parameter of the model, which starts fresh then.
+        may_drop: Whether the model may have no place for a parameter of the checkpoint.
+
+    Returns:
+        {parameter path: array} of the parameters that both have.
+
+    Raises:
+        UserError: A parameter of the model is missing, has another shape, or the checkpoint has
+            one that the model has no place for.
+    """
+    expected = flatten(shapes)
+    missing = sorted(p for p in expected if p not in loaded and not may_lack(p))
+    unexpected = sorted(p for p in loaded if p not in expected and not may_drop(p))
+    if missing or unexpected:
+        raise UserError(
+            f"'{source}' does not fit the model: {len(missing)} parameters of the model are "
+            f"missing ({_first_few(missing)}), {len(unexpected)} have no place in it "
+            f"({_first_few(unexpected)})."
+        )
+    restored = {path: array for path, array in loaded.items() if path in expected}
+    for path, array in restored.items():
+        if array.shape != expected[path].shape:
+            raise UserError(
+                f"'{source}' has {path} with shape {array.shape}, the model {expected[path].shape}."
+            )
+    fresh = sorted(expected.keys() - restored.keys())
+    logging.info("Restored %d parameters from '%s'.", len(restored), source)
+    if fresh:
+        logging.info("Not in '%s', so they start fresh: %s.", source, ", ".join(fresh))
+    return {
+        path: array.astype(expected[path].dtype, copy=False) for path, array in restored.items()
+    }
+
+
+def _first_few(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "none"
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
