@@ -77,7 +77,7 @@ def predictor(recipe: Recipe, name: str) -> Predictor:
 
 
 def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
-    """Returns whom a stage's model learns from, with all parameters on the mesh; None for nobody.
+    """Returns a stage's teacher with all parameters on the mesh, or None if it needs none.
 
     Nothing is shared with the student, although both often start from one model: the student's
     parameters change with the first step, which donates their arrays, and the teacher's are kept
@@ -90,29 +90,33 @@ def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
     if stage.teacher is None or not stage.objective.needs_teacher:
         return None
     if stage.teacher == PRETRAINED:
-        known = _pretrained(recipe, stage)
+        model, params = _pretrained(recipe, stage)
     elif stage.teacher.startswith(STAGE):
-        known = predictor(recipe, stage.teacher.removeprefix(STAGE))
+        exported = predictor(recipe, stage.teacher.removeprefix(STAGE))
+        model, params = exported.model, exported.params
     else:
         directory, *more = sources.split(stage.teacher)
-        known = loading.load(
+        loaded = loading.load(
             directory,
             vocabulary=stage.data.vocabulary,
             weights=",".join(more) or None,
             partitioner=recipe.partitioner,
         )
-    model = _kept_in(stage.teacher_dtype, known.model)
-    types = model.shapes()
-    return Teacher(model, jax.tree.map(lambda x, as_: x.astype(as_.dtype), known.params, types))
+        model, params = loaded.model, loaded.params
+    model = _kept_in(stage.teacher_dtype, model)
+    return Teacher(model, jax.tree.map(lambda x, as_: x.astype(as_.dtype), params, model.shapes()))
 
 
-def _pretrained(recipe: Recipe, stage: Stage) -> Predictor:
+def _pretrained(recipe: Recipe, stage: Stage) -> tuple[Model, Params]:
     """Returns the model that the stages up to this one began with, without PEFT methods."""
     first = _first(recipe, stage)
-    bare = dataclasses.replace(first, model=first.model.without_peft())
-    base = ",".join(part for part in sources.split(first.restore) if not sources.is_addition(part))
-    params = restore(recipe, dataclasses.replace(bare, restore=base))
-    return Predictor(bare.model, params, stage.data.vocabulary, recipe.partitioner)
+    if first.restore != SCRATCH:  # values that are drawn depend on the type, values read do not
+        first = dataclasses.replace(first, model=_kept_in(stage.teacher_dtype, first.model))
+    # The checkpoint may hold PEFT parameters too, and they take part when values are drawn.
+    params = restore(recipe, first)
+    owned = filter(first.model.peft_owns, trainable.flatten(params))
+    _, params = trainable.split(params, frozenset(owned))
+    return first.model.without_peft(), params
 
 
 def _first(recipe: Recipe, stage: Stage) -> Stage:

@@ -1,4 +1,4 @@
-"""Stages that learn from a teacher: who it is, in what type it is kept, and what is refused."""
+"""Teachers of stages: which model, in which type its parameters are kept, and what is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -10,12 +10,14 @@ import toy
 from tiny_models import assert_trees_close, random_params
 
 from robust_ft import checks, gin_config, runner, stage_start
-from robust_ft.checkpoints_io import native
+from robust_ft.checkpoints_io import native, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
+from robust_ft.models.model import Model
 from robust_ft.models.peft import Prefix, Prompt
 from robust_ft.objectives import Cocktail, CrossEntropy
 from robust_ft.outcome import Outcome
+from robust_ft.preflight import programs
 from robust_ft.recipe import Recipe
 from robust_ft.trainable import flatten
 
@@ -145,6 +147,85 @@ def test_teachers_come_before_their_students(tmp_path):
         recipe(tmp_path, student_stage(teacher="stage:ligt"))
     with pytest.raises(UserError, match="'student' has the teacher 'stage:student', but"):
         recipe(tmp_path, student_stage(teacher="stage:student"))
+
+
+# --- The pretrained model as the teacher
+
+
+def promot_with_teacher(directory, base, **changes):
+    """Returns ProMoT whose second stage also learns from the pretrained model."""
+    settings = {"model": toy.MODEL, "restore": "stage:prompt", "trainable": ["base"]}
+    student = student_stage(**settings, **{"teacher": "pretrained", "steps": 2, **changes})
+    return recipe(directory, student, toy.prompt_stage(restore=base, steps=2))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stage", [0, 1], ids=["from a checkpoint", "from an earlier stage"])
+def test_the_pretrained_teacher_is_the_base_bit_for_bit(tmp_path, stage, dtype):
+    base = write_base(tmp_path / "base")
+    promot = promot_with_teacher(tmp_path / "run", base)
+    student = dataclasses.replace(
+        promot.stages[stage], objective=Cocktail(), teacher="pretrained", teacher_dtype=dtype
+    )
+    teacher = stage_start.teacher(promot, student)
+    assert teacher.model == stage_start.teacher_model(promot, student)
+    assert not teacher.model.peft
+    expected = {p: np.asarray(a).astype(dtype) for p, a in native_params(base).items()}
+    toy.assert_same(toy.flat(teacher.params), expected)
+
+
+def native_params(base):
+    return {path: np.asarray(tensor.load()) for path, tensor in sources.read(base).tensors.items()}
+
+
+def test_the_pretrained_teacher_is_not_rounded_by_the_students_type(tmp_path):
+    base = write_base(tmp_path / "base")
+    config = dataclasses.replace(toy.CONFIG, param_dtype="bfloat16")
+    student = student_stage(
+        model=Model(config), restore=base, teacher="pretrained", teacher_dtype="float32"
+    )
+    teacher = stage_start.teacher(Recipe("toy", str(tmp_path), (student,)), student)
+    toy.assert_same(toy.flat(teacher.params), native_params(base))
+
+
+def test_the_pretrained_teacher_of_a_model_from_scratch_is_what_its_stage_draws(tmp_path):
+    promot = promot_with_teacher(tmp_path, "scratch", teacher_dtype="float32")
+    drawn = toy.flat(stage_start.restore(promot, promot.stages[0]))
+    del drawn[toy.PROMPT]
+    toy.assert_same(toy.flat(stage_start.teacher(promot, promot.stages[1]).params), drawn)
+
+
+def test_the_pretrained_teacher_leaves_out_what_is_laid_over_its_checkpoint(run, tmp_path):
+    base = run.stages[0].restore
+    export = Path(run.model_dir) / "light" / "export"
+    student = student_stage(
+        model=dataclasses.replace(toy.PLAIN, peft=(Prefix(length=2),)),
+        restore=f"{base},{export}",
+        teacher="pretrained",
+        teacher_dtype="float32",
+    )
+    teacher = stage_start.teacher(Recipe("toy", str(tmp_path), (student,)), student)
+    toy.assert_same(toy.flat(teacher.params), native_params(base))
+
+
+def test_a_stage_learns_from_the_pretrained_model(tmp_path, monkeypatch):
+    toy.ScriptedEvaluate(monkeypatch)
+    promot = promot_with_teacher(tmp_path / "run", write_base(tmp_path / "base"))
+    runner.run(promot)
+    metrics = toy.read_lines(tmp_path / "run" / "student" / "metrics.jsonl")
+    assert [line["kl"] > 0 for line in metrics if "kl" in line] == [True, True]
+
+
+def test_preflight_traces_a_step_with_the_pretrained_teacher(tmp_path):
+    base = write_base(tmp_path / "base")
+    promot = promot_with_teacher(tmp_path / "run", base)
+    checks.check(promot)
+    alone = dataclasses.replace(promot.stages[1], objective=CrossEntropy(), teacher=None)
+    with_teacher, without = (
+        programs.train_step(promot, stage).parameter_bytes for stage in (promot.stages[1], alone)
+    )
+    shapes = flatten(toy.PLAIN.shapes())
+    assert with_teacher - without == sum(2 * leaf.size for leaf in shapes.values())
 
 
 def larger(model):

@@ -1,5 +1,8 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from every_method import PLUGGED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import CONFIGS, model_of
@@ -84,9 +87,69 @@ def test_patterns_that_are_mistakes(patterns, named):
         trainable.trainable_paths(PARAMS, patterns)
 
 
+families = pytest.mark.parametrize("family", CONFIGS)
+
+
+# --- The words "peft" and "base"
+
+
+def assert_partition(model):
+    """Asserts that "peft" is what the model's methods own, and "base" the pretrained model."""
+    shapes = model.shapes()
+    peft, base = (
+        trainable.trainable_paths(shapes, [word], model.peft_owns) for word in ("peft", "base")
+    )
+    assert peft and base and not peft & base
+    assert peft | base == set(trainable.flatten(shapes))
+    assert base == set(trainable.flatten(model.without_peft().shapes()))
+    for method in model.peft:
+        owned = {path for path in peft if method.owns(path)}
+        assert owned and not any(p.owns(path) for p in model.peft for path in owned if p != method)
+    everything = trainable.trainable_paths(shapes, ["base", "peft"], model.peft_owns)
+    assert everything == peft | base
+
+
+@families
+@pytest.mark.parametrize("method", PLUGGED)
+def test_peft_and_base_partition_the_parameters_of_every_method(family, method):
+    assert_partition(model_of(family, *PLUGGED[method].peft))
+
+
+# Names of parameters and modules consist of more letters, so none is another's.
+NEW_NAMES = st.from_regex("[x-z][x-z0-9_]{0,5}", fullmatch=True)
+
+
+@given(
+    family=st.sampled_from(sorted(CONFIGS)),
+    method=st.sampled_from(sorted(PLUGGED)),
+    names=st.lists(NEW_NAMES, min_size=5, max_size=5, unique=True),
+)
+@settings(max_examples=15, deadline=None)
+def test_peft_and_base_partition_the_parameters_of_renamed_methods(family, method, names):
+    peft = [
+        dataclasses.replace(plugged, name=name)
+        for plugged, name in zip(PLUGGED[method].peft, names, strict=False)
+    ]
+    assert_partition(model_of(family, *peft))
+
+
+@families
+def test_peft_names_nothing_in_a_model_without_methods(family):
+    model = model_of(family)
+    with pytest.raises(UserError, match=r"'peft' names parameters of PEFT methods.*has none"):
+        trainable.trainable_paths(model.shapes(), ["base", "peft"], model.peft_owns)
+    assert trainable.trainable_paths(model.shapes(), ["base"], model.peft_owns) == set(
+        trainable.flatten(model.shapes())
+    )
+
+
+def test_base_names_nothing_where_methods_own_everything():
+    with pytest.raises(UserError, match="'base' matches none of the"):
+        trainable.trainable_paths(PARAMS, ["base"], lambda path: True)
+
+
 # --- Methods that add no parameters
 
-families = pytest.mark.parametrize("family", CONFIGS)
 # In the encoder and in the decoder.
 NORMS_A_LAYER = {"t5": (2, 3), "bart": (2, 3), "gpt2": (0, 2), "llama": (0, 2)}
 

@@ -101,9 +101,10 @@ def logit_statistics(
         temperature: Divides the logits of both models in the KL divergence.
     """
     targets = batch["decoder_target_tokens"]
+    rows, length = targets.shape
     config = model.config
     chunks = VocabChunks.fitting(
-        MAX_CHUNK_ELEMENTS, *targets.shape, vocab_size=config.vocab_size, emb_dim=config.emb_dim
+        MAX_CHUNK_ELEMENTS, rows, length, config.vocab_size, config.emb_dim
     )
     teacher = jax.lax.stop_gradient(teacher)
     if chunks.count == 1:
