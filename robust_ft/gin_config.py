@@ -22,9 +22,9 @@ from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, 
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
-from robust_ft.models import bart, gpt2, llama, peft, t5
+from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.model import Model, ModelConfig
-from robust_ft.models.peft import Peft
+from robust_ft.models.peft import METHODS, Peft
 from robust_ft.objectives import gradients
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
@@ -67,14 +67,35 @@ def task_data(
 
 def model(
     config: ModelConfig,
-    peft: Sequence[Peft | None] = (),
+    peft: Sequence[Peft | None] | None = None,
     pad_id: int = 0,
     eos_id: int = 1,
     start_id: int = 0,
+    **methods: Peft | None,
 ) -> Model:
-    """`Model` whose methods may be None: configs have a place for each, most of them unused."""
+    """`Model` in which each PEFT method has a parameter of its own, such as `Model.prompt`.
+
+    Methods are plugged in in the order of `METHODS`; None leaves one out. `peft`, if given, lists
+    them outright, and the others are left out.
+    """
+    if peft is None:
+        peft = [methods.get(name) for name in METHODS]
     used = tuple(method for method in peft if method is not None)
     return Model(config, used, pad_id, eos_id, start_id)
+
+
+# `**methods` written out, for gin and `gin_types`: they refuse what is no parameter.
+model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *list(inspect.signature(model).parameters.values())[:-1],
+        *(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=method | None
+            )
+            for name, method in METHODS.items()
+        ),
+    ]
+)
 
 
 def recipe(
@@ -94,7 +115,7 @@ def recipe(
 
 
 REGISTERED: dict[str, Callable[..., Any]] = {
-    "Adapter": peft.Adapter,
+    **{method.__name__: method for method in METHODS.values()},
     "AdamW": optim.AdamW,
     "Adafactor": optim.Adafactor,
     "BartConfig": bart.BartConfig,
@@ -108,14 +129,10 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Evaluation": Evaluation,
     "FileTask": FileTask,
     "GPT2Config": gpt2.GPT2Config,
-    "IA3": peft.IA3,
     "Inference": Inference,
     "LlamaConfig": llama.LlamaConfig,
-    "Lora": peft.Lora,
     "Model": model,
     "Partitioner": Partitioner,
-    "Prefix": peft.Prefix,
-    "Prompt": peft.Prompt,
     "Recipe": recipe,
     "Schedule": optim.Schedule,
     "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,
@@ -157,12 +174,15 @@ def load(
         recipes = ", ".join(sorted(path.name for path in CONFIGS.glob("*.gin")))
         raise UserError(f"Give a recipe with --gin_file=gin_configs/NAME.gin; there are {recipes}.")
     folders = ["", *search_paths, str(ROOT)]
+    name = "+".join(Path(file).stem for file in files)
+    defaults = [f"Recipe.name = {name!r}", f"MODEL_DIR = {f'/tmp/robust_ft/{name}'!r}"]
     statements = [_quoted(binding) for binding in bindings]
     gin.clear_config()
     _prepare(folders)
     try:
         texts = [*(text for file in files for text in _texts(file, folders)), *statements]
         _check_names(texts, statements)
+        gin.parse_config(defaults)
         gin.parse_config_files_and_bindings(list(files), statements)
         recipe = gin.get_configurable("Recipe")()
         inference = gin.get_configurable("Inference")()

@@ -25,7 +25,8 @@ def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
         name: What configs call it.
         target: A function or class whose parameters are annotated.
     """
-    hints = typing.get_type_hints(target)
+    parameters = inspect.signature(target, eval_str=True).parameters
+    hints = {name: parameter.annotation for name, parameter in parameters.items()}
 
     @functools.wraps(target)
     def build(*args: Any, **values: Any) -> Any:

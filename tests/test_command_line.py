@@ -107,7 +107,7 @@ def test_no_file_names_the_recipes(capsys):
 
 def test_a_value_that_is_missing(capsys):
     assert run("--gin_file=gin_configs/common.gin") == command_line.USER_ERROR
-    assert_one_sentence(capsys.readouterr().err, "needs a value for the macro MODEL_DIR")
+    assert_one_sentence(capsys.readouterr().err, "value for the macro INITIAL_CHECKPOINT_PATH")
 
 
 def test_a_checkpoint_of_another_shape(tmp_path, capsys):
@@ -121,11 +121,11 @@ def test_a_checkpoint_of_another_shape(tmp_path, capsys):
 
 
 def test_a_folder_of_another_recipe_keeps_all_it_has(tmp_path, capsys):
-    checks.claim(toy.promot(tmp_path))
+    checks.claim(dataclasses.replace(toy.promot(tmp_path), name="other"))
     (tmp_path / "config.gin").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.USER_ERROR
-    assert_one_sentence(capsys.readouterr().err, "'toy_promot'", "'promot_rte'", "MODEL_DIR")
+    assert_one_sentence(capsys.readouterr().err, "'other'", "'toy_promot'", "MODEL_DIR")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -1,8 +1,9 @@
-"""Every config is built and compared with a golden file; what wins; what gin is left as.
+"""Every config builds, four are compared with golden files; what wins; what gin is left as.
 
 `pytest tests/test_gin_config.py --update-golden` writes tests/golden anew.
 """
 
+import re
 from pathlib import Path
 
 import gin
@@ -12,24 +13,65 @@ from robust_ft import gin_config
 from robust_ft.errors import UserError
 from robust_ft.gin_config import CONFIGS, ROOT
 from robust_ft.gin_types import fits
+from robust_ft.models.peft import METHODS
+from robust_ft.trainable import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.gin") if path.stem != "common")
-SCALES = sorted(path.stem for path in CONFIGS.glob("scale/*.gin"))
-# Every recipe as it is, and every scale with a recipe that it is for.
+ADDED = {
+    folder: sorted(path.stem for path in CONFIGS.glob(f"{folder}/*.gin"))
+    for folder in ("models", "data", "scale", "methods")
+}
+# A recipe that each file is for; all others go behind any, such as PROMOT.
 FOR = {
     "cocktails_webnlg": "table2_webnlg",
     "cocktails_xsum": "cocktail_xsum",
     "cocktails_openqa": "cocktail_adapters_openqa",
 }
-BUILT = RECIPES + [f"{FOR.get(scale, 'promot_rte')}+{scale}" for scale in SCALES]
+BUILT = RECIPES + [
+    f"{FOR.get(name, 'promot_rte')}+{folder}/{name}" for folder in ADDED for name in ADDED[folder]
+]
+# One stage, stages that continue each other, selections, and what scale files add.
+GOLDENS = ["pretrain_mini", "promot_rte", "promot_rte+scale/mt5_xxl", "table2_webnlg"]
 
 PROMOT = "gin_configs/promot_rte.gin"
+PEFT, BASE, ALL, SOME_OF_BASE = "PEFT", "base", "all", "some of base"
+# What trains in each stage of a method; a method's students are one entry.
+TRAINS = {
+    "adapters": {"adapters": PEFT},
+    "bitfit": {"bitfit": SOME_OF_BASE},
+    "cocktail": {"prefix": PEFT, "model": BASE, "cocktail": BASE},
+    "cocktail_adapters": {"adapters": PEFT, "model": BASE, "cocktail": BASE},
+    "distill_full": {"model": BASE, "cocktail": BASE},
+    "ensemble": {"prefix": PEFT, "model": BASE},
+    "ensemble_adapters": {"adapters": PEFT, "model": BASE},
+    "full": {"model": BASE},
+    "ia3": {"ia3": PEFT},
+    "infix": {"prompt": PEFT},
+    "joint": {"model": ALL},
+    "lora": {"lora": PEFT},
+    "norm_only": {"norm_only": SOME_OF_BASE},
+    "pfeiffer": {"adapters": PEFT},
+    "prefix": {"prefix": PEFT},
+    "pretrain": {"pretrain": ALL},
+    "promot": {"prompt": PEFT, "model": BASE},
+    "promot_lora": {"lora": PEFT, "model": BASE},
+    "prompt": {"prompt": PEFT},
+    "random_prompt": {"model": BASE},
+    "table2": {
+        "prefix": PEFT,
+        "adapters": PEFT,
+        "full": BASE,
+        "cocktail_prefix": BASE,
+        "cocktail_adapters": BASE,
+    },
+    "top_layers": {"top_layers": SOME_OF_BASE},
+}
 
 
 def files_of(name):
-    recipe, _, scale = name.partition("+")
-    return [f"gin_configs/{recipe}.gin"] + ([f"gin_configs/scale/{scale}.gin"] if scale else [])
+    recipe, _, added = name.partition("+")
+    return [f"gin_configs/{recipe}.gin"] + ([f"gin_configs/{added}.gin"] if added else [])
 
 
 def trains(stage):
@@ -40,22 +82,18 @@ def load(*bindings, files=(PROMOT,)):
     return gin_config.load(files, bindings).recipe
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", GOLDENS)
 def test_operative_config_is_golden(name, request):
     operative = gin_config.load(files_of(name)).operative
-    golden = GOLDEN / f"{name}.gin"
+    golden = GOLDEN / f"{name.replace('scale/', '')}.gin"
     if request.config.getoption("--update-golden"):
         golden.write_text(operative)
     assert operative == golden.read_text(), f"see --update-golden in {Path(__file__).name}"
 
 
-def test_no_golden_file_is_left_over():
-    assert sorted(path.stem for path in GOLDEN.glob("*.gin")) == sorted(BUILT)
-
-
 @pytest.mark.parametrize("name", BUILT)
-def test_operative_config_builds_the_same_again(name, tmp_path):
-    first = gin_config.load(files_of(name))
+def test_every_config_builds_and_its_operative_config_the_same_again(name, tmp_path):
+    first = gin_config.load(files_of(name), ["DROPOUT_RATE=0.1"])
     file = tmp_path / "config.gin"
     file.write_text(first.operative)
     again = gin_config.load([str(file)])
@@ -69,7 +107,78 @@ def test_recipes_say_what_they_are_and_how_to_run_them(name):
     assert all(line.startswith("#") for line in comment.splitlines())
     assert f"python -m robust_ft.train --gin_file=gin_configs/{name}.gin" in comment
     recipe = load(files=files_of(name))
-    assert recipe.name == name and Path(recipe.model_dir).name == name
+    assert recipe.name == name and recipe.model_dir == f"/tmp/robust_ft/{name}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_includes_five_files_each_once(name):
+    """Common, model, data, scale, method; then comes what is its own."""
+    text = (CONFIGS / f"{name}.gin").read_text()
+    included = re.findall(r"(?m)^include 'gin_configs/(.*)'$", text)
+    folders = ["common.gin", *(path.split("/")[0] for path in included[1:])]
+    assert [included[0], *folders[1:]] == ["common.gin", "models", "data", "scale", "methods"]
+    statements = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(line.startswith("include ") for line in statements[:5])
+
+
+def test_files_say_nothing_of_what_is_not_theirs():
+    for path in CONFIGS.rglob("*.gin"):
+        text = path.read_text()
+        assert "MODEL_DIR =" not in text and "Recipe.name" not in text, path
+        if path.parent.name == "data":
+            assert "OPTIMIZER" not in text and "gin_configs/scale/" not in text, path
+
+
+def paths_of(stage):
+    """Returns the paths of a stage's PEFT methods' parameters, and of all others."""
+    paths = set(flatten(stage.model.shapes()))
+    owned = {path for path in paths if any(method.owns(path) for method in stage.model.peft)}
+    return owned, paths - owned
+
+
+@pytest.mark.parametrize(
+    "renamed", [(), [f"{kind.__name__}.name=soft" for kind in METHODS.values()]]
+)
+@pytest.mark.parametrize("method", ADDED["methods"])
+def test_what_trains_is_what_methods_own_or_all_but_that(method, renamed):
+    files = ["gin_configs/full_rte.gin", f"gin_configs/methods/{method}.gin"]
+    for stage in load(*renamed, files=files).stages:
+        owned, base = paths_of(stage)
+        expected = TRAINS[method][re.sub(r"_[\d.]+$", "", stage.name)]
+        if expected == SOME_OF_BASE:
+            assert trains(stage) < base
+        else:
+            assert trains(stage) == {PEFT: owned, BASE: base, ALL: owned | base}[expected]
+
+
+def test_a_renamed_prompt_that_is_fixed_does_not_train():
+    recipe = "gin_configs/random_prompt_rte.gin"
+    (stage,) = load("Prompt.name=soft", files=[recipe]).stages
+    assert paths_of(stage)[0] == {"encoder/soft"} and "encoder/soft" not in trains(stage)
+
+
+@pytest.mark.parametrize("recipe", ["promot_rte", "table2_webnlg"])
+@pytest.mark.parametrize("method", ADDED["methods"])
+def test_a_method_can_be_put_behind_any_recipe(method, recipe):
+    file = f"gin_configs/methods/{method}.gin"
+
+    def said(recipe):
+        built = load(files=[f"gin_configs/{recipe}.gin", file])
+        stages = [(stage.name, stage.restore, stage.trainable) for stage in built.stages]
+        return stages, [selection.name for selection in built.selections]
+
+    assert said(recipe) == said("full_rte")
+
+
+def test_a_run_is_named_after_its_files(tmp_path):
+    (tmp_path / "mine.gin").write_text("TRAIN_STEPS = 7\n")
+    files = ["gin_configs/full_rte.gin", "gin_configs/methods/lora.gin", str(tmp_path / "mine.gin")]
+    recipe = load(files=files)
+    assert recipe.name == "full_rte+lora+mine"
+    assert recipe.model_dir == "/tmp/robust_ft/full_rte+lora+mine"
+    (tmp_path / "mine.gin").write_text("Recipe.name = 'mine'\nMODEL_DIR = '/tmp/mine'\n")
+    recipe = load("MODEL_DIR=/tmp/run", files=files)
+    assert (recipe.name, recipe.model_dir) == ("mine", "/tmp/run")
 
 
 def test_promot_is_what_the_paper_says():
@@ -154,6 +263,29 @@ def test_the_config_is_plain_data():
     assert hash(recipe) == hash(load())
     assert type(recipe).__module__ == "robust_ft.recipe"
     assert type(recipe.stages[0].optimizer).__module__ == "robust_ft.optim"
+
+
+def test_methods_are_plugged_in_by_name_and_always_in_the_same_order():
+    names = ["adapter", "ia3", "lora", "prefix", "prompt"]
+    kinds = ["Adapter", "IA3", "Lora", "Prefix", "Prompt"]
+    plugged = [f"Model.{name}=@{kind}()" for name, kind in zip(names, kinds, strict=True)]
+    stage = load(*plugged, files=["gin_configs/full_rte.gin"]).stages[0]
+    assert list(map(type, stage.model.peft)) == list(METHODS.values())
+    (stage,) = load(
+        *plugged, "Model.lora=None", "Model.ia3=None", "Model.peft=None", files=files_of("full_rte")
+    ).stages
+    assert [method.name for method in stage.model.peft] == ["prompt", "prefix", "adapter"]
+    two = ["Model.peft=[@Lora(), @second/Lora()]", "second/Lora.name=second"]
+    (stage,) = load(*two, files=files_of("full_rte")).stages
+    assert [method.name for method in stage.model.peft] == ["lora", "second"]
+    for wrong, sentence in {
+        "Model.lroa=@Lora()": r"Model has no parameter 'lroa' .*Did you mean 'lora'",
+        "Model.lora=@Lroa()": r"Configs know no 'Lroa' .*Did you mean 'Lora'",
+        "Model.lora=8": r"Model.lora=8 must be of type Lora or None",
+        "Model.pad_idd=8": r"Model has no parameter 'pad_idd' .*Did you mean 'pad_id'",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            load(wrong)
 
 
 def test_prompts_of_every_kind():

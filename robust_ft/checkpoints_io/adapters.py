@@ -25,8 +25,7 @@ from robust_ft.trainable import flatten
 
 SETTINGS, WEIGHTS = "robust_ft_adapter.json", "adapter.safetensors"
 VERSION = 2
-METHODS: dict[str, type[Peft]] = {name: getattr(peft, name) for name in peft.__all__}
-del METHODS["Peft"]
+METHODS = {method.__name__: method for method in peft.METHODS.values()}
 # Settings that say which layers have parameters, as the parameters themselves do.
 _PATTERNS = ("target", "outputs", "inputs", "sites")
 

@@ -7,7 +7,6 @@ for each family. The result is compared with what papers, model cards and file n
 import functools
 import math
 
-import gin
 import pytest
 
 from robust_ft import gin_config
@@ -111,16 +110,9 @@ MODELS |= {f"t5_1_1_lm100k_{size}": MODELS[f"t5_1_1_{size}"] for size in SIZES}
 @functools.cache
 def load(name):
     """Returns a file's model, and where it finds its weights."""
-    file = f"{gin_config.CONFIGS}/models/{name}.gin"
-    gin.clear_config()
-    try:
-        gin_config._prepare(["", str(gin_config.ROOT)])
-        gin.parse_config_files_and_bindings([file], "DROPOUT_RATE = 0.1")
-        config = gin.query_parameter("%MODEL_CONFIG").scoped_configurable_fn()
-        source = gin.query_parameter("%INITIAL_CHECKPOINT_PATH")
-        return gin.get_configurable("Model")(config), source
-    finally:
-        gin.clear_config()
+    files = ["gin_configs/full_rte.gin", f"gin_configs/models/{name}.gin"]
+    (stage,) = gin_config.load(files, ["DROPOUT_RATE=0.1"]).recipe.stages
+    return stage.model, stage.restore
 
 
 @functools.cache

@@ -7,4 +7,14 @@ from robust_ft.models.peft.lora import Lora
 from robust_ft.models.peft.prefix import Prefix
 from robust_ft.models.peft.prompt import Prompt
 
-__all__ = ["IA3", "Adapter", "Lora", "Peft", "Prefix", "Prompt"]
+__all__ = ["IA3", "METHODS", "Adapter", "Lora", "Peft", "Prefix", "Prompt"]
+
+# All methods, by what configs call them (`Model.prompt = @Prompt()`). A new one goes last: random
+# keys and the order of prefixes depend on the order in which they are plugged in.
+METHODS: dict[str, type[Peft]] = {
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "adapter": Adapter,
+    "lora": Lora,
+    "ia3": IA3,
+}
