@@ -65,9 +65,9 @@ def test_dotted_names(current):
         pkgutil.resolve_name(name)
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
-def test_names_in_modules(name):
-    for module, name in named(ROOT / name, r"`(\w+)\.(\w+)[`(]"):
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_names_in_modules(document):
+    for module, name in named(ROOT / document, r"`(\w+)\.(\w+)[`(]"):
         paths = [path for path in SOURCES if path.stem == module and name not in SUFFIXES]
         texts = [path.read_text(encoding="utf-8") for path in paths]
         assert not paths or any(re.search(rf"\b{name}\b", text) for text in texts), module + name
