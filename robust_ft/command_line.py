@@ -173,7 +173,19 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
         multihost.check_same("config", config.operative)
         use_compile_effort(config.recipe)
         console.configure(enabled=multihost.is_first())
-        yield config
+        with macros_named(config):
+            yield config
+
+
+@contextlib.contextmanager
+def macros_named(config: "Config") -> Iterator[None]:
+    """Lets errors, which name fields, say which macros of the config set them."""
+    from robust_ft.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise config.explain(error) from error
 
 
 def load_config(arguments: Arguments) -> "Config":

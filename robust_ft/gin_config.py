@@ -150,11 +150,25 @@ REGISTERED: dict[str, Callable[..., Any]] = {
 
 
 class Config(NamedTuple):
-    """What a config describes, and the values that it was built from as a gin file's text."""
+    """What a config describes.
+
+    Attributes:
+        recipe: For `train`.
+        inference: For `eval` and `infer`.
+        operative: All values that it was built from, as the text of a gin file.
+        settings: {field: {scope: name}}: what sets a field in the config, such as
+            {"Stage.steps": {"model": "TRAIN_STEPS", "prompt": "PROMPT_TRAIN_STEPS"}}; scope "" is
+            the field where no scope says otherwise.
+    """
 
     recipe: Recipe
     inference: Inference
     operative: str
+    settings: Mapping[str, Mapping[str, str]]
+
+    def explain(self, error: UserError) -> UserError:
+        """Returns an error that names fields with what sets them in the config."""
+        return _with_settings(str(error), self.settings)
 
 
 def load(
@@ -187,10 +201,12 @@ def load(
         recipe = gin.get_configurable("Recipe")()
         inference = gin.get_configurable("Inference")()
         # Last, so that it holds all that a later `train`, `eval` or `infer` needs.
-        return Config(recipe, inference, gin.operative_config_str())
+        return Config(recipe, inference, gin.operative_config_str(), _settings())
     except UserError as error:
         # gin appends which calls it was in, line by line.
-        raise UserError(str(error).split("\n  In call to")[0]) from None
+        message, *calls = str(error).split("\n  In call to")
+        scopes = re.findall(r"in scope '([^']*)'", "".join(calls))
+        raise _with_settings(message, _settings(), scopes) from None
     except tokenize.TokenError:
         places = ", ".join([*files, *(f"--gin.{binding}" for binding in bindings)])
         raise UserError(
@@ -276,6 +292,53 @@ def _check_names(texts: Sequence[str], flags: Sequence[str]) -> None:
     for scope in _SCOPE.findall(text):
         if scope not in scopes | set(_SCOPE_USE.findall(shipped)):
             raise UserError(f"No config reads the scope '{scope}/'." + nearest(scope, scopes))
+
+
+def _settings() -> dict[str, dict[str, str]]:
+    """Returns `Config.settings` of what gin has parsed.
+
+    A field is set by a macro, or in a scope; where it is set as itself, there is nothing to add.
+    """
+    settings: dict[str, dict[str, str]] = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        owner = selector.split(".")[-1]
+        for field, value in values.items():
+            name = repr(value)
+            if isinstance(value, gin.config.ConfigurableReference) and name.startswith("%"):
+                setting = name.removeprefix("%")
+            elif scope:
+                setting = f"{scope}/{owner}.{field}"
+            else:
+                continue
+            if owner in REGISTERED:
+                settings.setdefault(f"{owner}.{field}", {})[scope] = setting
+    return settings
+
+
+def _with_settings(
+    message: str, settings: Mapping[str, Mapping[str, str]], scopes: Sequence[str] = ()
+) -> UserError:
+    """Returns an error with what sets, in the config, the fields that its message names.
+
+    Args:
+        message: Names fields as "Stage.steps", and scopes, if any, in quotes.
+        settings: As in `Config.settings`.
+        scopes: Further scopes that the error is about.
+    """
+    added: list[str] = []
+    for field in re.findall(r"\b[A-Za-z]\w*\.[a-z]\w*", message):
+        by_scope = settings.get(field, {})
+        named = [
+            name for scope, name in by_scope.items() if scope in scopes or f"'{scope}'" in message
+        ]
+        if not named and "" in by_scope:
+            named = [by_scope[""]]
+        added += [name for name in named or by_scope.values() if name not in message]
+    if not added:
+        return UserError(message)
+    end = "." if message.endswith(".") else ""
+    names = ", ".join(dict.fromkeys(added))
+    return UserError(f"{message.removesuffix('.')} (in the config: {names}){end}")
 
 
 def _explain(error: Exception) -> UserError:

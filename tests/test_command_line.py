@@ -49,7 +49,11 @@ MISTAKES = {
     "misspelt parameter": ("--gin.Stage.stpes=3", "Stage", "'stpes'", "mean 'steps'"),
     "misspelt scope": ("--gin.modle/Stage.steps=3", "'modle/'", "mean 'model'"),
     "steps=0": ("--gin.TRAIN_STEPS=0", "steps=0", "'model'"),
-    "wrong type": ("--gin.TRAIN_STEPS=ten", "Stage.steps='ten'", "a whole number"),
+    "wrong type": (
+        "--gin.TRAIN_STEPS=ten",
+        "Stage.steps='ten'",
+        "a whole number (in the config: TRAIN_STEPS).",
+    ),
     "fraction": ("--gin.BATCH_SIZE=2.5", "Stage.batch_size=2.5", "a whole number"),
     "microbatches": ("--gin.MICROBATCHES=3", "microbatches=3", "batch_size=4"),
     "no optimizer": ("--gin.OPTIMIZER=adamw", "Stage.optimizer='adamw'"),

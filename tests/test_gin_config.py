@@ -239,6 +239,34 @@ def test_other_values_of_flags_are_not_taken_for_texts():
     assert model.data.cache_dir == "a=b"
 
 
+# How errors name what sets a field.
+
+
+@pytest.mark.parametrize(
+    ("message", "added"),
+    [
+        ("Stage.packing=True needs none.", "PACKING"),
+        ("Stage.steps=0 of stage 'model' is too few.", "TRAIN_STEPS"),
+        ("Stage.steps=0 of stage 'prompt' is too few.", "PROMPT_TRAIN_STEPS"),
+        ("Stage.steps=0 is too few.", "PROMPT_TRAIN_STEPS, TRAIN_STEPS"),
+        ("Stage.restore='x' of stage 'model' is not there.", "model/Stage.restore"),
+        ("Stage.restore='x' of stage 'prompt' is not there.", "INITIAL_CHECKPOINT_PATH"),
+        ("Recipe.seed and Stage.packing, Recipe.seed.", "RANDOM_SEED, PACKING"),
+        ("suite.ood_tasks names none.", "OOD_TASKS"),
+    ],
+)
+def test_errors_say_what_sets_a_field_in_the_config(message, added):
+    error = gin_config.load([PROMOT]).explain(UserError(message))
+    assert str(error) == f"{message.removesuffix('.')} (in the config: {added})."
+
+
+@pytest.mark.parametrize(
+    "message", ["Stage.packing is what PACKING says.", "Stage.log_period=0.", "No field.", "x.y"]
+)
+def test_errors_that_need_no_addition_stay_as_they_are(message):
+    assert str(gin_config.load([PROMOT]).explain(UserError(message))) == message
+
+
 # What is left behind.
 
 

@@ -80,10 +80,11 @@ def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str])
     partitioner = config.recipe.partitioner
     place = topology.describe(name, partitioner.slices)
     recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
-    checks.check(recipe)
     command_line.use_compile_effort(recipe)
-    for stage in _chosen(recipe, arguments.stage):
-        yield from report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
+    with command_line.macros_named(config):
+        checks.check(recipe)
+        for stage in _chosen(recipe, arguments.stage):
+            yield from report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
 
 
 def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:
