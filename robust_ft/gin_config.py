@@ -18,7 +18,12 @@ from robust_ft import gin_types, objectives, optim, task_names, trainable, vocab
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
 from robust_ft.decoding import Decoder
-from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection, students
+from robust_ft.ensembles.selection import (
+    CocktailSelection,
+    EnsembleSelection,
+    Selection,
+    students,
+)
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
@@ -104,7 +109,7 @@ def recipe(
     stages: Sequence[Stage | Sequence[Stage]],
     seed: int = 0,
     partitioner: Partitioner = Partitioner(),
-    selections: Sequence[EnsembleSelection | CocktailSelection] = (),
+    selections: Sequence[Selection] = (),
     compile_effort: float = 0.0,
 ) -> Recipe:
     """`Recipe` among whose stages may be groups of them, as `students` makes them."""

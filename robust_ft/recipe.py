@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection
+from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError, nearest
 from robust_ft.partitioning import Partitioner
 from robust_ft.stage import STAGE, Stage
@@ -30,7 +30,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     seed: int = 0
     partitioner: Partitioner = Partitioner()
-    selections: tuple[EnsembleSelection | CocktailSelection, ...] = ()
+    selections: tuple[Selection, ...] = ()
     compile_effort: float = 0.0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from robust_ft import console, model_info, multihost
 from robust_ft.checks import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
-from robust_ft.ensembles.selection import CocktailSelection, EnsembleSelection
+from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError
 from robust_ft.files import write_json
 from robust_ft.outcome import Outcome
@@ -72,9 +72,7 @@ def run(recipe: Recipe) -> Summary:
     return summary
 
 
-def _select(
-    recipe: Recipe, selection: EnsembleSelection | CocktailSelection, summary: Summary
-) -> None:
+def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:
     directory = Path(recipe.model_dir)
     made = SelectedWeight.read(directory / selection.name)
     if made is None:

@@ -1,1 +1,1 @@
-"""Several models as one: by probabilities at every token, or by parameters; and by what weights."""
+"""Ensembles of models: probabilities mixed at every token, weight interpolation, selection of λ."""

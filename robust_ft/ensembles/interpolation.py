@@ -1,7 +1,8 @@
-"""Ensembles in weight space: one model whose parameters are the mean of several."""
+"""Weight interpolation: one model whose parameters are a weighted mean of several."""
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,37 +15,40 @@ from robust_ft.types import Params
 
 
 def interpolate(params: Sequence[Params], weights: Sequence[float]) -> Params:
-    """Returns the weighted mean of parameters: an ensemble in weight space, as fast as one model.
+    """Returns the weighted mean of several models' parameters, which costs no more than one model.
 
     Args:
-        params: Trees of the same paths and shapes: of whole models, or of lightweight modules of
-            one kind alone.
-        weights: From 0 to 1, with the sum 1.
+        params: Trees with the same paths and shapes: whole models, or only the parameters of one
+            PEFT method.
+        weights: The weight of each tree, from 0 to 1, with the sum 1.
 
     Returns:
-        Leaves of the first tree's types, computed in float32.
+        A tree like the first, in its dtypes. The mean is computed in float32.
 
     Raises:
-        UserError: Weights or shapes do not fit; it names the first path that differs.
+        UserError: The weights are wrong, or paths or shapes differ; it names the first such path.
     """
     weights = check_weights(weights, len(params))
-    trees = [flatten(each) for each in params]
-    for number, tree in enumerate(trees[1:], start=1):
-        for path in sorted(trees[0].keys() | tree.keys()):
-            shapes = [each[path].shape if path in each else None for each in (trees[0], tree)]
-            if shapes[0] != shapes[1]:
-                said = ["missing" if shape is None else list(shape) for shape in shapes]
+    first, *others = (flatten(tree) for tree in params)
+    for number, other in enumerate(others, start=1):
+        for path in sorted(first.keys() | other.keys()):
+            shape, other_shape = (
+                list(flat[path].shape) if path in flat else "missing" for flat in (first, other)
+            )
+            if shape != other_shape:
                 raise UserError(
-                    f"Parameters cannot be interpolated: '{path}' is {said[0]} in member 0, but "
-                    f"{said[1]} in member {number}."
+                    f"Parameters cannot be interpolated: '{path}' is {shape} in member 0, but "
+                    f"{other_shape} in member {number}."
                 )
-    return _mean(tuple(dict(each) for each in params), jnp.asarray(weights, jnp.float32))
+    mean: Params = _mean(tuple(dict(tree) for tree in params), jnp.asarray(weights, jnp.float32))
+    return mean
 
 
 @jax.jit
-def _mean(params: tuple[Params, ...], weights: Float[Array, " members"]) -> Params:
+def _mean(params: tuple[Params, ...], weights: Float[Array, "members"]) -> Any:
     def mean(*leaves: jax.Array) -> jax.Array:
-        parts = [w * leaf.astype(jnp.float32) for w, leaf in zip(weights, leaves, strict=True)]
-        return functools.reduce(jnp.add, parts).astype(leaves[0].dtype)
+        terms = [w * leaf.astype(jnp.float32) for w, leaf in zip(weights, leaves, strict=True)]
+        total: jax.Array = functools.reduce(jnp.add, terms)
+        return total.astype(leaves[0].dtype)
 
     return jax.tree.map(mean, *params)

@@ -1,4 +1,4 @@
-"""Ensembles: the probabilities of several models mixed at every token."""
+"""The mixing step of an ensemble: a weighted mean of probabilities at every token."""
 
 from collections.abc import Sequence
 
@@ -9,44 +9,52 @@ from jaxtyping import Array, Float, Int
 from robust_ft.decoding.types import Cache, StepFn
 from robust_ft.errors import UserError
 
-# How far float sums of weights may be from 1.
+# Rounding error allowed in a sum of weights that must be 1.
 TOLERANCE = 1e-6
 
 
 def mixed(
-    log_probs: Sequence[Float[Array, "*rest vocab"]], weights: Float[Array, " members"]
+    log_probs: Sequence[Float[Array, "*rest vocab"]], weights: Float[Array, "members"]
 ) -> Float[Array, "*rest vocab"]:
-    """Returns log(sum_i w_i p_i), the ensemble of "Ensembles and Cocktails", section 6.
+    """Returns log(sum_i w_i p_i) ("Ensembles and Cocktails", section 6, eq. 4).
 
     Args:
-      log_probs: log p_i of each member.
-      weights: w_i, from 0 to 1, with the sum 1. A traced array, so that one compiled program serves
-        all of them. A member of weight 0 changes nothing, and with weight 1 is alone.
+        log_probs: log p_i of each member.
+        weights: w_i, from 0 to 1, with the sum 1. An array, so that one compiled program serves
+            all weights.
     """
-    weighted = [each + log for each, log in zip(log_probs, jnp.log(weights), strict=True)]
-    return jax.nn.logsumexp(jnp.stack(weighted), axis=0)
+    # log 0 = -inf: a member of weight 0 adds exp(-inf) = 0, and the others stay as they are.
+    weighted = [log_p + log_w for log_p, log_w in zip(log_probs, jnp.log(weights), strict=True)]
+    return jax.nn.logsumexp(jnp.stack(weighted), axis=0)  # [members, ..., vocab] -> [..., vocab]
 
 
-def ensemble(step_fns: Sequence[StepFn], weights: Float[Array, " members"]) -> StepFn:
-    """Returns the step of an ensemble over the tuple of its members' caches.
+def ensemble(step_fns: Sequence[StepFn], weights: Float[Array, "members"]) -> StepFn:
+    """Returns the decode step of an ensemble, over the tuple of its members' caches.
 
-    All members read the same tokens, those that the ensemble has chosen, so that decoding need not
-    know that there are several. Arguments as for `mixed`.
+    All members read the token that the ensemble has chosen, so greedy decoding, sampling and beam
+    search need not know that there are several models.
+
+    Args:
+        step_fns: Each member's decode step.
+        weights: As for `mixed`.
     """
 
-    def step(cache: Cache, tokens: Int[Array, " batch"]) -> tuple[Array, Cache]:
-        found = [fn(each, tokens) for fn, each in zip(step_fns, cache, strict=True)]
-        return mixed([log_probs for log_probs, _ in found], weights), tuple(c for _, c in found)
+    def step(
+        caches: tuple[Cache, ...], tokens: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch vocab"], tuple[Cache, ...]]:
+        steps = [step_fn(cache, tokens) for step_fn, cache in zip(step_fns, caches, strict=True)]
+        log_probs, caches = zip(*steps, strict=True)
+        return mixed(log_probs, weights), caches
 
     return step
 
 
 def check_weights(weights: Sequence[float], members: int) -> tuple[float, ...]:
-    """Returns the weights of an ensemble's members.
+    """Returns the weights of an ensemble's members as floats.
 
     Raises:
-        UserError: There are none, more or fewer than members, one is not from 0 to 1, or their sum
-            is not 1.
+        UserError: There are no members, not one weight for each of them, a weight is not from 0 to
+            1, or their sum is not 1.
     """
     if not members:
         raise UserError("An ensemble needs at least one member.")

@@ -1,7 +1,7 @@
 """The mixture weight lambda of ensembles and cocktails, and the selection of it.
 
-The selection sees in-distribution validation scores and nothing else: data from elsewhere is not to
-be had when a model is selected (Ensembles and Cocktails, section 6.1).
+Only in-distribution validation scores are used: out-of-distribution data are unknown when a model
+is selected (Ensembles and Cocktails, section 6.1).
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ _EARLIER_FILE = "choice.json"  # of runs before version 0.2
 def select(validation_scores: Mapping[float, float]) -> float:
     """Returns the weight with the best in-distribution validation score.
 
-    Of equal scores the one nearest to 1/2 wins: where the models disagree, a mean of both errs less
-    than either, so one of them alone has to be strictly better. Of two equally near the larger one
-    wins, which leans on the lightweight model: it has moved least from the pretrained one.
+    Ties go to the weight nearest to 1/2: where the models disagree, their mean errs less than
+    either, so one model alone has to be strictly better. Of two weights equally near, the larger
+    wins: it favours the lightweight model, which is closest to the pretrained one.
 
     Args:
-        validation_scores: For each weight lambda, from 0 (the full model) to 1 (the lightweight
-            one), the score on in-distribution validation data; more is better.
+        validation_scores: The score on in-distribution validation data, higher is better, of each
+            lambda from 0 (the full model) to 1 (the lightweight model).
 
     Raises:
         UserError: There are no scores, a weight is not in [0, 1], or a score is not a number.
@@ -39,7 +39,12 @@ def select(validation_scores: Mapping[float, float]) -> float:
 
 
 def check_weights(place: str, weights: Sequence[float]) -> None:
-    """Raises a UserError unless there are weights, all of them in [0, 1] and different."""
+    """Raises a UserError unless there are weights, all in [0, 1] and none twice.
+
+    Args:
+        place: What has the weights, for the error message.
+        weights: The lambdas.
+    """
     if not weights:
         raise UserError(f"{place} needs at least one lambda, such as {GRID}.")
     for weight in weights:
@@ -54,13 +59,13 @@ def check_weights(place: str, weights: Sequence[float]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One weight, and what is known of its model.
+    """One lambda and the result of its model.
 
     Attributes:
         weight: lambda.
-        score: On the in-distribution validation split.
-        folder: Where its outputs are (`inference_eval`), below MODEL_DIR.
-        step: Of its checkpoint; of an ensemble's, that of the full model.
+        score: The score on the in-distribution validation split.
+        folder: The folder of its outputs (`inference_eval`), relative to MODEL_DIR.
+        step: The step of its checkpoint; of an ensemble, that of the full model's.
     """
 
     weight: float
@@ -71,11 +76,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class SelectedWeight:
-    """What `<name>/selection.json` holds.
+    """The result of a selection, as `<name>/selection.json` holds it.
 
     Attributes:
-        weight: The chosen lambda.
-        candidates: One for each weight.
+        weight: The selected lambda.
+        candidates: One for each lambda that was tried.
     """
 
     weight: float
@@ -91,7 +96,7 @@ class SelectedWeight:
 
     @classmethod
     def read(cls, directory: Path) -> "SelectedWeight | None":
-        """Returns the selection in a folder, None if there is none yet."""
+        """Returns the selected weight that a folder holds, None if nothing was selected yet."""
         for file in (directory / FILE, directory / _EARLIER_FILE):
             if (fields := read_json(file, default=None)) is not None:
                 return cls(fields["weight"], tuple(Candidate(**c) for c in fields["candidates"]))

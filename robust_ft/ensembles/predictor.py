@@ -1,4 +1,4 @@
-"""Several models as one: their probabilities mixed at every token, or their parameters."""
+"""The ensemble predictor: several models that decode and score as one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from robust_ft.decoding import StepFn
 from robust_ft.ensembles.mixing import check_weights, ensemble, mixed
 from robust_ft.errors import UserError
 from robust_ft.models.model import LanguageModel
@@ -20,12 +21,12 @@ class Ensemble(BasePredictor):
     """Decodes and scores with the weighted mean of several models' probabilities at every token.
 
     "Ensembles and Cocktails", section 6: with the weights (lambda, 1 - lambda) of a lightweight and
-    a full model, p(y_t) = lambda p_light(y_t) + (1 - lambda) p_full(y_t), over what the ensemble
-    has said so far. Members may have different architectures over one vocabulary.
+    a full model, p(y_t) = lambda p_light(y_t) + (1 - lambda) p_full(y_t), given the tokens that
+    the ensemble has generated so far. Members may have different architectures over one vocabulary.
 
     Attributes:
-        members: The models with their parameters.
-        weights: Of each member.
+        members: The members' predictors.
+        weights: The weight of each member.
     """
 
     model: "MixedModel"
@@ -33,11 +34,11 @@ class Ensemble(BasePredictor):
     def __init__(
         self, members: Sequence[BasePredictor], weights: Sequence[float] | None = None
     ) -> None:
-        """Checks that the members can speak as one.
+        """Checks that the members fit together.
 
         Args:
-            members: At least one; with one vocabulary, and on one mesh.
-            weights: From 0 to 1, with the sum 1; by default all the same.
+            members: At least one; with the same vocabulary, and on the same mesh.
+            weights: From 0 to 1, with the sum 1; by default all equal.
 
         Raises:
             UserError: Members or weights do not fit together.
@@ -62,15 +63,18 @@ class Ensemble(BasePredictor):
         return Ensemble([member.without(*names) for member in self.members], self.weights)
 
     def weighted(self, *weights: float) -> "Ensemble":
-        """Returns the ensemble with other weights, for which nothing is compiled again."""
+        """Returns the ensemble with other weights; weights are arrays, so nothing is recompiled."""
         return Ensemble(self.members, weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedModel:
-    """Several models behind the functions of one, see `Model`.
+    """The `LanguageModel` of an ensemble.
 
-    Parameters are {"weights": float32[members], "members": tuple of theirs}.
+    Parameters are {"weights": float32[members], "members": tuple of the members' parameters}.
+
+    Attributes:
+        members: The members' models.
     """
 
     members: tuple[LanguageModel, ...]
@@ -85,7 +89,7 @@ class MixedModel:
 
     @property
     def start_id(self) -> int:
-        """The first member's; each member reads its own."""
+        """The first member's start token; each member reads its own, see `_with_start`."""
         return self.members[0].start_id
 
     @property
@@ -97,50 +101,57 @@ class MixedModel:
 
     @property
     def peft(self) -> tuple[Peft, ...]:
-        """The members' methods; one of each name."""
-        named = {method.name: method for member in self.members for method in member.peft}
-        return tuple(named.values())
+        """The members' PEFT methods, one of each name."""
+        by_name = {method.name: method for member in self.members for method in member.peft}
+        return tuple(by_name.values())
 
     def history(self, params: Any, batch: Batch) -> Int[Array, "batch before"]:
-        """Returns what the first member's decoder reads before the target."""
+        """Returns the tokens that the first member's decoder reads before the target."""
         return self.members[0].history(params["members"][0], batch)
 
     def prefill(self, params: Any, batch: Batch, max_length: int) -> Any:
-        """Lets each member read the input; returns {"read": int32[batch], "members": caches}."""
+        """Returns the cache after the input.
+
+        That is {"position": int32[batch], the number of target tokens read, "members": caches}.
+        """
         caches = tuple(m.prefill(p, batch, max_length) for m, p in self._with(params))
         rows = batch["encoder_input_tokens"].shape[0]
-        return {"read": jnp.zeros(rows, jnp.int32), "members": caches}
+        return {"position": jnp.zeros(rows, jnp.int32), "members": caches}
 
     def extend(
         self, params: Any, cache: Any, tokens: Int[Array, "batch new"]
     ) -> tuple[tuple[Any, ...], Any]:
-        """Lets each member read the target's next tokens; returns what `head` reads of each."""
-        found = [
-            member.extend(own, kept, _read_by(member, cache, tokens))
-            for (member, own), kept in zip(self._with(params), cache["members"], strict=True)
+        """Reads the target's next tokens; returns each member's hidden states, and the cache."""
+        extended = [
+            member.extend(member_params, member_cache, _with_start(member, cache, tokens))
+            for (member, member_params), member_cache in zip(
+                self._with(params), cache["members"], strict=True
+            )
         ]
-        hidden, caches = zip(*found, strict=True)
-        return hidden, {"read": cache["read"] + tokens.shape[1], "members": caches}
+        hidden, caches = zip(*extended, strict=True)
+        return hidden, {"position": cache["position"] + tokens.shape[1], "members": caches}
 
     def head(self, params: Any, hidden: tuple[Any, ...]) -> Float[Array, "*rest vocab"]:
         """Returns the ensemble's log-probabilities, float32."""
         log_probs = [
-            jax.nn.log_softmax(member.head(own, states))
-            for (member, own), states in zip(self._with(params), hidden, strict=True)
+            jax.nn.log_softmax(member.head(member_params, states))
+            for (member, member_params), states in zip(self._with(params), hidden, strict=True)
         ]
         return mixed(log_probs, params["weights"])
 
     def step(
         self, params: Any, cache: Any, tokens: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch vocab"], Any]:
-        def step_of(member: LanguageModel, own: Any) -> Callable[..., Any]:
-            return lambda kept, tokens: member.step(
-                own, kept, _read_by(member, cache, tokens[:, None])[:, 0]
+        """Reads one token a row; returns the next token's log-probabilities, and the cache."""
+
+        def step_of(member: LanguageModel, member_params: Any) -> StepFn:
+            return lambda member_cache, tokens: member.step(
+                member_params, member_cache, _with_start(member, cache, tokens[:, None])[:, 0]
             )
 
-        steps = [step_of(member, own) for member, own in self._with(params)]
+        steps = [step_of(member, member_params) for member, member_params in self._with(params)]
         log_probs, caches = ensemble(steps, params["weights"])(cache["members"], tokens)
-        return log_probs, {"read": cache["read"] + 1, "members": caches}
+        return log_probs, {"position": cache["position"] + 1, "members": caches}
 
     def _with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
         return list(zip(self.members, params["members"], strict=True))
@@ -159,14 +170,17 @@ def _check_members(members: Sequence[BasePredictor]) -> None:
                 f"{between} have different vocabularies, of {sizes[0]} and {sizes[1]} tokens; "
                 "probabilities are mixed token by token."
             )
-        for what, of in _SAME.items():
-            if of(first) != of(member):
-                raise UserError(f"{between} differ in {what}: {of(first)} and {of(member)}.")
+        for what, value_of in _SHARED.items():
+            if value_of(first) != value_of(member):
+                raise UserError(
+                    f"{between} differ in {what}: {value_of(first)} and {value_of(member)}."
+                )
         if member.model.tasks not in ((), with_tasks):
             raise UserError(f"{between} have prompts for different tasks.")
 
 
-_SAME: dict[str, Callable[[BasePredictor], Any]] = {
+# What all members must share.
+_SHARED: dict[str, Callable[[BasePredictor], Any]] = {
     "their output's number of tokens": lambda member: _vocab_size(member.model),
     "the id of padding": lambda member: member.model.pad_id,
     "the id that ends a text": lambda member: member.model.eos_id,
@@ -175,15 +189,16 @@ _SAME: dict[str, Callable[[BasePredictor], Any]] = {
 
 
 def _vocab_size(model: Any) -> int:
-    """Returns how many tokens a model gives probabilities to."""
-    while isinstance(model, MixedModel):
+    """Returns the number of a model's logits at a position."""
+    while isinstance(model, MixedModel):  # an ensemble may be a member
         model = model.members[0]
-    return model.config.vocab_size
+    size: int = model.config.vocab_size
+    return size
 
 
-def _read_by(
+def _with_start(
     member: LanguageModel, cache: Any, tokens: Int[Array, "batch new"]
 ) -> Int[Array, "batch new"]:
-    """Returns tokens of which the target's first is the one that this member begins with."""
-    places = cache["read"][:, None] + jnp.arange(tokens.shape[1])
-    return jnp.where(places == 0, member.start_id, tokens)
+    """Puts a member's own start token at the target's position 0, in place of the ensemble's."""
+    positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]  # [batch, new]
+    return jnp.where(positions == 0, member.start_id, tokens)
