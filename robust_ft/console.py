@@ -9,7 +9,7 @@ import collections
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import rich.console
@@ -46,7 +46,7 @@ class Progress:
         self._live: rich.progress.Progress | None = None
         self._bar: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._console.enabled and self._console.interactive:
             self._live = _live_progress(self._console.rich)
             self._live.start()

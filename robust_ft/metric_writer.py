@@ -13,7 +13,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from robust_ft.errors import UserError
 from robust_ft.files import json_line, write_json_lines
@@ -102,7 +102,7 @@ class MetricWriter:
         self._mended: set[pathlib.Path] = set()
         self._purge_from: int | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exc_info: object) -> None:

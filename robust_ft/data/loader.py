@@ -1,9 +1,9 @@
-"""Batches from ready caches through Grain: order, mixing, sharding, lengths, exact resuming.
+"""Batches from ready caches through Grain: order, mixing, sharding, packing, exact resuming.
 
-The order of the examples is a function of the seed alone. Grain shuffles *numbers* (task after
-task, every epoch anew) and mixes them; whole blocks of numbers are then read and padded with numpy,
-which costs far less than one step of Python an example. A state says how many blocks and rows have
-been handed out, so resuming is exact and takes no time.
+The order of the examples is a function of the seed alone. Grain shuffles the *numbers* of examples
+(of each task, anew every epoch) and mixes them; whole blocks of numbers are then read and padded
+with numpy (`batching`), which costs far less than a step of Python for each example. A position
+says how many blocks and rows have been handed out, so resuming is exact and takes no time.
 """
 
 import hashlib
@@ -15,22 +15,21 @@ from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32
 
 from robust_ft.data import cache, mixing, records
+from robust_ft.data.batching import Batcher, ExampleReader
 from robust_ft.data.cache import CachedTask, TaskData
 from robust_ft.data.records import Arrays
 from robust_ft.errors import UserError
 
-# One thread reads ahead: more would take the cores from the step without being needed.
+# One thread reads ahead: the step needs no more, and more would take CPU cores from it.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-# Examples that are read at once for packing, and packing rows that are open at once: more rows
-# leave less padding (first-fit), and make a resume read more.
+# Packing reads this many examples at once.
 _PACKING_BLOCK = 64
+# Packed rows that are open at once. First-fit leaves less padding with more of them, but a resumed
+# run has to read again what was in the open rows.
 _PACKING_ROWS = 64
-# Batches of like lengths are padded to the full lengths over one of these: a compiled step each.
-_DIVISORS = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,19 @@ class EvalExample:
 class BatchSource:
     """Endless training batches (dicts of numpy arrays by t5x's feature names), with a position.
 
-    `train_batches` makes one. Close it to stop its thread, or let it go.
+    `train_batches` makes one. Its reading thread stops when it is closed or garbage-collected.
     """
 
     def __init__(self, dataset: grain.IterDataset, identity: Mapping[str, Any]):
-        """Takes batches and a description of all that a position depends on."""
+        """Starts reading.
+
+        Args:
+            dataset: Gives the batches.
+            identity: All that a position in the dataset depends on, as JSON can hold it.
+        """
         self._identity = dict(identity)
-        # Grain's iterators complain when they are closed as late as Python's own shutdown.
+        # In a list, which the finalizer empties: it may not hold `self`. Without a finalizer,
+        # Grain's iterators would be closed during Python's shutdown, and complain.
         self._open = [iter(dataset)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
@@ -79,20 +84,20 @@ class BatchSource:
         return next(self._open[0])
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position behind the last batch, as JSON can hold it.
+        """Returns the position after the last batch, as JSON can hold it.
 
-        Without packing it holds for any number of shards.
+        Without packing, a run with another number of shards can resume from it.
         """
-        # Through JSON: a copy, and a proof that it is JSON.
+        # Through JSON: a copy of Grain's state, and an error here if it is not JSON.
         return json.loads(json.dumps({**self._identity, "position": self._open[0].get_state()}))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position from `get_state`.
+        """Resumes at a position from `get_state`.
 
         Raises:
-            UserError: If the position was taken with other data, seed, batch size or packing.
+            UserError: The position was taken with other data, seed, batch size or packing.
         """
-        state = {"by_length": 0, **state}  # which earlier versions did not say
+        state = {"by_length": 0, **state}  # positions of earlier versions do not have it
         differing = [name for name, value in self._identity.items() if state.get(name) != value]
         if differing:
             name = differing[0]
@@ -119,28 +124,27 @@ def train_batches(
 ) -> BatchSource:
     """Returns endless training batches of a task or mixture, from its cache (built if missing).
 
-    Every task goes through all its examples once an epoch, in another order each time; a mixture
-    takes from its tasks at their rates.
+    Every epoch of a task has all its examples, each time in another order. A mixture takes from its
+    tasks at their rates.
 
     Args:
         data: What to read.
         batch_size: Rows of the global batch; each shard gives `batch_size / shard count` of them.
-        seed: Of the order. The same whatever the shards: without packing, the shards' batches on
-            top of each other are the batch of one shard; with packing, shards pack disjoint
-            examples.
-        packing: Whether to put several examples into one row, with segment ids and positions.
-        shard: Index and count. All processes that hold a part of one model take the same.
+        seed: Seed of the order, which does not depend on the shards: without packing, the batches
+            of all shards, concatenated, are the batch of a single shard. With packing, shards pack
+            disjoint examples.
+        packing: Whether to put several examples into one row, told apart by segment ids.
+        shard: Index and count. All processes of one model-parallel group take the same index.
         start_id: First token of all decoder inputs, the model's; padding is the vocabulary's.
         task_index: From a task's name to what "task_index" (int32[batch]) says for its examples,
             such as `Model.task_index`; by default batches do not have it.
-        by_length: So many batches' examples are sorted by length and divided anew, so that those of
-            like lengths come together, and are padded to a half, quarter or eighth of the lengths
-            where that is enough; the batches' order stays random. Every shard reads all of them. 0
-            for off.
+        by_length: If above 0, examples of this many batches are re-sorted into length buckets, and
+            each bucket is padded to a half, a quarter or an eighth of the lengths where that is
+            enough. The order of the batches stays random. Every shard reads all examples.
 
     Raises:
-        UserError: See `cache.ensure`; or if the batch cannot be divided by the shards, or rows that
-            hold several tasks' examples are to have one index or one length.
+        UserError: See `cache.ensure`; or the batch size is not a multiple of the shard count, or
+            packing is combined with `task_index` or `by_length`.
     """
     index, count = shard
     _check(batch_size, index, count, by_length)
@@ -152,14 +156,10 @@ def train_batches(
     tasks = cache.ensure(data)
     names = [task.task for task in tasks]
     indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
-    reader = _Reader(tasks)
-    block = _PACKING_BLOCK if packing else rows
-    # Block by block, not example by example: two tasks at equal rates alternate, and two shards
-    # that alternated too would see one task each.
-    # (drop_remainder: Grain would round the endless length up, past the largest one it can hold.)
-    numbers = _order(tasks, seed).batch(block, drop_remainder=True)[index::count]
-    lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
-    pad_id = data.vocabulary.pad_id
+    reader = ExampleReader(tasks)
+    batcher = Batcher(reader, data, start_id, indices)
+    order = _order(tasks, seed)
+    # What a position depends on. The number of shards matters to packing alone.
     identity = {
         "task": data.task,
         "split": data.split,
@@ -170,30 +170,32 @@ def train_batches(
         "packing": packing,
         "by_length": by_length,
     }
-    made = _Batches(reader, data, start_id, indices)
     if by_length:
-        windows = _order(tasks, seed).batch(batch_size * by_length, drop_remainder=True)
-        ours = slice(index * rows, (index + 1) * rows)
-        divided = windows.random_map(
-            lambda window, generator: made.by_length(window, batch_size, ours, generator),
+        # Every shard sorts the same window of global batches, and keeps its own rows of each.
+        own_rows = slice(index * rows, (index + 1) * rows)
+        windows = order.batch(batch_size * by_length, drop_remainder=True)
+        blocks = windows.random_map(
+            lambda window, generator: batcher.length_buckets(
+                window, batch_size, own_rows, generator
+            ),
             seed=_seed(seed, "by_length"),
         )
-        ahead = divided.to_iter_dataset(_READ_AHEAD)
-        batches = grain.experimental.FlatMapIterDataset(ahead, _Unblock(by_length))
-        return BatchSource(batches, identity)
+        return BatchSource(_flat(blocks, by_length), identity)
+    # Blocks of consecutive examples go to the shards in turn. Single examples must not: two tasks
+    # at equal rates alternate, and two shards that alternated too would see one task each.
+    # drop_remainder: Grain would round the endless length up, past the largest integer it can hold.
+    block_size = _PACKING_BLOCK if packing else rows
+    blocks = order.batch(block_size, drop_remainder=True)[index::count]
     if not packing:
-        return BatchSource(numbers.map(made.padded).to_iter_dataset(_READ_AHEAD), identity)
-    examples = grain.experimental.FlatMapIterDataset(
-        numbers.map(reader.examples).to_iter_dataset(_READ_AHEAD), _Unblock(_PACKING_BLOCK)
-    )
+        return BatchSource(blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD), identity)
     packed = grain.experimental.FirstFitPackIterDataset(
-        examples,
-        length_struct=lengths,
+        _flat(blocks.map(reader.examples), _PACKING_BLOCK),
+        length_struct={"inputs": data.inputs_length, "targets": data.targets_length},
         num_packing_bins=max(_PACKING_ROWS, rows),
         seed=_seed(seed, "packing"),
     )
     batches = packed.batch(rows, drop_remainder=True).map(
-        lambda batch: records.packed_batch(batch, pad_id, start_id)
+        lambda batch: records.packed_batch(batch, data.vocabulary.pad_id, start_id)
     )
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
     return BatchSource(ahead, {**identity, "shard": [index, count]})
@@ -215,8 +217,8 @@ def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]
 
     Args:
         data: What to read; one task, or a mixture of one.
-        limit: At most so many examples, spread evenly over the split, since many test files are
-            sorted. The same ones every time.
+        limit: Number of examples to take at most, always the same ones. They are spread evenly over
+            the split, since many test files are sorted.
 
     Raises:
         UserError: See `cache.ensure`; or if `data` is a mixture of several tasks.
@@ -232,9 +234,9 @@ def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]
     numbers = np.arange(size)
     if limit is not None and limit < size:
         numbers = np.arange(limit) * size // limit
-    found = _Reader(tasks).read(numbers)
     return [
-        _eval_example(data, info, int(n), record) for n, record in zip(numbers, found, strict=True)
+        _eval_example(data, info, int(number), record)
+        for number, record in zip(numbers, ExampleReader(tasks).read(numbers), strict=True)
     ]
 
 
@@ -248,12 +250,22 @@ def eval_batches(
 ) -> list[Arrays]:
     """Returns padded batches of `examples` in their order, each of `batch_size` rows.
 
-    The last batch is filled up with rows of padding (loss weights 0). `example_index`
-    (int32[batch]) says which example a row is, -1 for those. `pad_id` is the vocabulary's,
-    `start_id` (the first token of all decoder inputs) the model's.
+    The last batch is filled up with rows of padding, whose loss weights are 0.
+
+    Args:
+        examples: The examples.
+        batch_size: Rows of each batch.
+        inputs_length: Encoder tokens of each row.
+        targets_length: Decoder tokens of each row.
+        pad_id: The vocabulary's padding.
+        start_id: The model's first token of all decoder inputs.
+
+    Returns:
+        t5x's features (`records.model_batch`) and `example_index` (int32[batch]): the index of each
+        row's example in `examples`, -1 for rows of padding.
 
     Raises:
-        ValueError: If an example is longer than its length.
+        ValueError: An example is longer than its length.
     """
     batches = []
     for start in range(0, len(examples), batch_size):
@@ -281,13 +293,13 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 def _eval_example(data: TaskData, info: cache.CacheInfo, number: int, record: bytes) -> EvalExample:
     inputs, targets = records.decode(record, info.token_dtype)
     texts = records.decode_texts(record, info.token_dtype)
-    # Training splits keep no texts; their ids still say what they were, up to normalization.
-    targets_text = texts.get("targets", None)
-    if targets_text is None:
-        targets_text = data.vocabulary.decode(targets.tolist())
-    inputs_text = texts.get("inputs", None)
+    # Training splits keep no texts; decoding gives them back, up to the vocabulary's normalization.
+    inputs_text = texts.get("inputs")
     if inputs_text is None:
         inputs_text = data.vocabulary.decode(inputs.tolist())
+    targets_text = texts.get("targets")
+    if targets_text is None:
+        targets_text = data.vocabulary.decode(targets.tolist())
     references = tuple(texts.get("references", ())) or (targets_text,)
     return EvalExample(
         inputs=inputs,
@@ -301,122 +313,38 @@ def _eval_example(data: TaskData, info: cache.CacheInfo, number: int, record: by
     )
 
 
-class _Reader:
-    """Examples of several caches by number; the first task's come first, then the second's."""
-
-    def __init__(self, tasks: Sequence[CachedTask]):
-        options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-        # Opened at once: a cache may be rebuilt, and an open file stays what it was.
-        self._files = [ArrayRecordReader(task.examples_file, options=options) for task in tasks]
-        self._starts = np.cumsum([0] + [task.info.num_examples for task in tasks])
-        self._dtypes = [task.info.token_dtype for task in tasks]
-
-    def read(self, numbers: Int32[np.ndarray, " examples"]) -> list[bytes]:
-        """Returns the records of `numbers`, in their order."""
-        found: list[bytes] = [b""] * len(numbers)
-        owners = self.owners(numbers)
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            local = (np.asarray(numbers)[places] - self._starts[owner]).tolist()
-            for place, record in zip(places, self._files[owner].read(local), strict=True):
-                found[place] = record
-        return found
-
-    def owners(self, numbers: Int32[np.ndarray, " examples"]) -> Int32[np.ndarray, " examples"]:
-        """Returns which task each of `numbers` is of."""
-        return np.searchsorted(self._starts, numbers, side="right").astype(np.int32) - 1
-
-    def examples(self, numbers: Int32[np.ndarray, " examples"]) -> list[Arrays]:
-        """Returns token ids by feature for each of `numbers`, without padding."""
-        # All tasks of one run share a vocabulary, so also the type of their ids.
-        pairs = [records.decode(record, self._dtypes[0]) for record in self.read(numbers)]
-        return [{"inputs": inputs, "targets": targets} for inputs, targets in pairs]
+def _flat(blocks: grain.MapDataset, block_size: int) -> grain.IterDataset:
+    """Returns the elements of blocks that were read at once, each of at most `block_size`."""
+    ahead = blocks.to_iter_dataset(_READ_AHEAD)
+    return grain.experimental.FlatMapIterDataset(ahead, _Flatten(block_size))
 
 
-class _Unblock(grain.experimental.FlatMapTransform):
-    """Blocks of what was read at once, back to its elements."""
-
-    def __init__(self, size: int):
-        """Takes the most elements that a block has."""
+class _Flatten(grain.experimental.FlatMapTransform):
+    def __init__(self, block_size: int):
         super().__init__()
-        self.max_fan_out = size
+        self.max_fan_out = block_size
 
     def flat_map(self, element: list[Arrays]) -> list[Arrays]:
-        """Returns the block itself, a list."""
         return element
 
 
 def _order(tasks: Sequence[CachedTask], seed: int) -> grain.MapDataset:
-    """Returns the endless order of the examples' numbers (those of `_Reader`)."""
-    parts, start = [], 0
+    """Returns the endless order of the examples' numbers (`ExampleReader`'s)."""
+    shuffled, start = [], 0
     for task in tasks:
         stop = start + task.info.num_examples
-        # Grain's next epoch takes the next seed, so seeds must not be neighbours: run 1 would
-        # otherwise begin with run 0's second epoch, and all tasks of a size share one order.
-        part = grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)).repeat()
-        parts.append(part)
+        # Grain adds 1 to the seed in every epoch, so run seeds are hashed: with seeds 0 and 1, the
+        # second run would begin with the first one's second epoch. The task's name is hashed too,
+        # else tasks of equal size would share one order.
+        numbers = grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)).repeat()
+        shuffled.append(numbers)
         start = stop
-    if len(parts) == 1:
-        return parts[0]
+    if len(shuffled) == 1:
+        return shuffled[0]
     order = mixing.MixedOrder([task.rate for task in tasks])
-    return grain.MapDataset.select_from_datasets(parts, order)
-
-
-class _Batches:
-    """Batches from the numbers of examples."""
-
-    def __init__(
-        self,
-        reader: _Reader,
-        data: TaskData,
-        start_id: int,
-        indices: Int32[np.ndarray, " tasks"] | None,
-    ):
-        self._reader, self._data = reader, data
-        self._start_id, self._indices = start_id, indices
-
-    def padded(self, numbers: Int32[np.ndarray, " rows"]) -> Arrays:
-        """Returns a batch with the full lengths."""
-        return self._batch(numbers, self._reader.examples(numbers), 1)
-
-    def by_length(
-        self,
-        numbers: Int32[np.ndarray, " window"],
-        batch_size: int,
-        ours: slice,
-        generator: np.random.Generator,
-    ) -> list[Arrays]:
-        """Returns the batches of a window; of the `batch_size` rows of each those in `ours`."""
-        examples = self._reader.examples(numbers)
-        inputs = np.array([max(1, len(example["inputs"])) for example in examples])
-        targets = np.array([max(1, len(example["targets"])) for example in examples])
-        # The divisors that would leave an example whole, as real numbers.
-        slack = np.minimum(self._data.inputs_length / inputs, self._data.targets_length / targets)
-        groups = np.argsort(slack, kind="stable").reshape(-1, batch_size)
-        batches = []
-        for group in groups[generator.permutation(len(groups))]:
-            # The same on every shard, whose own rows might do with less.
-            divisor = next(d for d in _DIVISORS if d <= slack[group].min())
-            rows = group[ours]
-            batches.append(self._batch(numbers[rows], [examples[row] for row in rows], divisor))
-        return batches
-
-    def _batch(
-        self, numbers: Int32[np.ndarray, " rows"], examples: Sequence[Arrays], divisor: int
-    ) -> Arrays:
-        batch = records.model_batch(
-            [e["inputs"] for e in examples],
-            [e["targets"] for e in examples],
-            -(-self._data.inputs_length // divisor),
-            -(-self._data.targets_length // divisor),
-            pad_id=self._data.vocabulary.pad_id,
-            start_id=self._start_id,
-        )
-        if self._indices is not None:
-            batch["task_index"] = self._indices[self._reader.owners(numbers)]
-        return batch
+    return grain.MapDataset.select_from_datasets(shuffled, order)
 
 
 def _seed(seed: int, name: str) -> int:
-    """Returns a 32-bit seed that says nothing about those of other seeds and names."""
+    """Returns a 32-bit seed, independent of those for other seeds and names."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
