@@ -101,13 +101,25 @@ def test_every_config_builds_and_its_operative_config_the_same_again(name, tmp_p
     assert again.operative == first.operative
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_say_what_they_are_and_how_to_run_them(name):
+@pytest.mark.parametrize(
+    "name",
+    [*RECIPES, *(f"{folder}/{name}" for folder in ADDED for name in ADDED[folder])],
+)
+def test_a_file_says_what_it_is_for_and_the_command(name):
     comment = (CONFIGS / f"{name}.gin").read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in comment.splitlines())
-    assert f"python -m robust_ft.train --gin_file=gin_configs/{name}.gin" in comment
+    if name == "scale/mini" or name.startswith("models/"):  # parts of every recipe
+        return
+    command = comment[comment.index("python -m robust_ft.train ") :].split("--dry_run")[0]
+    files = re.findall(r"--gin_file=(\S+)", command)
+    assert files[-1] == f"gin_configs/{name}.gin"
+    assert load("DROPOUT_RATE=0.1", files=files).stages
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_named_after_its_file(name):
     recipe = load(files=files_of(name))
-    assert recipe.name == name and recipe.model_dir == f"/tmp/robust_ft/{name}"
+    assert (recipe.name, recipe.model_dir) == (name, f"/tmp/robust_ft/{name}")
 
 
 @pytest.mark.parametrize("name", RECIPES)
