@@ -4,6 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Folders at the top of the repository that a wheel carries inside the package, so that it puts no
+# top-level name but its own into site-packages; robust_ft/bundled.py finds either.
+BUNDLED = {f"robust_ft._bundled.{name}": name for name in ("gin_configs", "tasks", "launch")}
+
 setup(
     name="robust_ft",
     version="0.1.0",
@@ -12,8 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["robust_ft*", "tasks*"]),
-    package_data={"robust_ft": ["assets/**/*"]},
+    packages=[*find_packages(include=["robust_ft*"]), *BUNDLED],
+    package_dir=BUNDLED,
+    package_data={"": ["py.typed", "assets/**/*", "**/*.gin", "*.sh"]},
+    entry_points={"console_scripts": ["robust_ft = robust_ft.__main__:main"]},
     install_requires=[
         "array-record",
         "flax~=0.12",
@@ -45,7 +51,7 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "test": ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
         # Independent references for the tests; without them those tests are skipped.
         "parity": ["peft", "torch==2.13.0", "transformers~=5.0"],
         "gpu": ["jax[cuda13]"],

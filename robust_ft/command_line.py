@@ -7,7 +7,6 @@ instant.
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from robust_ft.data.cache import TaskData
     from robust_ft.gin_config import Config
-    from robust_ft.recipe import Recipe
 
 USER_ERROR = 2
 # EX_TEMPFAIL: the run was asked to stop, has saved, and goes on when started again.
@@ -159,7 +157,7 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
 
     if arguments.xla_flags is not None:
         xla_flags.use(arguments.xla_flags)  # before anything imports jax
-    from robust_ft import console, multihost
+    from robust_ft import compiling, console, multihost
 
     processes = multihost.Processes(
         arguments.coordinator_address,
@@ -168,10 +166,10 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
         arguments.process_timeout,
     )
     with multihost.joined(processes, stops):
-        use_compile_cache()
+        compiling.use_cache()
         config = load_config(arguments)
         multihost.check_same("config", config.operative)
-        use_compile_effort(config.recipe)
+        compiling.use_effort(config.recipe.compile_effort)
         console.configure(enabled=multihost.is_first())
         with macros_named(config):
             yield config
@@ -247,26 +245,10 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
         named = [data for data in found if data.task == arguments.task]
         if not named:
             last = stages[-1].data
-            module = _ALL_TASKS if last.module.startswith("tasks.") else last.module
+            module = _ALL_TASKS if (last.module or "").startswith("tasks.") else last.module
             named = [dataclasses.replace(last, task=arguments.task, module=module)]
         found = dict.fromkeys(named)
     return list(dict.fromkeys(dataclasses.replace(data, **changes) for data in found))
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs on disk, so that only a first run waits for the compiler."""
-    import jax
-
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_ft/xla")
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def use_compile_effort(recipe: "Recipe") -> None:
-    """Sets how much the compiler does for each program that it compiles from now on."""
-    import jax
-
-    jax.config.update("jax_exec_time_optimization_effort", recipe.compile_effort)
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:

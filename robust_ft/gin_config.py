@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import gin
 
 from robust_ft import gin_types, objectives, optim, task_names, trainable, vocabulary
+from robust_ft.bundled import ROOT
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
 from robust_ft.decoding import Decoder
@@ -35,7 +36,6 @@ from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "gin_configs"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from robust_ft import console, model_info, multihost
+from robust_ft import compiling, console, model_info, multihost
 from robust_ft.checks import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
@@ -26,12 +26,25 @@ from robust_ft.types import Params
 def run(recipe: Recipe) -> Summary:
     """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
 
+    ```python
+    recipe = robust_ft.load_recipe("gin_configs/promot_rte.gin", MODEL_DIR="/tmp/run")
+    summary = robust_ft.run(recipe)
+    robust_ft.write_report([recipe.model_dir], recipe.model_dir)
+    ```
+
+    Compiled programs are kept on disk, see `compiling.use_cache`. Progress is printed;
+    `robust_ft.console.configure(enabled=False)` silences it.
+
     Returns:
         All evaluation results, also written to `summary.json`.
 
     Raises:
+        UserError: The recipe does not fit together, or its MODEL_DIR is another run's; nothing has
+            been changed.
         Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
     """
+    compiling.use_cache()
+    compiling.use_effort(recipe.compile_effort)
     claim(recipe)
     directory = Path(recipe.model_dir)
     main = multihost.is_first()

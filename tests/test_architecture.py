@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module imports from its own layer and the ones below it.
 LAYERS = [
     {"errors", "types", "assets", "fingerprint", "multihost", "xla_flags", "cpu_settings"}
-    | {"files", "task_names"},
+    | {"files", "task_names", "bundled", "compiling"},
     {"console", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"runner"},
     {"inference", "gin_types", "report"},
     {"gin_config", "preflight"},
-    {"command_line"},
+    {"command_line", "from_gin"},
     {"train", "eval", "infer", "convert", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])

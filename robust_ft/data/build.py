@@ -165,8 +165,10 @@ def _find(data: cache.TaskData) -> tuple[seqio.Task | seqio.Mixture, list[seqio.
     return provider, tasks
 
 
-def _import(module: str) -> str:
+def _import(module: str | None) -> str:
     source = fingerprints.module_fingerprint(module)
+    if module is None:
+        return source
     if _imported.setdefault(module, source) != source:
         raise UserError(
             f"The task module '{module}' has changed since it was imported; start Python again."
@@ -180,7 +182,8 @@ def _get_provider(data: cache.TaskData) -> seqio.Task | seqio.Mixture:
     if provider is None:
         known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
         hint = nearest(data.task, known)
-        raise UserError(f"Module '{data.module}' registers no task or mixture '{data.task}'.{hint}")
+        place = f"Module '{data.module}' registers" if data.module else "TaskData.file_tasks has"
+        raise UserError(f"{place} no task or mixture '{data.task}'.{hint}")
     if data.split not in provider.splits:
         splits = sorted(provider.splits)
         hint = nearest(data.split, splits)

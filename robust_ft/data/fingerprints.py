@@ -13,21 +13,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from robust_ft import bundled
 from robust_ft.errors import UserError, nearest
 
 DATA_DIR_VARIABLE = "ROBUST_FT_DATA_DIR"
 
 
-def module_fingerprint(module: str) -> str:
+def module_fingerprint(module: str | None) -> str:
     """Returns the SHA-256 (hex) of the source files that `module` (a dotted name) is part of.
 
     Those are all Python files of the package that holds it; for a module outside any package,
     itself and the modules beside it that it imports, directly or not. What it imports from other
-    packages is not looked at.
+    packages is not looked at. Without a module, the fingerprint is "".
 
     Raises:
         UserError: If there is no such module.
     """
+    if module is None:
+        return ""
     digest = hashlib.sha256()
     files = _module_files(module)
     root = Path(os.path.commonpath([file.parent for file in files]))
@@ -53,6 +56,7 @@ def _module_files(module: str) -> list[Path]:
 
 def _locate(module: str) -> tuple[Path, Path | None]:
     """Returns a module's file and the folder of its package, None outside any package."""
+    bundled.make_importable(module)
     path: list[str] | None = None
     name, file = "", Path()
     for part in module.split("."):

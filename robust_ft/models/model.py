@@ -115,6 +115,10 @@ class Model:
             + nearest(task, self.tasks)
         )
 
+    def with_peft(self, *methods: Peft) -> "Model":
+        """Returns the model with more PEFT methods plugged in; parameters stay as they are."""
+        return dataclasses.replace(self, peft=(*self.peft, *methods))
+
     def without(self, *names: str) -> "Model":
         """Returns the model with these PEFT methods removed; parameters stay as they are."""
         return dataclasses.replace(self, peft=tuple(p for p in self.peft if p.name not in names))

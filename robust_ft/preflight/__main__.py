@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str]) -> Iterator["Row"]:
     """Yields a row for each program of each stage; programs are compiled one after the other."""
 
-    from robust_ft import checks
+    from robust_ft import checks, compiling
     from robust_ft.preflight import report
 
     given = copy.copy(arguments)
@@ -80,7 +80,7 @@ def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str])
     partitioner = config.recipe.partitioner
     place = topology.describe(name, partitioner.slices)
     recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
-    command_line.use_compile_effort(recipe)
+    compiling.use_effort(recipe.compile_effort)
     with command_line.macros_named(config):
         checks.check(recipe)
         for stage in _chosen(recipe, arguments.stage):

@@ -38,7 +38,8 @@ class TaskData:
 
     Attributes:
         task: Name of a seqio task or mixture.
-        module: Python module that registers it when imported, such as 'tasks.superglue'.
+        module: Python module that registers it when imported, such as 'tasks.superglue'; None
+            where all is in `file_tasks`.
         split: Name of one of its splits.
         inputs_length: Maximum number of input tokens, EOS included; longer inputs are cut.
         targets_length: The same for targets.
@@ -48,7 +49,7 @@ class TaskData:
     """
 
     task: str
-    module: str
+    module: str | None = None
     split: str = "train"
     inputs_length: int
     targets_length: int
@@ -187,9 +188,14 @@ def directory(data: TaskData, source: str | None = None) -> Path:
     if any(f"{data.task}_".startswith(f"{task.name}_") for task in data.file_tasks):
         parts["files"] = [task.definition for task in data.file_tasks]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    root = data.cache_dir or os.environ.get("ROBUST_FT_CACHE_DIR") or "~/.cache/robust_ft"
     name = re.sub(r"[^\w.]+", "_", f"{data.task}-{data.split}").strip("_")
-    return Path(root).expanduser() / f"{name}-{key[:16]}"
+    return root(data.cache_dir) / f"{name}-{key[:16]}"
+
+
+def root(cache_dir: str | None = None) -> Path:
+    """Returns the folder of all caches: `cache_dir`, or the default (see `TaskData`)."""
+    folder = cache_dir or os.environ.get("ROBUST_FT_CACHE_DIR") or "~/.cache/robust_ft"
+    return Path(folder).expanduser()
 
 
 def read_info(folder: Path) -> CacheInfo | None:
