@@ -1,7 +1,7 @@
-"""What finetuning added to a base: parameters of PEFT methods, and changed ones of the base.
+"""Adapters: what finetuning adds to a base model, and parameters of the base that it changed.
 
-Our directories hold them in `adapter.safetensors` under our paths, the methods' settings and which
-base it was in `robust_ft_adapter.json`, and soft prompts once more as bare arrays.
+Our directories hold the parameters in `adapter.safetensors` under our paths, the methods' settings
+and the base's fingerprint in `robust_ft_adapter.json`, and soft prompts again as bare arrays.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from robust_ft.trainable import flatten
 SETTINGS, WEIGHTS = "robust_ft_adapter.json", "adapter.safetensors"
 VERSION = 2
 METHODS = {method.__name__: method for method in peft.METHODS.values()}
-# Settings that say which layers have parameters, as the parameters themselves do.
+# Settings that select layers; they need not agree, as the parameters' paths tell the layers, too.
 _PATTERNS = ("target", "outputs", "inputs", "sites")
 
 
@@ -35,7 +35,7 @@ class Base:
     """The model that an adapter was trained on.
 
     Attributes:
-        fingerprint: Of all parameters that belong to no PEFT method, before any of them trained.
+        fingerprint: Of all parameters that belong to no PEFT method, before training.
         restored_from: Where they came from, for errors.
     """
 
@@ -45,15 +45,15 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What finetuning added to a base.
+    """What finetuning added to a base model, or changed in it.
 
     Attributes:
         source: What to call it in errors.
         methods: PEFT methods with their settings, as `Peft.exported` gives them.
         tensors: {parameter path: tensor}, all parameters of the methods, and those of the base
             that were trained.
-        base: What it was trained on, None if that is not known.
-        peft_config: The adapter_config.json that it came with, empty if there was none.
+        base: The base, None if it is not known.
+        peft_config: PEFT's own adapter_config.json if it was read from one, else empty.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Adapter:
 
     @property
     def kinds(self) -> str:
-        """What it is, in words, such as "Lora and Prompt"."""
+        """Its kind in words, such as "Lora and Prompt"."""
         kinds = [type(method).__name__ for method in self.methods]
         if self.changed:
             kinds.append("changed parameters of the base")
@@ -85,7 +85,7 @@ def read(folder: Path) -> Adapter:
     """Opens one of our directories; tensors are read when they are needed.
 
     Raises:
-        UserError: A file is missing or broken, or says what is not known.
+        UserError: A file is missing or broken, or names an unknown method or setting.
     """
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"'{folder}' lacks {WEIGHTS}.")
@@ -94,9 +94,9 @@ def read(folder: Path) -> Adapter:
     try:
         if (version := int(settings["version"])) > VERSION:
             raise UserError(f"'{folder / SETTINGS}' was written by a newer robust_ft.")
-        # Version 1 had one method, and did not know its base.
-        found = [settings] if version == 1 else settings["methods"]
-        kinds = [(each["method"], dict(each["settings"])) for each in found]
+        # Version 1 had one method, and did not record its base.
+        entries = [settings] if version == 1 else settings["methods"]
+        kinds = [(entry["method"], dict(entry["settings"])) for entry in entries]
         base = Base(**settings["base"]) if settings.get("base") else None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -109,8 +109,8 @@ def read(folder: Path) -> Adapter:
 def write(adapter: Adapter, folder: Path) -> None:
     """Writes our files of an adapter into a directory.
 
-    A soft prompt is also written as `<name>.npy` [length, embed], as prompt tuning's own code saves
-    it; those of several tasks as `<name>-<task>.npy`.
+    A soft prompt is also written as `<name>.npy` [length, embed], the format of prompt tuning's own
+    code; those of several tasks as `<name>-<task>.npy`.
     """
     settings = {
         "version": VERSION,
@@ -138,7 +138,7 @@ def method(kind: Any, fields: Mapping[str, Any], place: object) -> Any:
     Args:
         kind: The name of its class.
         fields: Its settings, as JSON has them.
-        place: Where they come from.
+        place: The file, for errors.
 
     Raises:
         UserError: There is no such method, or a setting is not one of its own.
@@ -148,19 +148,19 @@ def method(kind: Any, fields: Mapping[str, Any], place: object) -> Any:
         raise UserError(
             f"'{place}' has the method {kind!r}; known are {known}." + nearest(str(kind), METHODS)
         )
-    made: Any = METHODS[kind]
-    known_fields = {field.name for field in dataclasses.fields(made)}
+    method_class: Any = METHODS[kind]
+    known_fields = {field.name for field in dataclasses.fields(method_class)}
     for name in fields:
         if name not in known_fields:
             raise UserError(
                 f"'{place}': {kind} has no setting '{name}'." + nearest(name, known_fields)
             )
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return made(**hashable)
+    return method_class(**hashable)
 
 
 def _settings(method: Peft) -> dict[str, Any]:
-    """Returns a method's settings but for those that are not used."""
+    """Returns a method's settings without those that are unset by default."""
     return {
         field.name: value
         for field in dataclasses.fields(method)
@@ -169,7 +169,7 @@ def _settings(method: Peft) -> dict[str, Any]:
 
 
 def check(adapter: Adapter, base: Checkpoint) -> None:
-    """Raises a UserError unless the tensors are those that the methods add to this base."""
+    """Raises a UserError unless the tensors are exactly those that the methods add to this base."""
     model = Model(base.config, adapter.methods)
     shapes = flatten(model.shapes())
     tensors = adapter.tensors
@@ -186,12 +186,12 @@ def check(adapter: Adapter, base: Checkpoint) -> None:
 
 
 def check_base(adapter: Adapter, leaves: Iterable[tuple[str, Any]], base: str) -> None:
-    """Raises a UserError unless the adapter was trained on this base, as far as it knows its own.
+    """Raises a UserError if the adapter records that it was trained on another base.
 
     Args:
-        adapter: What is to be laid over the base.
+        adapter: The adapter.
         leaves: (path, array) of the base, without those of PEFT methods.
-        base: What to call it.
+        base: What to call the base in errors.
     """
     if adapter.base is not None and fingerprint(leaves) != adapter.base.fingerprint:
         raise UserError(
@@ -201,11 +201,11 @@ def check_base(adapter: Adapter, leaves: Iterable[tuple[str, Any]], base: str) -
 
 
 def check_methods(adapter: Adapter, methods: Sequence[Peft]) -> None:
-    """Raises a UserError if a model lacks one of an adapter's methods, or means another by it.
+    """Raises a UserError unless a model has an adapter's methods with the same settings.
 
     Args:
-        adapter: What the model shall start from.
-        methods: The model's own.
+        adapter: The adapter.
+        methods: The model's methods.
     """
     own = {each.name: each for each in methods}
     for each in adapter.methods:
@@ -220,11 +220,11 @@ def check_methods(adapter: Adapter, methods: Sequence[Peft]) -> None:
                 f"'{adapter.source}' holds a {kind} named '{each.name}', which is a "
                 f"{type(own[each.name]).__name__} in the model."
             )
-        there, here = each.exported(), own[each.name].exported()
-        for field in dataclasses.fields(there):
-            values = [getattr(one, field.name) for one in (there, here)]
-            if field.name not in _PATTERNS and values[0] != values[1]:
+        trained, current = each.exported(), own[each.name].exported()
+        for field in dataclasses.fields(trained):
+            before, now = (getattr(settings, field.name) for settings in (trained, current))
+            if field.name not in _PATTERNS and before != now:
                 raise UserError(
-                    f"'{adapter.source}' was trained with {kind}.{field.name}={values[0]!r}, the "
-                    f"model has {values[1]!r}."
+                    f"'{adapter.source}' was trained with {kind}.{field.name}={before!r}, the "
+                    f"model has {now!r}."
                 )

@@ -1,8 +1,9 @@
-"""Tokens that a model has and its checkpoint has not: padding and a separator for GPT-2, say.
+"""Tokens that a model has and its checkpoint lacks, such as padding and a separator for GPT-2.
 
-Their rows are the mean of the checkpoint's. A new token then gets the probability of an average
-one, so the others' probabilities hardly change; small random rows, the other usual choice, can
-get more than all others together where a model's logits are far below 0.
+Their embeddings are the mean of the checkpoint's. A new token then gets about the logit of an
+average token, so the probabilities of the others hardly change. With small random embeddings, the
+other usual choice, its logit is near 0, which can outweigh all others where a model's logits are
+far below 0.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from robust_ft.trainable import flatten
 
 
 def extended(model: Model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Returns arrays by parameter path, with the rows that the model's larger vocabulary needs.
+    """Returns {parameter path: array} with embeddings for all tokens of the model.
 
-    Whatever else does not fit the model is left for others to refuse.
+    Arrays that do not fit the model in another way are returned as they are.
     """
-    wanted = _wanted(model, {path: array.shape for path, array in arrays.items()}, source)
+    wanted = _too_small(model, {path: array.shape for path, array in arrays.items()}, source)
     return {
         path: _with_means(array, *wanted[path]) if path in wanted else array
         for path, array in arrays.items()
@@ -30,24 +31,24 @@ def extended(model: Model, arrays: Mapping[str, np.ndarray], source: str) -> dic
 
 def extended_tensors(model: Model, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Does the same to tensors that are read later."""
-    wanted = _wanted(model, {path: tensor.shape for path, tensor in tensors.items()}, source)
+    wanted = _too_small(model, {path: tensor.shape for path, tensor in tensors.items()}, source)
     return {
         path: _extended(tensor, *wanted[path]) if path in wanted else tensor
         for path, tensor in tensors.items()
     }
 
 
-def _wanted(
-    model: Model, found: Mapping[str, tuple[int, ...]], source: str
+def _too_small(
+    model: Model, loaded: Mapping[str, tuple[int, ...]], source: str
 ) -> dict[str, tuple[int, int]]:
-    """Returns {path: (axis of the vocabulary, its size)} for the parameters that are too small."""
+    """Returns {path: (axis of the vocabulary, the model's size)} of what lacks tokens."""
     wanted = {}
     shapes = flatten(model.shapes())
     for path, axes in flatten(model.logical_axes()).items():
-        if "vocab" not in axes or len(found.get(path, ())) != len(axes):
+        if "vocab" not in axes or len(loaded.get(path, ())) != len(axes):
             continue
         axis = axes.index("vocab")
-        size, present = shapes[path].shape[axis], found[path][axis]
+        size, present = shapes[path].shape[axis], loaded[path][axis]
         if 0 < present < size:
             wanted[path] = (axis, size)
             logging.warning(
@@ -69,5 +70,6 @@ def _extended(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _with_means(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    # Summed in float32: float16 and bfloat16 would lose most of 50,000 terms.
     mean = np.mean(array, axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis)], axis)

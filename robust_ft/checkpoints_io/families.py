@@ -26,15 +26,15 @@ _MODULES = {family: f"robust_ft.checkpoints_io.hf_{family}" for family in MODEL_
 class Family(Protocol):
     """What a `hf_<family>.py` module defines.
 
-    Optional functions besides these, found by `optional`:
+    A module may also define functions that `optional` looks up:
     - `tied(settings, tensors) -> {name: the name it is tied to}`, for heads that a file leaves out;
-    - `token_ids(settings) -> {"pad": id, "eos": id, "start": id}`, where config.json's own
-      `pad_token_id`, `eos_token_id` and `decoder_start_token_id` are not what is meant.
+    - `token_ids(settings) -> {"pad": id, "eos": id, "start": id}`, for families that need more than
+      `config_json.token_ids`.
 
     Attributes:
         CONFIG: The family's config dataclass.
         NAMES: Our paths and Hugging Face's names, for all configs of the family.
-        REDUNDANT: What files may hold beyond these.
+        REDUNDANT: What files may hold besides these.
     """
 
     CONFIG: type

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from robust_ft.checkpoints_io import families, safetensors_files
+from robust_ft.checkpoints_io.config_json import TOKEN_IDS, token_ids
 from robust_ft.checkpoints_io.names import expand, resolve
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
@@ -25,7 +26,7 @@ from robust_ft.vocabulary import (
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What belongs to a model besides its weights, carried along as it is.
+# Files beside the weights that are copied into every output.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -38,7 +39,7 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# Fields of our configs that say how to compute or which padding to expect, not which model it is.
+# Fields of our configs that do not say which model it is, only how it is computed and padded.
 _FREE = ("dtype", "param_dtype", "attention", "remat", "dropout_rate", "pad_id")
 
 
@@ -52,7 +53,7 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
 
     Args:
         source: The directory or the name.
-        vocabulary: Whether to look for its vocabulary, too.
+        vocabulary: Whether to read its vocabulary, too.
 
     Raises:
         UserError: It is no such directory, its architecture is not known, a file is missing or
@@ -68,8 +69,8 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         config = family.config_from_hf(settings, tensors)
     except UserError as error:
         raise UserError(f"'{folder}': {error}") from None
-    tied, token_ids = families.optional(name, "tied"), families.optional(name, "token_ids")
-    found = resolve(
+    tied = families.optional(name, "tied")
+    resolved = resolve(
         family.NAMES,
         config,
         tensors,
@@ -77,22 +78,23 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         family.REDUNDANT,
         tied(settings, tensors) if tied else None,
     )
-    ids = (token_ids or _token_ids)(settings)
-    own = _vocabulary(folder) if vocabulary else None
-    if own is not None:
-        # What data is padded and ended with: config.json often lacks it, or has several.
-        ids |= {"pad": own.pad_id, "eos": own.eos_id}
+    ids = (families.optional(name, "token_ids") or token_ids)(settings)
+    tokenizer = _vocabulary(folder) if vocabulary else None
+    if tokenizer is not None:
+        # Data is padded and ended with the vocabulary's ids; config.json often lacks them, or has
+        # several.
+        ids |= {"pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
         if hasattr(config, "pad_id"):
-            config = dataclasses.replace(config, pad_id=own.pad_id)  # type: ignore[type-var]
+            config = dataclasses.replace(config, pad_id=tokenizer.pad_id)  # type: ignore[type-var]
     return Checkpoint(
         source,
         name,
         config,
-        found.tensors,
+        resolved.tensors,
         ids,
-        vocabulary_settings(own)[0] if own else None,
+        vocabulary_settings(tokenizer)[0] if tokenizer else None,
         _companions(folder),
-        {"config": settings} | found.notes(),
+        {"config": settings} | resolved.notes(),
     )
 
 
@@ -149,7 +151,7 @@ def find(source: str) -> Path:
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise UserError(f"There is no directory '{source}'.")
-    # Imported here: only names on the hub need it.
+    # Imported here, as only names on the hub need it.
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -177,7 +179,7 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
     notes = checkpoint.hugging_face
     stand_ins = notes.get("stand_ins", {})
     named: dict[str, Tensor] = {}
-    repeated: dict[str, Tensor] = {}
+    repeated: dict[str, Tensor] = {}  # names that the source left out, for a tensor that it has
     for path, (theirs, transpose) in expand(
         families.get(checkpoint.family).NAMES, checkpoint.config
     ).items():
@@ -189,7 +191,7 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if name not in named:
             named[name] = tensor
         elif named[name].digest() != tensor.digest():
-            named[theirs] = tensor  # no longer the same: it was trained
+            named[theirs] = tensor  # trained since, so no longer equal
     for copy, original in notes.get("duplicates", {}).items():
         if original in named:
             named.setdefault(copy, named[original])
@@ -198,14 +200,13 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns config.json: the source's own if it still says the same model, else a new one."""
+    """Returns the source's own config.json if it still describes the model, else a new one."""
     family = families.get(checkpoint.family)
     original = checkpoint.hugging_face.get("config")
     if original and _same_model(family.config_from_hf(original, tensors), checkpoint.config):
         return dict(original)
     settings = family.config_to_hf(checkpoint.config)
-    ids = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
-    known = {ids[name]: value for name, value in checkpoint.token_ids.items()}
+    known = {TOKEN_IDS[name]: value for name, value in checkpoint.token_ids.items()}
     return settings | {name: value for name, value in known.items() if name in settings}
 
 
@@ -214,15 +215,8 @@ def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
     return all(fields[0][name] == fields[1][name] for name in fields[0] if name not in _FREE)
 
 
-def _token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    ids = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
-    found = {name: settings.get(key) for name, key in ids.items()}
-    firsts = {k: v[0] if isinstance(v, list) and v else v for k, v in found.items()}
-    return {name: value for name, value in firsts.items() if isinstance(value, int)}
-
-
 def _vocabulary(folder: Path) -> Vocabulary | None:
-    """Returns the vocabulary; weights without one that is known can be converted too."""
+    """Returns the vocabulary, None if there is none: weights can be converted without one."""
     try:
         return vocabulary_from_directory(folder)
     except UserError as error:
@@ -257,9 +251,11 @@ def _torch_tensor(file: Path, name: str, value: Any) -> Tensor:
     import torch
 
     def load() -> np.ndarray:
-        if value.dtype == torch.bfloat16:  # NumPy has none of its own
-            return value.contiguous().view(torch.int16).numpy().view(dtype)
-        return value.numpy()
+        if value.dtype == torch.bfloat16:  # PyTorch hands NumPy only types that NumPy has
+            bits: np.ndarray = value.contiguous().view(torch.int16).numpy()
+            return bits.view(dtype)
+        array: np.ndarray = value.numpy()
+        return array
 
     code = str(value.dtype).removeprefix("torch.")
     where = f"'{name}' in '{file}'"

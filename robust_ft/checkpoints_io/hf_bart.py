@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ft.checkpoints_io import config_json
 from robust_ft.checkpoints_io.names import Name, Redundant
-from robust_ft.checkpoints_io.tensors import Tensor, float_type
+from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.bart import BartConfig
 
@@ -17,8 +18,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-# What a config.json may say, and the only value that our BART has: the others are mBART's and
-# those of models that no one calls BART.
+# Fields of config.json with a single value in our BART; others belong to mBART and its relatives.
 _FIXED = {
     "normalize_before": False,
     "add_final_layer_norm": False,
@@ -26,7 +26,7 @@ _FIXED = {
     "static_position_embeddings": False,
     "extra_pos_embeddings": 2,
 }
-# Both stacks have one value of ours.
+# Fields of ours that hold for both stacks: config.json has them once for each.
 _SAME = {"num_heads": "attention_heads", "mlp_dim": "ffn_dim"}
 _DEFAULTS = {"layers": 12, "attention_heads": 16, "ffn_dim": 4096}
 
@@ -92,16 +92,7 @@ REDUNDANT = Redundant(
 
 def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BartConfig:
     """Reads a config.json; whether there is a final_logits_bias, the tensors say."""
-    for name, value in _FIXED.items():
-        if settings.get(name, value) != value:
-            raise UserError(
-                f"config.json says {name}={settings[name]}; BART here has {value}, as all "
-                "published ones."
-            )
-    activation = settings.get("activation_function", "gelu")
-    if activation not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"config.json says activation_function={activation!r}; known are {known}.")
+    config_json.check_fixed(settings, _FIXED, "BART")
     sizes = {
         f"{stack}_{name}": settings.get(f"{stack}_{name}", default)
         for stack in ("encoder", "decoder")
@@ -121,14 +112,14 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         num_encoder_layers=sizes["encoder_layers"],
         num_decoder_layers=sizes["decoder_layers"],
         num_positions=settings.get("max_position_embeddings", 1024),
-        activation=_ACTIVATIONS[activation],
+        activation=config_json.activation(settings, "activation_function", "gelu", _ACTIVATIONS),
         scale_embedding=settings.get("scale_embedding", False),
         final_logits_bias=BIAS in tensors,
         pad_id=token_ids(settings)["pad"],
         dropout_rate=settings.get("dropout", 0.1),
         attention_dropout_rate=settings.get("attention_dropout", 0.0),
         activation_dropout_rate=settings.get("activation_dropout", 0.0),
-        param_dtype="bfloat16" if float_type(tensors.values()) == "bfloat16" else "float32",
+        param_dtype=config_json.param_dtype(tensors),
     )
 
 
@@ -171,9 +162,5 @@ def config_to_hf(config: BartConfig) -> dict[str, Any]:
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    """BART's ids, unless config.json says others."""
-    names = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
-    usual = {"pad": 1, "eos": 2, "start": 2}
-    said = {token: settings.get(name) for token, name in names.items()}
-    firsts = {token: ids[0] if isinstance(ids, list) else ids for token, ids in said.items()}
-    return {token: usual[token] if i is None else i for token, i in firsts.items()}
+    """BART's ids, unless config.json sets others."""
+    return config_json.token_ids(settings, pad=1, eos=2, start=2)

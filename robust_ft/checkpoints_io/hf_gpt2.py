@@ -4,8 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ft.checkpoints_io import config_json
 from robust_ft.checkpoints_io.names import Name, Redundant
-from robust_ft.checkpoints_io.tensors import Tensor, float_type
+from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.gpt2 import GPT2Config
 
@@ -22,7 +23,7 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-# What a config.json may say, and the only value that our GPT-2 has.
+# Fields of config.json with a single value in our GPT-2.
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -59,7 +60,7 @@ NAMES = (
 
 REDUNDANT = Redundant(
     duplicates=(("lm_head.weight", TABLE),),
-    # Early files hold each layer's causal mask.
+    # Early files hold each layer's causal attention mask.
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     prefix="transformer.",
 )
@@ -67,16 +68,7 @@ REDUNDANT = Redundant(
 
 def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GPT2Config:
     """Reads a config.json."""
-    for name, value in _FIXED.items():
-        if settings.get(name, value) != value:
-            raise UserError(
-                f"config.json says {name}={settings[name]}; GPT-2 here has {value}, as all "
-                "published ones."
-            )
-    activation = settings.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"config.json says activation_function={activation!r}; known are {known}.")
+    config_json.check_fixed(settings, _FIXED, "GPT-2")
     residual, embedded = (settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd"))
     if residual != embedded:
         logging.warning(
@@ -93,11 +85,13 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         mlp_dim=settings.get("n_inner") or 4 * emb_dim,
         num_layers=settings.get("n_layer", 12),
         num_positions=settings.get("n_positions", 1024),
-        activation=_ACTIVATIONS[activation],
+        activation=config_json.activation(
+            settings, "activation_function", "gelu_new", _ACTIVATIONS
+        ),
         pad_id=token_ids(settings)["pad"],
         dropout_rate=residual,
         attention_dropout_rate=settings.get("attn_pdrop", 0.1),
-        param_dtype="bfloat16" if float_type(tensors.values()) == "bfloat16" else "float32",
+        param_dtype=config_json.param_dtype(tensors),
     )
 
 
@@ -133,11 +127,8 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
     """Padding and the separator are the end of text, unless config.json has tokens for them."""
-    eos = settings.get("eos_token_id", END_OF_TEXT)
-    eos = eos[0] if isinstance(eos, list) else eos
-    names = {"pad": ("pad_token_id",), "start": ("decoder_start_token_id", "sep_token_id")}
-    ids = {"eos": eos}
-    for token, keys in names.items():
-        said = [settings[key] for key in keys if settings.get(key) is not None]
-        ids[token] = said[0] if said else eos
-    return ids
+    eos = config_json.token_id(settings, "eos_token_id")
+    eos = END_OF_TEXT if eos is None else eos
+    separator = config_json.token_id(settings, "sep_token_id")
+    start = eos if separator is None else separator
+    return config_json.token_ids(settings, pad=eos, eos=eos, start=start)

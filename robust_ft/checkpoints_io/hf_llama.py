@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ft.checkpoints_io import config_json
 from robust_ft.checkpoints_io.names import Name, Redundant
-from robust_ft.checkpoints_io.tensors import Tensor, float_type
+from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.llama import LlamaConfig
 
@@ -19,9 +20,16 @@ NAMES = (
     Name("token_embedder/embedding", EMBEDDING),
     Name(f"{_OURS}/pre_self_attention_layer_norm/scale", f"{_THEIRS}.input_layernorm.weight"),
     *(
-        Name(f"{_OURS}/self_attention/{ours}/{leaf}", f"{_THEIRS}.self_attn.{theirs}.{name}", turn)
+        name
         for ours, theirs in _PROJECTIONS.items()
-        for leaf, name, turn in (("kernel", "weight", True), ("bias", "bias", False))
+        for name in (
+            Name(
+                f"{_OURS}/self_attention/{ours}/kernel",
+                f"{_THEIRS}.self_attn.{theirs}.weight",
+                transpose=True,
+            ),
+            Name(f"{_OURS}/self_attention/{ours}/bias", f"{_THEIRS}.self_attn.{theirs}.bias"),
+        )
     ),
     Name(f"{_OURS}/self_attention/query_norm/scale", f"{_THEIRS}.self_attn.q_norm.weight"),
     Name(f"{_OURS}/self_attention/key_norm/scale", f"{_THEIRS}.self_attn.k_norm.weight"),
@@ -35,12 +43,12 @@ NAMES = (
 
 REDUNDANT = Redundant(
     duplicates=((HEAD, EMBEDDING),),
-    # Wavelengths, which early files hold and which follow from the config.
+    # Early files hold the rotary embedding's inverse frequencies, which follow from the config.
     ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     prefix="model.",
 )
 
-# What a config.json may leave out, because it is the class's default.
+# A config.json may leave out what is the default of its class in `transformers`.
 _COMMON: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -112,7 +120,7 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         norm_epsilon=known["rms_norm_eps"],
         **_rope(known),
         pad_id=token_ids(settings).get("pad", 0),
-        param_dtype="bfloat16" if float_type(tensors.values()) == "bfloat16" else "float32",
+        param_dtype=config_json.param_dtype(tensors),
     )
 
 
@@ -169,24 +177,26 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         settings["max_window_layers"] = (
             config.num_layers if config.sliding_window is None else config.first_window_layer
         )
-    _check_said(config, settings)
+    _check_round_trip(config, settings)
     return settings
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Targets start with the beginning-of-sequence token, or the end's in models without one.
+    """Targets start with the beginning-of-sequence token, if there is one, else with the end's.
 
     Models without a padding token are padded with the end-of-sequence token.
     """
-    named = {name: settings.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    firsts = {k: v[0] if isinstance(v, list) and v else v for k, v in named.items()}
-    ids = {k: v for k, v in firsts.items() if isinstance(v, int) and v >= 0}
-    found = {
-        "pad": ids.get("pad", ids.get("eos")),
-        "eos": ids.get("eos"),
-        "start": ids.get("bos", ids.get("eos")),
+    named = {
+        name: config_json.token_id(settings, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    return {name: value for name, value in found.items() if value is not None}
+    # Early Llamas have -1 for "no padding token".
+    ids = {name: token for name, token in named.items() if token is not None and token >= 0}
+    sources = {"pad": ("pad", "eos"), "eos": ("eos",), "start": ("bos", "eos")}
+    return {
+        name: next(ids[each] for each in choices if each in ids)
+        for name, choices in sources.items()
+        if any(each in ids for each in choices)
+    }
 
 
 def _is_tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
@@ -197,7 +207,7 @@ def _is_tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool
 
 
 def _window(kind: str, settings: Mapping[str, Any]) -> tuple[int | None, int]:
-    """Returns the sliding window, None if there is none, and the first layer that has it."""
+    """Returns the sliding window's tokens, None without one, and the first layer that has it."""
     if kind == "mistral":
         return settings["sliding_window"], 0
     if kind == "llama" or not settings["use_sliding_window"] or not settings["sliding_window"]:
@@ -248,8 +258,9 @@ def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"rope_scaling": kind} | {ours: rope[name] for name, ours in names.items()}
 
 
-def _check_said(config: LlamaConfig, settings: Mapping[str, Any]) -> None:
-    """Raises a UserError unless the config.json is read as the config that it is of."""
+def _check_round_trip(config: LlamaConfig, settings: Mapping[str, Any]) -> None:
+    """Raises a UserError unless reading the config.json gives the config again."""
+    # How to compute is not part of a config.json.
     computing = ("dtype", "param_dtype", "attention", "remat", "dropout_rate")
     same = {name: getattr(config, name) for name in computing}
     read = dataclasses.replace(config_from_hf(settings, {}), **same)

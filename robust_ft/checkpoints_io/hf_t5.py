@@ -4,8 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ft.checkpoints_io import config_json
 from robust_ft.checkpoints_io.names import Name, Redundant
-from robust_ft.checkpoints_io.tensors import Tensor, float_type
+from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.t5 import T5Config
 
@@ -92,22 +93,19 @@ REDUNDANT = Redundant(
         ("decoder.embed_tokens.weight", SHARED),
         (HEAD, SHARED),
     ),
-    # The first T5 files hold a bias that the model never had a use for.
+    # The first T5 files hold a position bias in cross-attention, which the model never reads.
     ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
 )
 
 
 def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
-    """Reads a config.json; where flags mean different things in time, the tensors decide."""
+    """Reads a config.json; where a flag's meaning has changed over time, the tensors decide."""
     multilingual = settings.get("model_type") == "mt5"
-    if settings.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise UserError(
-            f"config.json says layer_norm_epsilon={settings['layer_norm_epsilon']}; T5 here has "
-            "1e-6, as all published ones."
-        )
-    # The classes' defaults, which a config.json may leave out.
+    config_json.check_fixed(settings, {"layer_norm_epsilon": 1e-6}, "T5")
+    # A config.json may leave out what is the default of its class in `transformers`.
     layers = settings.get("num_layers", 8 if multilingual else 6)
     decoder_layers = settings.get("num_decoder_layers")
+    default_projection = "gated-gelu" if _GATED in tensors else "relu"
     return T5Config(
         vocab_size=settings.get("vocab_size", 250112 if multilingual else 32128),
         emb_dim=settings.get("d_model", 512),
@@ -116,12 +114,14 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         mlp_dim=settings.get("d_ff", 1024 if multilingual else 2048),
         num_encoder_layers=layers,
         num_decoder_layers=layers if decoder_layers is None else decoder_layers,
-        mlp_activations=_activations(settings, tensors),
+        mlp_activations=config_json.activation(
+            settings, "feed_forward_proj", default_projection, _ACTIVATIONS
+        ),
         logits_via_embedding=_tied_and_scaled(settings, tensors),
         relative_num_buckets=settings.get("relative_attention_num_buckets", 32),
         relative_max_distance=settings.get("relative_attention_max_distance", 128),
         dropout_rate=settings.get("dropout_rate", 0.1),
-        param_dtype="bfloat16" if float_type(tensors.values()) == "bfloat16" else "float32",
+        param_dtype=config_json.param_dtype(tensors),
     )
 
 
@@ -148,7 +148,8 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
         "layer_norm_epsilon": 1e-6,
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
-        # Version 5 reads it as "scale the decoder's output", earlier ones as "tie and scale".
+        # Version 5 of `transformers` reads it as "scale the decoder's output", earlier ones as
+        # "tie the head to the embedding, and scale".
         "tie_word_embeddings": config.logits_via_embedding,
         "use_cache": True,
         "pad_token_id": 0,
@@ -158,38 +159,28 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
 
 
 def tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Version 5 ties every head without saying so, those included that it does not scale."""
+    """Returns the head as tied if version 5 of `transformers` has left it out of the file.
+
+    That version ties every head, including those whose input it does not scale.
+    """
     del tensors
     saved_by_5 = "scale_decoder_outputs" in settings or settings.get("model_type") == "mt5"
     return {HEAD: SHARED} if saved_by_5 and settings.get("tie_word_embeddings", True) else {}
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    """T5's ids, unless config.json says others."""
-    return {
-        "pad": settings.get("pad_token_id") or 0,
-        "eos": settings.get("eos_token_id", 1),
-        "start": settings.get("decoder_start_token_id") or 0,
-    }
-
-
-def _activations(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    default = "gated-gelu" if _GATED in tensors else "relu"
-    projection = settings.get("feed_forward_proj", default)
-    if projection not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"config.json says feed_forward_proj={projection!r}; known are {known}.")
-    return _ACTIVATIONS[projection]
+    """T5's ids, unless config.json sets others."""
+    return config_json.token_ids(settings, pad=0, eos=1, start=0)
 
 
 def _tied_and_scaled(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Returns whether the embedding is the head and the decoder's output is scaled for it.
+    """Returns whether the logits come from the embedding, with the decoder's output scaled.
 
-    A head of its own that differs from the embedding is not tied, whatever the flags say: version
-    5 of `transformers` writes `tie_word_embeddings: true` for all of them.
+    A head that differs from the embedding is not tied, whatever the flags say: version 5 of
+    `transformers` writes `tie_word_embeddings: true` for all models.
     """
     if settings.get("model_type") == "mt5":
-        scaled = False  # all have a head of their own, and version 5 scales none
+        scaled = False  # every mT5 has a head of its own, and no version scales its input
     else:
         tied_flag = settings.get("tie_word_embeddings") is not False
         scaled = settings.get("scale_decoder_outputs", tied_flag)

@@ -1,4 +1,4 @@
-"""Adapters that disappear into the weights of their base."""
+"""LoRA and (IA)³ merged into the weights of their base."""
 
 import dataclasses
 import re
@@ -13,10 +13,10 @@ from robust_ft.models.peft import IA3, Lora
 
 
 def merged(adapter: Adapter, base: Checkpoint) -> Checkpoint:
-    """Returns the base with an adapter in its weights, each computed when it is read.
+    """Returns the base with an adapter merged into its weights, each computed when it is read.
 
     Raises:
-        UserError: It is no adapter of this base, or has a method that changes more than weights.
+        UserError: It belongs to another base, or has a method that is not an update of weights.
     """
     adapters.check(adapter, base)
     for method in adapter.methods:
@@ -26,18 +26,19 @@ def merged(adapter: Adapter, base: Checkpoint) -> Checkpoint:
                 "a model's weights; write it with --to=peft or --to=robust_ft."
             )
     tensors = dict(base.tensors) | {path: adapter.tensors[path] for path in adapter.changed}
-    # As dense layers do it: what goes in is rescaled for all methods, what comes out one by one.
+    # In the order of the dense layer's hooks: each method updates or rescales the outputs in turn;
+    # (IA)³ on inputs rescales x for all methods, so those factors multiply the final kernel.
     inputs: list[tuple[str, Tensor]] = []
     for method in adapter.methods:
-        own = {path: tensor for path, tensor in adapter.tensors.items() if method.owns(path)}
+        owned = {path: tensor for path, tensor in adapter.tensors.items() if method.owns(path)}
         if isinstance(method, Lora):
-            for path, a in own.items():
+            for path, a in owned.items():
                 if path.endswith(ending := f"/{method.name}/a"):
                     layer = path.removesuffix(ending)
-                    kernel, b = tensors[f"{layer}/kernel"], own[f"{layer}/{method.name}/b"]
+                    kernel, b = tensors[f"{layer}/kernel"], owned[f"{layer}/{method.name}/b"]
                     tensors[f"{layer}/kernel"] = _updated(method, kernel, a, b)
         elif isinstance(method, IA3):
-            for path, vector in own.items():
+            for path, vector in owned.items():
                 layer = path.removesuffix(f"/{method.name}")
                 if re.fullmatch(method.inputs, layer):
                     inputs.append((f"{layer}/kernel", vector))
@@ -58,11 +59,13 @@ def _updated(method: Lora, kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rescaled(leaf: Tensor, vector: Tensor, axis: int) -> Tensor:
-    """Returns a kernel [inputs, outputs] or a bias [outputs] with one axis multiplied."""
+    """Returns a kernel [inputs, outputs] or a bias [outputs] with `axis` multiplied by a vector."""
 
     def read() -> np.ndarray:
         factors = vector.load().astype(np.float32)
+        # [inputs, outputs] * [inputs, 1] or * [outputs]
         product = leaf.load().astype(np.float32) * (factors[:, None] if axis == 0 else factors)
-        return product.astype(leaf.dtype)
+        rescaled: np.ndarray = product.astype(leaf.dtype)
+        return rescaled
 
     return dataclasses.replace(leaf, read=read)

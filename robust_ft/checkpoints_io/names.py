@@ -1,4 +1,4 @@
-"""Tables between our parameter paths and another format's names, strict both ways."""
+"""Tables of our parameter paths and another format's names, checked strictly in both directions."""
 
 import functools
 import re
@@ -18,12 +18,12 @@ LAYER = "{i}"
 
 @dataclass(frozen=True)
 class Name:
-    """One row of a family's table; `{i}` stands for the same layer number in both names.
+    """One row of a family's table; `{i}` is the layer number, the same in both names.
 
     Attributes:
         ours: Our path, such as "encoder/layers_{i}/mlp/wo/kernel".
         theirs: The other format's name.
-        transpose: Whether the other format keeps the transposed matrix.
+        transpose: Whether the other format has the transposed matrix, [outputs, inputs].
     """
 
     ours: str
@@ -31,13 +31,13 @@ class Name:
     transpose: bool = False
 
     def match(self, path: str) -> str | None:
-        """Returns the other format's name of the parameter at our path, None if it is not meant."""
+        """Returns the other format's name for our path, None if the row is for other paths."""
         pattern = re.escape(self.ours).replace(re.escape(LAYER), r"(?P<i>\d+)", 1)
-        pattern = pattern.replace(re.escape(LAYER), r"(?P=i)")
-        found = re.fullmatch(pattern, path)
-        if not found:
+        pattern = pattern.replace(re.escape(LAYER), r"(?P=i)")  # a second {i}: the same number
+        match = re.fullmatch(pattern, path)
+        if match is None:
             return None
-        return self.theirs.replace(LAYER, found["i"]) if LAYER in self.ours else self.theirs
+        return self.theirs.replace(LAYER, match["i"]) if LAYER in self.ours else self.theirs
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class Redundant:
     """What a family's files may hold beyond the model's parameters.
 
     Attributes:
-        duplicates: (name, the name that it repeats), such as the encoder's copy of a shared
-            embedding. They are checked to be equal; either may stand for the other.
-        ignored: Patterns of full names without meaning for the model, such as buffers with masks.
-        prefix: What base models saved without a head leave out of every name ("transformer.").
+        duplicates: (copy, original), such as the encoder's copy of a shared embedding. Both are
+            checked to be equal; a file may hold either or both.
+        ignored: Regexes, matched in full, of names that the model has no use for, such as buffers
+            with attention masks.
+        prefix: The prefix that all names lack in files of base models, saved without a head
+            ("transformer.").
     """
 
     duplicates: tuple[tuple[str, str], ...] = ()
@@ -58,7 +60,14 @@ class Redundant:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Tensors under our names, and what writing the same files back needs to know."""
+    """Tensors under our paths, and what is needed to write the same files again.
+
+    Attributes:
+        tensors: {parameter path: tensor}.
+        duplicates: {copy: original} of the copies that the files held.
+        stand_ins: {name that the files lacked: name of the copy that they held instead}.
+        stripped: The prefix that their names lacked.
+    """
 
     tensors: dict[str, Tensor]
     duplicates: dict[str, str]
@@ -66,7 +75,7 @@ class Resolved:
     stripped: str = ""
 
     def notes(self) -> dict[str, Any]:
-        """Returns what is not obvious, as plain data."""
+        """Returns all but the tensors as plain data, without what is empty."""
         notes = {name: getattr(self, name) for name in ("duplicates", "stand_ins", "stripped")}
         return {name: value for name, value in notes.items() if value}
 
@@ -74,8 +83,8 @@ class Resolved:
 def expand(names: Iterable[Name], config: ModelConfig) -> dict[str, tuple[str, bool]]:
     """Returns {our path: (their name, transpose)} for every parameter of the config's model.
 
-    The model decides which parameters there are, so a table holds all rows that any config of
-    the family needs and says nothing of sizes.
+    The model decides which parameters there are: a table holds the rows that any config of the
+    family needs, and no sizes.
     """
     return _expand(tuple(names), parameter_shapes(config))
 
@@ -98,18 +107,19 @@ def resolve(
     redundant: Redundant = Redundant(),
     tied: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Gives every parameter of the model its tensor, and every tensor its place.
+    """Matches the model's parameters and the tensors of a file, one to one.
 
     Args:
         names: The family's table.
-        config: Says which parameters there are.
-        tensors: What was found, under the other format's names.
-        source: What to call it in errors.
+        config: Determines the parameters and their shapes.
+        tensors: {the other format's name: tensor}.
+        source: What to call the checkpoint in errors.
         redundant: What it may hold beyond the model's parameters.
-        tied: {name: name of the tensor that stands for it if it is not there}.
+        tied: {name: name of the tensor that is used if the file lacks it}.
 
     Raises:
-        UserError: A tensor has no place, a place no tensor, a shape differs, or a copy is none.
+        UserError: A tensor has no place, a place no tensor, a shape differs, or a copy differs from
+            its original.
     """
     shapes = parameter_shapes(config)
     table = _expand(tuple(names), shapes)
@@ -118,6 +128,7 @@ def resolve(
         tensors = {_with_prefix(stripped, name, table): t for name, t in tensors.items()}
     missing = [theirs for theirs, _ in table.values() if theirs not in tensors]
     wanted = {theirs for theirs, _ in table.values()}
+    # A name may be a copy in one config and a parameter in another: a head, tied or not.
     copies = {copy: name for copy, name in redundant.duplicates if copy not in wanted}
     stand_ins = _stand_ins(missing, tensors, copies, tied or {})
     claimed = {stand_ins.get(theirs, theirs) for theirs in wanted}
@@ -147,7 +158,7 @@ def resolve(
 
 
 def misfit(source: str, unplaced: Sequence[str], missing: Sequence[str]) -> str:
-    """Returns the sentence of a checkpoint that is not the model's, and both lists of names."""
+    """Returns the error for a checkpoint of another model, with both lists of names."""
     lines = [
         f"'{source}' does not fit the model: {len(unplaced)} tensors have no place in it, "
         f"{len(missing)} places have no tensor.",
@@ -171,8 +182,8 @@ def _expand(names: Sequence[Name], paths: Iterable[str]) -> dict[str, tuple[str,
 
 def _lacks(prefix: str, table: Iterable[tuple[str, bool]], tensors: Iterable[str]) -> str:
     """Returns the prefix if the table's names have it and no tensor's name does."""
-    meant = prefix and any(theirs.startswith(prefix) for theirs, _ in table)
-    return prefix if meant and not any(name.startswith(prefix) for name in tensors) else ""
+    in_table = prefix and any(theirs.startswith(prefix) for theirs, _ in table)
+    return prefix if in_table and not any(name.startswith(prefix) for name in tensors) else ""
 
 
 def _with_prefix(prefix: str, name: str, table: Mapping[str, tuple[str, bool]]) -> str:
@@ -187,16 +198,16 @@ def _stand_ins(
     tied: Mapping[str, str],
 ) -> dict[str, str]:
     """Returns {missing name: the tensor to use instead}, for those that have one."""
-    found = {}
+    stand_ins = {}
     for name in missing:
         candidates = [copy for copy, original in copies.items() if original == name]
         if name in tied:
-            # What it is tied to may itself be there only as a copy.
+            # The original that it is tied to may be there only as a copy.
             candidates += [tied[name], *(c for c, o in copies.items() if o == tied[name])]
         present = [candidate for candidate in candidates if candidate in tensors]
         if present:
-            found[name] = present[0]
-    return found
+            stand_ins[name] = present[0]
+    return stand_ins
 
 
 def _check_equal(copy: Tensor, original: Tensor) -> None:

@@ -28,7 +28,7 @@ def read(source: str) -> Checkpoint:
     """Opens a directory; tensors are read when they are needed.
 
     Raises:
-        UserError: It is not ours, a file is missing or broken, or weights and config do not fit.
+        UserError: It is not ours, a file is missing or broken, or weights and config do not match.
     """
     folder = Path(source).expanduser()
     if not is_directory(folder):
@@ -105,7 +105,7 @@ def check(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> No
 
 
 def model(checkpoint: Checkpoint) -> Model:
-    """Returns the model that a checkpoint is of, with its token ids."""
+    """Returns a checkpoint's model, with its token ids."""
     ids: Any = {f"{name}_id": value for name, value in checkpoint.token_ids.items()}
     return Model(checkpoint.config, **ids)
 
@@ -130,16 +130,17 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
             f"'{checkpoint.source}' has a vocabulary of kind {kind!r}; known are "
             f"{', '.join(sorted(known))}." + nearest(str(kind), known)
         )
-    lying = {file.name: str(file) for file in checkpoint.files}
+    paths = {file.name: str(file) for file in checkpoint.files}
     for name, value in fields.items():
         if isinstance(value, list):
             fields[name] = tuple(value)
         elif name.endswith("path") and value is not None:
-            fields[name] = lying.get(value, value)
+            fields[name] = paths.get(value, value)
     try:
-        return known[kind](**fields)
+        vocabulary: Vocabulary = known[kind](**fields)
     except TypeError as error:
         raise UserError(f"The vocabulary of '{checkpoint.source}': {error}.") from None
+    return vocabulary
 
 
 def _config(config_class: Any, fields: Mapping[str, Any], file: Path) -> ModelConfig:
@@ -150,5 +151,7 @@ def _config(config_class: Any, fields: Mapping[str, Any], file: Path) -> ModelCo
                 f"'{file}' sets {config_class.__name__}.{name}, which does not exist."
                 + nearest(name, known)
             )
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return config_class(**frozen)
+    # JSON has no tuples, and a config must be hashable.
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    config: ModelConfig = config_class(**hashable)
+    return config

@@ -1,7 +1,7 @@
-"""Adapters in PEFT's directories, and the entrance to them and to our own.
+"""Reads adapters from PEFT's directories or our own, and writes PEFT's.
 
-PEFT's hold `adapter_config.json` and `adapter_model.safetensors`. `peft_methods` knows what each
-method's files look like, `adapters` our own directories.
+PEFT's hold `adapter_config.json` and `adapter_model.safetensors`: see `peft_methods` for what each
+method stores in them, and `adapters` for our own directories.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def read(source: str) -> Adapter:
     """Opens an adapter's directory; tensors are read when they are needed.
 
     Raises:
-        UserError: It is none, its method is not known, a file is missing or broken, or the tensors
-            are not those that its settings ask for.
+        UserError: It is not an adapter, its method is unknown, a file is missing or broken, or its
+            tensors do not match its settings.
     """
     folder = Path(source).expanduser()
     if adapters.is_directory(folder):
@@ -49,24 +49,24 @@ def read(source: str) -> Adapter:
 def of_weights(
     source: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None
 ) -> Adapter:
-    """Returns the adapter that parameters, such as a stage's, are.
+    """Returns the adapter that consists of these parameters, such as a stage's.
 
     Args:
         source: Where they come from.
-        tensors: Parameters under our paths, of one method.
-        fields: Settings that parameters do not tell, such as LoRA's alpha.
+        tensors: {parameter path: tensor} of one method.
+        fields: Settings that parameters do not determine, such as LoRA's alpha.
 
     Raises:
-        UserError: They are no adapter's, or a setting is needed, or unknown.
+        UserError: They are not those of one method, or a setting is missing or unknown.
     """
-    kind, found = peft_methods.recognized(source, tensors)
-    given = dict(fields or {})
-    if kind is Lora and "alpha" not in given:
+    kind, inferred = peft_methods.recognized(source, tensors)
+    settings = dict(fields or {})
+    if kind is Lora and "alpha" not in settings:
         raise UserError(
             f"'{source}' does not say which alpha its LoRA has; give --config=alpha=NUMBER, the "
             "Lora.alpha that it was trained with."
         )
-    method = adapters.method(kind.__name__, found | given, source)
+    method = adapters.method(kind.__name__, inferred | settings, source)
     return Adapter(source, (method,), tensors)
 
 
@@ -74,7 +74,7 @@ def write(adapter: Adapter, base: Checkpoint, folder: Path) -> None:
     """Writes PEFT's files of an adapter into a directory.
 
     Raises:
-        UserError: It is no adapter of this base, or PEFT cannot express it.
+        UserError: It belongs to another base, or PEFT cannot express it.
     """
     adapters.check(adapter, base)
     config, tensors = peft_methods.to_peft(adapter, base)

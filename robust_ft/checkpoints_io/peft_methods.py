@@ -1,6 +1,6 @@
-"""LoRA, prompt tuning and prefix tuning as PEFT's files have them.
+"""LoRA, prompt tuning and prefix tuning translated to and from PEFT's files.
 
-PEFT's source (0.21) is the reference: `LoraLayer`, `PeftModelForSeq2SeqLM` and `get_prompt`.
+The reference is PEFT's source (0.21): `LoraLayer`, `PeftModelForSeq2SeqLM` and `get_prompt`.
 """
 
 import dataclasses
@@ -22,11 +22,10 @@ from robust_ft.models.peft.prefix import SITES
 
 PEFT_TYPES = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING")
 PROMPT = "prompt_embeddings"
-# Which of our stacks reads a prompt.
+# By task type, the stack that reads a prompt.
 _STACKS = {"SEQ_2_SEQ_LM": "encoder", "CAUSAL_LM": "decoder"}
-_ENCODER_DECODERS = ("t5", "bart")
 _LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# What changes a LoRA into something else; empty values are harmless.
+# Fields that, if they are set, make the adapter something other than a plain LoRA.
 _LORA_VARIANTS = (
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -42,7 +41,7 @@ _LORA_VARIANTS = (
     "use_dora",
     "use_qalora",
 )
-# Initializations that change the base's weights too.
+# Initializations (init_lora_weights) that also change the base's weights.
 _LORA_BASES = r"pissa.*|olora|loftq|corda"
 
 
@@ -52,10 +51,10 @@ def from_peft(source: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
     Args:
         source: What to call it in errors.
         config: Its adapter_config.json.
-        tensors: Under PEFT's names.
+        tensors: {PEFT's name: tensor}.
 
     Raises:
-        UserError: Its method or a variant of it is not known, or tensors and config do not fit.
+        UserError: Its method or variant is unknown, or tensors and config do not match.
     """
     kind = config.get("peft_type")
     if kind not in PEFT_TYPES:
@@ -72,10 +71,10 @@ def from_peft(source: str, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def to_peft(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns an adapter_config.json and the tensors under PEFT's names.
+    """Returns an adapter_config.json and {PEFT's name: tensor}.
 
     Raises:
-        UserError: PEFT's files have no place for it.
+        UserError: PEFT cannot express the adapter.
     """
     translate: Any = {Lora: _to_lora, Prefix: _to_prefix, Prompt: _to_prompt}
     if len(adapter.methods) != 1 or adapter.changed or type(adapter.methods[0]) not in translate:
@@ -86,32 +85,38 @@ def to_peft(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Any], dict[st
         )
     (method,) = adapter.methods
     config, tensors = translate[type(method)](adapter, method, base)
-    encoder_decoder = base.family in _ENCODER_DECODERS
     common = {
-        "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if _is_encoder_decoder(base) else "CAUSAL_LM",
         "base_model_name_or_path": base.source,
         "inference_mode": True,
     }
     return common | config, tensors
 
 
+def _is_encoder_decoder(base: Checkpoint) -> bool:
+    return any(path.startswith("encoder/") for path in base.tensors)
+
+
 def recognized(source: str, tensors: Mapping[str, Tensor]) -> tuple[type[Peft], dict[str, Any]]:
-    """Returns the method that these parameters are of, and the settings that they tell.
+    """Returns the method that these parameters belong to, and the settings that they determine.
 
     Raises:
-        UserError: They are of none, or of several.
+        UserError: They belong to none, or to several.
     """
     names = {path: path.split("/") for path in tensors}
+    # LoRA: <layer>/<name>/a [inputs, rank] and .../b [rank, outputs].
     if names and all(parts[-1] in ("a", "b") and len(parts) > 2 for parts in names.values()):
         name = {parts[-2] for parts in names.values()}
         ranks = {t.shape[-1] for path, t in tensors.items() if path.endswith("/a")}
         layers = sorted({path.rsplit("/", 2)[0] for path in names})
         if len(name) == 1 and len(ranks) == 1:
             return Lora, {"name": name.pop(), "rank": ranks.pop(), "target": pattern(layers)}
+    # Soft prompt: <stack>/<name> [length, embed].
     if len(names) == 1:
         path, tensor = next(iter(tensors.items()))
         if re.fullmatch(r"(encoder|decoder)/\w+", path) and len(tensor.shape) == 2:
             return Prompt, {"name": path.split("/")[1], "length": tensor.shape[0]}
+    # Prefix: <layer>/<attention>/<name>/key and .../value [length, heads, head_dim].
     if names and all(parts[-1] in ("key", "value") and len(parts) > 2 for parts in names.values()):
         name = {parts[-2] for parts in names.values()}
         lengths = {tensor.shape[0] for tensor in tensors.values()}
@@ -127,25 +132,30 @@ def recognized(source: str, tensors: Mapping[str, Tensor]) -> tuple[type[Peft], 
 
 
 def pattern(layers: Iterable[str]) -> str:
-    """Returns a short regex that matches exactly these paths in full."""
+    """Returns a short regex that matches exactly these paths.
+
+    Such as "encoder/layers_(0|1)/attention/(query|value)" for four paths.
+    """
     numbers: dict[tuple[str, str], list[int]] = defaultdict(list)
     plain = []
     for path in layers:
-        found = re.fullmatch(r"(.*?layers_)(\d+)/(.*)", path)
-        if found:
-            numbers[found[1], found[3]].append(int(found[2]))
+        match = re.fullmatch(r"(.*?layers_)(\d+)/(.*)", path)
+        if match:
+            numbers[match[1], match[3]].append(int(match[2]))
         else:
             plain.append(re.escape(path))
+    # Endings that occur in the same layers of a stack share one alternative.
     endings: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for (start, ending), found_numbers in numbers.items():
-        endings[start, tuple(sorted(found_numbers))].append(ending)
+    for (start, ending), which in numbers.items():
+        endings[start, tuple(sorted(which))].append(ending)
     grouped = [
-        f"{start}{_choice(which)}/{_choice(ends)}" for (start, which), ends in endings.items()
+        f"{start}{_alternatives(which)}/{_alternatives(ends)}"
+        for (start, which), ends in endings.items()
     ]
     return "|".join([*grouped, *plain])
 
 
-def _choice(values: Sequence[Any]) -> str:
+def _alternatives(values: Sequence[Any]) -> str:
     return f"({'|'.join(map(str, values))})" if len(values) > 1 else str(values[0])
 
 
@@ -162,64 +172,72 @@ def _from_lora(
         raise UserError(f"'{source}' is a LoRA with trained biases: not known here.")
     if re.fullmatch(_LORA_BASES, str(start := config.get("init_lora_weights", True))):
         raise UserError(f"'{source}' was started with '{start}', which changes the base's weights.")
-    halves = {name: _LORA_WEIGHT.fullmatch(name) for name in tensors}
-    places = _places({found[1] for found in halves.values() if found})
-    unplaced = sorted(n for n, found in halves.items() if not (found and found[1] in places))
+    matches = {name: _LORA_WEIGHT.fullmatch(name) for name in tensors}
+    layers = _dense_layers({match[1] for match in matches.values() if match})
+    unplaced = sorted(n for n, match in matches.items() if not (match and match[1] in layers))
     if unplaced or not tensors:
         raise UserError(
             f"'{source}' updates what is no dense layer of any model that is known: "
             f"{', '.join(unplaced) or 'it holds no tensors'}."
         )
     ours, rank = {}, config["r"]
-    for name, found in halves.items():
-        assert found
-        other = name.replace(f".lora_{found[2]}.", f".lora_{'AB'.replace(found[2], '')}.")
+    for name, match in matches.items():
+        assert match
+        module, half = match[1], match[2]
+        other = name.replace(f".lora_{half}.", f".lora_{'AB'.replace(half, '')}.")
         if other not in tensors:
             raise UserError(f"'{source}' lacks the tensor '{other}'.")
+        # PEFT's A is [rank, inputs] and its B [outputs, rank]; ours are their transposes.
         tensor = tensors[name].transposed()
-        if len(tensor.shape) != 2 or tensor.shape[found[2] == "A"] != rank:
+        rank_axis = 1 if half == "A" else 0
+        if len(tensor.shape) != 2 or tensor.shape[rank_axis] != rank:
             raise UserError(
                 f"{tensor.where} has shape {tensors[name].shape}, its config says r={rank}."
             )
-        ours[f"{places[found[1]]}/lora/{found[2].lower()}"] = tensor
+        ours[f"{layers[module]}/lora/{half.lower()}"] = tensor
+    # Our update is scaled by alpha / rank; rank-stabilized LoRA scales by alpha / sqrt(rank).
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
-    target = pattern(sorted(set(places.values())))
+    target = pattern(sorted(set(layers.values())))
     dropout = float(config.get("lora_dropout") or 0)
     return Lora("lora", rank, float(alpha), dropout, target), ours
 
 
-def _places(modules: set[str]) -> dict[str, str]:
-    """Returns {Hugging Face's module: our dense layer} of the family that knows most of them."""
+def _dense_layers(modules: set[str]) -> dict[str, str]:
+    """Returns {Hugging Face's module: our dense layer}.
+
+    A PEFT adapter does not name its base's family: it is the one that has most of the modules.
+    """
     best: dict[str, str] = {}
     for family in sorted(set(families.MODEL_TYPES.values())):
-        found = {}
+        layers = {}
         for name in families.get(family).NAMES:
             if name.ours.endswith("/kernel"):
-                turned = dataclasses.replace(name, ours=name.theirs, theirs=name.ours)
+                inverse = dataclasses.replace(name, ours=name.theirs, theirs=name.ours)
                 for module in modules:
-                    if path := turned.match(f"{module}.weight"):
-                        found[module] = path.removesuffix("/kernel")
-        if len(found) > len(best):
-            best = found
+                    if path := inverse.match(f"{module}.weight"):
+                        layers[module] = path.removesuffix("/kernel")
+        if len(layers) > len(best):
+            best = layers
     return best
 
 
 def _to_lora(
     adapter: Adapter, method: Lora, base: Checkpoint
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    kernels = expand(families.get(base.family).NAMES, base.config)
     modules = {
-        path.removesuffix("/kernel"): theirs.removesuffix(".weight")
-        for path, (theirs, _) in kernels.items()
+        path.removesuffix("/kernel"): (theirs.removesuffix(".weight"), transpose)
+        for path, (theirs, transpose) in expand(
+            families.get(base.family).NAMES, base.config
+        ).items()
         if path.endswith("/kernel")
     }
-    tensors, updated = {}, set()
+    tensors, updated, transposed = {}, set(), False
     for path, tensor in adapter.tensors.items():
         layer, _, half = path.rsplit("/", 2)
-        updated.add(modules[layer])
-        tensors[f"base_model.model.{modules[layer]}.lora_{half.upper()}.weight"] = (
-            tensor.transposed()
-        )
+        module, transpose = modules[layer]
+        updated.add(module)
+        transposed |= transpose
+        tensors[f"base_model.model.{module}.lora_{half.upper()}.weight"] = tensor.transposed()
     if adapter.peft_config:
         return dict(adapter.peft_config), tensors
     config = {
@@ -228,18 +246,18 @@ def _to_lora(
         "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
         "lora_dropout": method.dropout_rate,
         "bias": "none",
-        "fan_in_fan_out": base.family == "gpt2",  # its layers keep kernels as ours do
+        "fan_in_fan_out": not transposed,  # PEFT's name for kernels [inputs, outputs]
         "init_lora_weights": True,
-        "target_modules": _target_modules(updated, set(modules.values())),
+        "target_modules": _target_modules(updated, {module for module, _ in modules.values()}),
     }
     return config, tensors
 
 
 def _target_modules(updated: set[str], all_modules: set[str]) -> list[str]:
-    """Returns the last parts of names where these say exactly which are meant, else full names."""
+    """Returns the modules' last names if PEFT then selects exactly these, else their full names."""
     short = {module.rsplit(".", 1)[-1] for module in updated}
-    meant = {module for module in all_modules if module.rsplit(".", 1)[-1] in short}
-    return sorted(short if meant == updated else updated)
+    selected = {module for module in all_modules if module.rsplit(".", 1)[-1] in short}
+    return sorted(short if selected == updated else updated)
 
 
 # --- Prompt tuning
@@ -249,7 +267,7 @@ def _from_prompt(
     source: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Peft, dict[str, Tensor]]:
     table, length = _virtual_tokens(source, tensors), config["num_virtual_tokens"]
-    # For encoder-decoders PEFT makes a second prompt for the decoder that it never reads.
+    # For encoder-decoders PEFT appends a second prompt, the decoder's, which it never reads.
     if len(table.shape) != 2 or table.shape[0] not in (length, 2 * length):
         raise UserError(
             f"{table.where} has shape {table.shape}, its config says num_virtual_tokens={length}."
@@ -277,14 +295,15 @@ def _to_prompt(
         "prompt_tuning_init": "RANDOM",
         "token_dim": tensor.shape[1],
     }
-    kept = dict(adapter.peft_config) | {"num_transformer_submodules": 1}
-    return kept if adapter.peft_config else config, {PROMPT: tensor}
+    if adapter.peft_config:
+        config = dict(adapter.peft_config) | {"num_transformer_submodules": 1}
+    return config, {PROMPT: tensor}
 
 
 def _virtual_tokens(source: str, tensors: Mapping[str, Tensor]) -> Tensor:
     if tensors.keys() != {PROMPT}:
-        held = ", ".join(sorted(tensors)) or "none"
-        raise UserError(f"'{source}' should hold one tensor '{PROMPT}'; it holds {held}.")
+        names = ", ".join(sorted(tensors)) or "none"
+        raise UserError(f"'{source}' should hold one tensor '{PROMPT}'; it holds {names}.")
     return tensors[PROMPT]
 
 
@@ -300,10 +319,12 @@ def _stack(source: str, config: Mapping[str, Any]) -> str:
 
 # --- Prefix tuning
 #
-# PEFT's table is [length, entries, heads, head_dim]. In decoder-only models entries 2i and 2i + 1
-# are layer i's keys and values. For encoder-decoders PEFT repeats the entries once and takes four a
-# layer, of which the first two are keys and values of the decoder's self-attention and the others
-# are not used: so layers share entries where their number is even, and we write twice as many.
+# PEFT's table is [length, entries * heads * head_dim]. In decoder-only models entries 2i and 2i + 1
+# are layer i's keys and values. For encoder-decoders PEFT concatenates the table with itself and
+# takes four entries a layer: keys and values of the decoder's self-attention, and two that are not
+# used. With n layers and 2n entries, layer i therefore reads entries 4i and 4i + 1 modulo 2n: if n
+# is even, layers i and i + n / 2 share theirs. What we write has twice as many entries, so that no
+# layers share any.
 
 
 def _from_prefix(
@@ -324,19 +345,20 @@ def _from_prefix(
     shape = (length, 2 * count, heads, width // heads)
     layers = count
     if step == 4 and count % 2 == 0 and config.get("init_weights") != "zero":
-        # What is not used is zero: this program wrote it.
+        # If all unused entries are zero, `_to_prefix` wrote the table: it has two unused entries a
+        # layer, so twice as many entries as PEFT makes.
         unused = table.load().reshape(length, count // 2, 4, -1)[:, :, 2:]
         layers = layers if np.any(unused) else count // 2
 
-    def part(entry: int) -> Tensor:
+    def entry(index: int) -> Tensor:  # [length, heads, head_dim]
         return dataclasses.replace(
             table,
             shape=(length, *shape[2:]),
-            read=lambda: table.read().reshape(shape)[:, entry],
+            read=lambda: table.read().reshape(shape)[:, index],
         )
 
     ours = {
-        f"decoder/layers_{i}/self_attention/prefix/{name}": part((step * i + j) % (2 * count))
+        f"decoder/layers_{i}/self_attention/prefix/{name}": entry((step * i + j) % (2 * count))
         for i in range(layers)
         for j, name in enumerate(("key", "value"))
     }
@@ -346,7 +368,7 @@ def _from_prefix(
 def _to_prefix(
     adapter: Adapter, method: Prefix, base: Checkpoint
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    encoder_decoder = base.family in _ENCODER_DECODERS
+    encoder_decoder = _is_encoder_decoder(base)
     if not method.counted or (encoder_decoder and (method.encoder or method.cross)):
         raise UserError(
             f"'{adapter.source}' is a prefix that PEFT has no place for: it knows those with "

@@ -1,8 +1,10 @@
 """Safetensors files, read and written tensor by tensor.
 
-The `safetensors` package writes only what is in memory as a whole, hence this module. Files are
-laid out as that package lays them out: wide types first, then by name, so that a file written
-back has the same bytes.
+The `safetensors` package can only write tensors that are all in memory, hence this module. Its
+layout is kept (wide dtypes first, then by name), so that rewriting a file gives the same bytes.
+
+A file is: the header's length [8 bytes, little-endian], the header (JSON, padded to 8 bytes), and
+the tensors' bytes without gaps, in the order of their `data_offsets`.
 """
 
 import json
@@ -19,7 +21,7 @@ from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.files import read_json, write_json
 
-# In the package's order of types, which files are sorted by, the widest first.
+# In the package's order, which is also the order of tensors in a file: the widest dtype first.
 TYPES = {
     "U64": "uint64",
     "I64": "int64",
@@ -38,7 +40,7 @@ TYPES = {
 BFLOAT16 = jnp.dtype("bfloat16")
 _CODES = {jnp.dtype(name): code for code, name in TYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(TYPES)}
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 100_000_000  # the package's own limit
 SHARD_BYTES = 5 * 10**9
 WEIGHTS = "model.safetensors"
 
@@ -47,7 +49,7 @@ def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of one file; only its header is read now.
 
     Raises:
-        UserError: It is no safetensors file, is truncated, or has a type that is not known.
+        UserError: It is not a safetensors file, is truncated, or has an unknown dtype.
     """
     file = Path(file)
     try:
@@ -81,20 +83,24 @@ def read_sharded(index: Path) -> dict[str, Tensor]:
     where = weight_map(index)
     files = sorted(set(where.values()))
     check_shards(index, where)
-    held = {name: read(index.parent / name) for name in files}
+    shards = {file: read(index.parent / file) for file in files}
     tensors: dict[str, Tensor] = {}
     for name, file in where.items():
-        if name not in held[file]:
+        if name not in shards[file]:
             raise UserError(
                 f"'{index.parent / file}' has no tensor '{name}', though '{index.name}' says so."
             )
-        tensors[name] = held[file][name]
-    # A tensor that only a shard names must not vanish: let the model say it has no place.
-    return {name: t for shard in held.values() for name, t in shard.items()} | tensors
+        tensors[name] = shards[file][name]
+    # Tensors that the index leaves out are returned too: the model then reports them as unexpected.
+    return {name: t for shard in shards.values() for name, t in shard.items()} | tensors
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Returns {tensor: file} of an index file."""
+    """Returns {tensor: file} of an index file.
+
+    Raises:
+        UserError: It is not such an index.
+    """
     try:
         mapped = read_json(index)["weight_map"]
         if not isinstance(mapped, dict) or not all(isinstance(f, str) for f in mapped.values()):
@@ -107,7 +113,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check_shards(index: Path, where: Mapping[str, str]) -> None:
-    """Raises a UserError that names the shards that are missing and what they should hold."""
+    """Raises a UserError that names the missing shards and the tensors in them."""
     missing = [f for f in sorted(set(where.values())) if not (index.parent / f).is_file()]
     if missing:
         lost = sorted(name for name, file in where.items() if file in missing)
@@ -121,7 +127,7 @@ def check_shards(index: Path, where: Mapping[str, str]) -> None:
 def write(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file, a block at a time."""
+    """Writes one file; memory is needed for one tensor's block at a time."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     ordered = sorted(tensors.items(), key=lambda item: (_RANKS[_code(item[1])], item[0]))
@@ -130,7 +136,7 @@ def write(
         shape = list(tensor.shape)
         header[name] = {"dtype": _code(tensor), "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that every tensor is aligned
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
@@ -144,7 +150,7 @@ def write_sharded(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index if that were above `shard_bytes`."""
+    """Writes `model.safetensors`, or shards of at most `shard_bytes` and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     sizes = [0]
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What a path holds: one entrance to every format that can be read."""
+"""Opens any path: the entry point to all formats that can be read."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ def read(
 
     Args:
         path: The directory, or a model's name on the Hugging Face hub.
-        file_format: One of FORMATS; told from the directory's files if not given.
-        overrides: Fields of the config that win over what the directory says.
+        file_format: One of FORMATS; detected from the directory's files if not given.
+        overrides: Fields of the config that replace the directory's.
 
     Raises:
         UserError: Nothing is there, or it is broken; the message names file and tensor.
@@ -49,7 +49,7 @@ def read(
 
 
 def detect(path: str) -> str:
-    """Returns which of FORMATS a directory is in; what does not exist may be on the hub."""
+    """Returns which of FORMATS a directory is in; "hf" for a path that may be a name on the hub."""
     folder = Path(path).expanduser()
     if native.is_directory(folder):
         return "robust_ft"
@@ -64,20 +64,19 @@ def detect(path: str) -> str:
 
 
 def weights(path: str) -> dict[str, Tensor]:
-    """Returns the parameters in any kind of checkpoint, under our paths.
+    """Returns the parameters in any kind of checkpoint, as {our path: tensor}.
 
     Args:
-        path: A directory that `read` opens, one of this program's `checkpoint_<step>`, a
-            `.safetensors` file with our paths, an adapter's directory, or a soft prompt in a
-            `.npy` file. `asset:` paths are resolved. Several, separated by commas, add up (a model
-            and its prompt); of what two of them hold the later counts.
+        path: A directory that `read` opens, a stage's `checkpoint_<step>`, a `.safetensors` file
+            with our paths, an adapter's directory, or a soft prompt in a `.npy` file. `asset:`
+            paths are resolved. Several, separated by commas, are merged (a model and its prompt);
+            the later one wins.
 
     Raises:
         UserError: Nothing is there, or it is broken.
     """
-    if len(parts := split(path)) > 1:
-        each = [weights(part) for part in parts]
-        return {name: tensor for part in each for name, tensor in part.items()}
+    if len(paths := split(path)) > 1:
+        return {name: tensor for each in paths for name, tensor in weights(each).items()}
     file = Path(assets.resolve(path)).expanduser()
     if not file.exists():
         siblings = [str(sibling) for sibling in file.parent.glob("*")]
@@ -104,37 +103,37 @@ def weights(path: str) -> dict[str, Tensor]:
 
 
 def split(path: str) -> list[str]:
-    """Returns the paths in a list of them that is separated by commas."""
+    """Returns the paths in a comma-separated list."""
     if "," in path and not Path(path).exists():
-        return [part.strip() for part in path.split(",")]
+        return [each.strip() for each in path.split(",")]
     return [path]
 
 
 def adapter(path: str) -> Adapter | None:
-    """Returns the adapter at a path, None if there is something else, or nothing."""
+    """Returns the adapter at a path, None if there is no adapter."""
     folder = Path(assets.resolve(path)).expanduser()
     return peft.read(str(folder)) if peft.is_directory(folder) else None
 
 
 def is_addition(path: str) -> bool:
-    """Returns whether there are only parameters of PEFT methods at a path."""
-    found = adapter(path)
-    return path.endswith(".npy") or (found is not None and not found.changed)
+    """Returns whether a path holds nothing but parameters of PEFT methods."""
+    opened = adapter(path)
+    return path.endswith(".npy") or (opened is not None and not opened.changed)
 
 
 def overlaid(base: Checkpoint, changed: Mapping[str, Tensor], source: str) -> Checkpoint:
     """Returns `base` with some of its parameters replaced.
 
     Args:
-        base: A whole model.
+        base: A complete model.
         changed: Parameters of the same model, such as those that a stage has trained.
         source: Where these come from.
 
     Raises:
-        UserError: The model has no place for one of them, or one with another shape.
+        UserError: The model lacks one of them, or has it with another shape.
     """
-    if strange := sorted(changed.keys() - base.tensors.keys()):
-        raise UserError(misfit(source, strange, ()))
+    if unplaced := sorted(changed.keys() - base.tensors.keys()):
+        raise UserError(misfit(source, unplaced, ()))
     for path, tensor in changed.items():
         if tensor.shape != base.tensors[path].shape:
             raise UserError(
@@ -145,9 +144,12 @@ def overlaid(base: Checkpoint, changed: Mapping[str, Tensor], source: str) -> Ch
 
 
 def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
-    """Returns the checkpoint with fields of its config replaced, if the tensors still fit.
+    """Returns the checkpoint with fields of its config replaced.
 
-    A larger vocabulary fits: see `added_tokens`.
+    A larger `vocab_size` adds tokens: see `added_tokens`.
+
+    Raises:
+        UserError: There is no such field, or the tensors do not fit the new config.
     """
     if not fields:
         return checkpoint

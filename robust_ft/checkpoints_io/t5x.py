@@ -1,7 +1,8 @@
 """t5x checkpoints: a msgpack index named `checkpoint`, and a zarr directory for each large array.
 
-Read through tensorstore chunk by chunk. Only the parameters are read; the optimizer's state is
-left alone. t5x's parameter paths are ours.
+A leaf of the index is an array (small ones), a map that describes a tensorstore array, or a
+"PLACEHOLDER://" string with its name. tensorstore reads and writes them chunk by chunk. Only
+parameters are read, no optimizer state. t5x's parameter paths are ours.
 """
 
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from robust_ft.checkpoints_io import native
+from robust_ft.checkpoints_io.config_json import param_dtype
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.t5 import T5Config
@@ -24,13 +26,13 @@ from robust_ft.trainable import unflatten
 INDEX = "checkpoint"
 VERSION = 3
 CHUNK_BYTES = 16 * 2**20
-# Where the parameters are: t5x's own index, its orbax-style one, and states for inference.
+# Keys of the parameters: in t5x's own index, in its Orbax-style one, and in inference states.
 _TARGETS = (("optimizer", "target"), ("_optimizer", "target"), ("target",), ("params",))
 _PLACEHOLDER = "PLACEHOLDER://"
-# Flax's msgpack extension types.
+# Of `flax.serialization`: its msgpack extension types, and the key that marks a chunked array.
 _NDARRAY, _COMPLEX, _SCALAR = 1, 2, 3
-_PIECES = "__msgpack_chunked_array__"  # marks an array in pieces, Flax's too
-# One chunk at a time, and none kept: memory stays at the array and a chunk.
+_CHUNKED = "__msgpack_chunked_array__"
+# One chunk at a time and no cache, so that reading takes the memory of the array and one chunk.
 _CONTEXT = ts.Context(
     {
         "cache_pool": {"total_bytes_limit": 0},
@@ -46,12 +48,12 @@ def is_directory(path: Path) -> bool:
 
 
 def read(source: str, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Opens a checkpoint of a T5; its sizes follow from the arrays' shapes.
+    """Opens a checkpoint of a T5, whose sizes are inferred from the arrays' shapes.
 
     Args:
         source: The `checkpoint_<step>` directory.
-        overrides: Fields of T5Config that shapes do not tell: `relative_max_distance`, or another
-            activation.
+        overrides: Fields of T5Config that shapes do not determine: `relative_max_distance`, or
+            another activation.
 
     Raises:
         UserError: It is no t5x checkpoint of a T5, or a file is missing or broken.
@@ -63,7 +65,7 @@ def read(source: str, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the parameters, without the optimizer's state, under our paths.
+    """Returns {parameter path: tensor}, without the optimizer's state.
 
     Raises:
         UserError: There is no readable index, it has no parameters, or a file is broken.
@@ -103,37 +105,44 @@ def config_from_shapes(
 ) -> T5Config:
     """Returns the config of the T5 that has these parameters.
 
-    A t5x checkpoint does not hold its config. Shapes tell all sizes and the number of buckets of
-    relative positions. The largest distance is looked for in `config.gin` beside the checkpoint;
-    without it, 32 buckets mean 128, as in all published T5s, and others have to be told.
+    A t5x checkpoint does not hold its config. Shapes determine all sizes and the number of relative
+    position buckets. The largest distance is read from a `config.gin` beside the checkpoint;
+    without one, 32 buckets mean 128, as in all published T5s, and for others it must be given.
+
+    Args:
+        source: What to call the checkpoint in errors, and where `config.gin` is looked for.
+        tensors: {parameter path: tensor}.
+        overrides: Fields that replace what is inferred.
+
+    Raises:
+        UserError: These are not a T5's parameters, or the largest distance is unknown.
     """
 
     def shape(path: str) -> tuple[int, ...]:
         if path not in tensors or len(tensors[path].shape) != 2:
-            found = ", ".join(sorted(tensors))
+            paths = ", ".join(sorted(tensors))
             raise UserError(
-                f"'{source}' is no T5: it has no matrix '{path}'.\n  Its parameters: {found}"
+                f"'{source}' is no T5: it has no matrix '{path}'.\n  Its parameters: {paths}"
             )
         return tensors[path].shape
 
     vocab_size, emb_dim = shape("token_embedder/embedding")
     num_heads, num_buckets = shape("encoder/relpos_bias/rel_embedding")
-    joined = shape("encoder/layers_0/attention/query/kernel")[1]
+    joined = shape("encoder/layers_0/attention/query/kernel")[1]  # heads * head_dim
     gated = "encoder/layers_0/mlp/wi_0/kernel" in tensors
-    wi = shape(f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel")
-    floats = {str(tensor.dtype) for tensor in tensors.values()}
+    _, mlp_dim = shape(f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel")
     fields = {
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
         "num_heads": num_heads,
         "head_dim": joined // num_heads,
-        "mlp_dim": wi[1],
+        "mlp_dim": mlp_dim,
         "num_encoder_layers": _layers("encoder", tensors),
         "num_decoder_layers": _layers("decoder", tensors),
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
         "logits_via_embedding": "decoder/logits_dense/kernel" not in tensors,
         "relative_num_buckets": num_buckets,
-        "param_dtype": "bfloat16" if floats == {"bfloat16"} else "float32",
+        "param_dtype": param_dtype(tensors),
     }
     if "relative_max_distance" not in overrides:
         fields["relative_max_distance"] = _max_distance(source, num_buckets)
@@ -145,8 +154,8 @@ def _max_distance(source: str, num_buckets: int) -> int:
     for file in (folder / "config.gin", folder.parent / "config.gin"):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
-            if found := re.search(r"RelativePositionBiases\.max_distance\s*=\s*(\d+)", text):
-                return int(found[1])
+            if match := re.search(r"RelativePositionBiases\.max_distance\s*=\s*(\d+)", text):
+                return int(match[1])
     if num_buckets == 32:
         return 128
     raise UserError(
@@ -183,23 +192,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (keys, leaf); the maps that stand for an array are leaves."""
     for key, value in tree.items():
-        if (
-            isinstance(value, dict)
-            and "driver" not in value
-            and "__msgpack_chunked_array__" not in value
-        ):
+        if isinstance(value, dict) and "driver" not in value and _CHUNKED not in value:
             yield from (((str(key), *path), leaf) for path, leaf in _leaves(value))
         else:
             yield (str(key),), value
 
 
 def _tensor(folder: Path, path: tuple[str, ...], leaf: Any) -> Tensor:
+    """Opens the array that a leaf of the index holds or points to."""
     where = f"'{'/'.join(path)}' in '{folder / INDEX}'"
     if isinstance(leaf, np.ndarray):
         return Tensor.of(leaf, where)
-    if isinstance(leaf, dict) and _PIECES in leaf:
-        return Tensor.of(_joined(leaf), where)
+    if isinstance(leaf, dict) and _CHUNKED in leaf:
+        return Tensor.of(_unchunked(leaf), where)
     if isinstance(leaf, dict):
         kvstore = leaf.get("kvstore")
         name = kvstore.get("path") if isinstance(kvstore, dict) else leaf.get("path")
@@ -209,17 +216,17 @@ def _tensor(folder: Path, path: tuple[str, ...], leaf: Any) -> Tensor:
     elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         name, metadata, driver = leaf.removeprefix(_PLACEHOLDER), None, "zarr"
     else:
-        raise UserError(f"{where} is neither an array nor says where one lies.")
+        raise UserError(f"{where} is neither an array nor a pointer to one.")
     if driver != "zarr" or not isinstance(name, str):
         raise UserError(f"{where} is stored in a way that is not known ({driver!r}).")
-    # Some writers put the whole path there; the array lies beside the index in any case.
+    # Some writers store an absolute path; the array is beside the index in any case.
     return _zarr(folder / name.rstrip("/").split("/")[-1], metadata, where)
 
 
 def _zarr(folder: Path, metadata: Any, where: str) -> Tensor:
-    """Opens an array's directory; the index's metadata serves where it has lost its own."""
+    """Opens an array's directory, with the metadata of the index if it lacks its own `.zarray`."""
     if not folder.is_dir():
-        raise UserError(f"{where} should lie in '{folder}', which is missing.")
+        raise UserError(f"{where} should be in '{folder}', which is missing.")
     spec: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}
     stored = (folder / ".zarray").is_file()
     if not stored and not metadata:
@@ -233,14 +240,14 @@ def _zarr(folder: Path, metadata: Any, where: str) -> Tensor:
     shape, dtype = tuple(store.shape), jnp.dtype(store.dtype.numpy_dtype)
     if metadata and (wanted := metadata.get("shape")) and tuple(wanted) != shape:
         raise UserError(f"{where} has shape {tuple(wanted)} in the index, {shape} in its .zarray.")
-    steps = store.chunk_layout.read_chunk.shape or shape
+    steps = store.chunk_layout.read_chunk.shape or shape  # 0: the chunk spans the axis
     chunk = tuple(step or size for step, size in zip(steps, shape, strict=True))
-    sparse = store.fill_value is not None  # then chunks that hold nothing else may be left out
+    sparse = store.fill_value is not None  # chunks full of this value need no file
 
     def load() -> np.ndarray:
         array = np.empty(shape, dtype)
         for region, key in _regions(shape, chunk):
-            # A chunk that is lost would read as zeros.
+            # tensorstore reads a missing chunk as zeros, without an error.
             if not sparse and not (folder / key).is_file():
                 raise UserError(f"'{folder / key}' is missing, a chunk of {where}.")
             try:
@@ -258,7 +265,7 @@ def _zarr(folder: Path, metadata: Any, where: str) -> Tensor:
 def _regions(
     shape: tuple[int, ...], chunk: tuple[int, ...]
 ) -> Iterator[tuple[tuple[slice, ...], str]]:
-    """Yields each chunk's place in the array and the name of its file."""
+    """Yields each chunk's slices of the array and the name of its file, such as "0.1"."""
     counts = [math.ceil(size / step) for size, step in zip(shape, chunk, strict=True)]
     for position in np.ndindex(*counts):
         region = tuple(
@@ -271,14 +278,14 @@ def _regions(
 def _write_zarr(folder: Path, name: str, tensor: Tensor) -> dict[str, Any]:
     """Writes an array in chunks of whole rows and returns its entry in the index."""
     shape = tensor.shape
-    row = max(1, math.prod(shape[1:]) * tensor.dtype.itemsize)
-    chunks = [max(1, min(shape[0], CHUNK_BYTES // row)), *shape[1:]]
+    row_bytes = max(1, math.prod(shape[1:]) * tensor.dtype.itemsize)
+    chunks = [max(1, min(shape[0], CHUNK_BYTES // row_bytes)), *shape[1:]]
     spec: dict[str, Any] = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder / name}/"},
         "metadata": {
             "chunks": chunks,
-            "compressor": {"id": "gzip", "level": 1},
+            "compressor": {"id": "gzip", "level": 1},  # as t5x itself
             "dtype": _zarr_type(str(tensor.dtype)),
             "shape": list(shape),
         },
@@ -293,10 +300,11 @@ def _write_zarr(folder: Path, name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _zarr_type(name: str) -> str:
-    # What NumPy does not know is left to tensorstore to take or to refuse.
+    """Returns zarr's name of a dtype: "<f4" for "float32"."""
     kinds = {"float": "<f", "int": "<i", "uint": "<u"}
-    found = re.fullmatch(r"(float|int|uint)(8|16|32|64)", name)
-    return f"{kinds[found[1]]}{int(found[2]) // 8}" if found else name
+    match = re.fullmatch(r"(float|int|uint)(8|16|32|64)", name)
+    # zarr has no name for bfloat16; tensorstore accepts its own, and refuses what it does not know.
+    return f"{kinds[match[1]]}{int(match[2]) // 8}" if match else name
 
 
 def _packed(array: np.ndarray) -> msgpack.ExtType:
@@ -314,11 +322,12 @@ def _unpacked(code: int, data: bytes) -> Any:
     return msgpack.ExtType(code, data)
 
 
-def _joined(leaf: Mapping[str, Any]) -> np.ndarray:
-    """Returns an array that Flax has cut in pieces because msgpack holds at most 2^32 bytes."""
-    pieces = [leaf["chunks"][str(i)] for i in range(len(leaf["chunks"]))]
+def _unchunked(leaf: Mapping[str, Any]) -> np.ndarray:
+    """Returns an array that Flax has split in chunks, as msgpack holds at most 2^32 bytes each."""
+    # Flax stores lists as maps with the keys "0", "1", ...
+    chunks = [leaf["chunks"][str(i)] for i in range(len(leaf["chunks"]))]
     shape = [leaf["shape"][str(i)] for i in range(len(leaf["shape"]))]
-    return np.concatenate([np.ravel(piece) for piece in pieces]).reshape(shape)
+    return np.concatenate([np.ravel(chunk) for chunk in chunks]).reshape(shape)
 
 
 def _first_line(error: Exception) -> str:

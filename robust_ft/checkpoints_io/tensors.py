@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from robust_ft.models.model import ModelConfig
 
-# What is copied at once: large enough for disks, small against a checkpoint.
+# Bytes copied at once: enough to keep a disk busy, little against a checkpoint.
 BLOCK_BYTES = 16 * 2**20
 
 
@@ -21,9 +21,10 @@ class Tensor:
     """One tensor of a checkpoint; nothing of it is in memory until it is read.
 
     Attributes:
-        shape: Its sizes.
-        dtype: The type that `blocks` and `load` give; what `read` gives may be another.
-        read: Reads it whole; the result may be a view, such as a transposed array.
+        shape: Its shape.
+        dtype: The dtype that `blocks` and `load` return; `read` may return another, so that a cast
+            costs no copy of the whole.
+        read: Reads all of it; the result may be a view, such as a transposed array.
         where: The file and the name in it, for errors.
     """
 
@@ -45,25 +46,26 @@ class Tensor:
         return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T)
 
     def cast(self, dtype: str | np.dtype | None) -> "Tensor":
-        """Returns it with floats as `dtype`; as it is if there is none, or it holds no floats."""
+        """Returns the tensor as `dtype` if it holds floats; unchanged otherwise, or for None."""
         if dtype is None or not jnp.issubdtype(self.dtype, np.floating):
             return self
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yields contiguous blocks of rows in order, so that a copy costs a block of memory."""
+        """Yields contiguous blocks of rows, so that a cast or a copy needs memory for one block."""
         array = self.read()
         if array.shape != self.shape:
             raise ValueError(f"{self.where} is {array.shape}, not {self.shape}.")
         if array.ndim == 0:
             array = array.reshape(1)
+        # What is cast takes the wider of both types.
         row_bytes = max(1, math.prod(array.shape[1:]) * max(array.itemsize, self.dtype.itemsize))
         rows = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, array.shape[0], rows):
             yield np.ascontiguousarray(array[start : start + rows], dtype=self.dtype)
 
     def load(self) -> np.ndarray:
-        """Returns it whole, contiguous, in its type."""
+        """Returns all of it as a contiguous array."""
         return np.asarray(self.read(), dtype=self.dtype, order="C")
 
     def digest(self) -> str:
@@ -76,20 +78,19 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, under our names, whatever the format it is in.
+    """A model on disk in any format, under our parameter paths.
 
     Attributes:
         source: What to call it in errors.
         family: "t5", "bart", ...; see `families`.
         config: The family's config dataclass.
         tensors: {parameter path: tensor}, exactly the model's parameters.
-        token_ids: "pad", "eos" and "start", as far as the checkpoint says them.
+        token_ids: "pad", "eos" and "start", as far as the checkpoint knows them.
         vocabulary: {"kind": class name in `robust_ft.vocabulary`, and its fields}, None if there
             is none. "path" is a file's name among `files`.
-        files: What lies beside the weights and is carried along (vocabulary files).
-        hugging_face: What a Hugging Face directory holds beyond this and writing it back needs:
-            "config" (its config.json), "duplicates" {name: the name it repeats}, "stand_ins",
-            "stripped" (the prefix that its names lack). Empty if it came from elsewhere.
+        files: Files beside the weights that are copied into outputs, such as the vocabulary's.
+        hugging_face: What else is needed to write the same Hugging Face directory again: "config"
+            (its config.json) and `names.Resolved.notes`. Empty for other formats.
     """
 
     source: str
@@ -106,12 +107,13 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def cast(self, dtype: str | None) -> "Checkpoint":
-        """Returns it with floats of this type."""
+        """Returns the checkpoint with floats of this dtype; unchanged for None."""
         if dtype is None:
             return self
         tensors = {path: tensor.cast(dtype) for path, tensor in self.tensors.items()}
-        kept = "bfloat16" if dtype == "bfloat16" else "float32"
-        config: Any = dataclasses.replace(self.config, param_dtype=kept)  # type: ignore[type-var]
+        # float16 is a type to store weights in; models are not trained in it.
+        param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+        config: Any = dataclasses.replace(self.config, param_dtype=param_dtype)  # type: ignore[type-var]
         notes = dict(self.hugging_face)
         if "config" in notes:
             key = "torch_dtype" if "torch_dtype" in notes["config"] else "dtype"
@@ -121,9 +123,3 @@ class Checkpoint:
     def load(self) -> dict[str, np.ndarray]:
         """Reads all tensors into memory."""
         return {path: tensor.load() for path, tensor in self.tensors.items()}
-
-
-def float_type(tensors: Iterable[Tensor]) -> str | None:
-    """Returns the floats' type if all have the same, else None."""
-    types = {t.dtype for t in tensors if jnp.issubdtype(t.dtype, np.floating)}
-    return str(types.pop()) if len(types) == 1 else None

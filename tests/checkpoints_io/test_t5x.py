@@ -292,7 +292,7 @@ def test_a_shape_that_the_index_tells_otherwise(written):
 def test_a_lost_array(written):
     folder, _ = written
     shutil.rmtree(kernel_folder(folder))
-    with pytest.raises(UserError, match=rf"'{KERNEL}' in .* should lie in .*missing"):
+    with pytest.raises(UserError, match=rf"'{KERNEL}' in .* should be in .*missing"):
         t5x.read(str(folder), DISTANCE)
 
 
