@@ -73,6 +73,14 @@ def test_names_in_modules(document):
         assert not paths or any(re.search(rf"\b{name}\b", text) for text in texts), module + name
 
 
+def test_the_map_is_whole():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = set(re.findall(r"\S+", "".join(re.findall(r"(?m)^  (?:\S+ )+ ", text))))
+    modules = {path.name for path in ROOT.glob("robust_ft/*.py") if path.stem != "__init__"}
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("robust_ft/*/__init__.py")}
+    assert not (modules | packages) - tree
+
+
 def test_imports(current):
     blocks = re.findall(r"```python\n(.*?)```", current.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
