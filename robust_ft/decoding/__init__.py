@@ -1,4 +1,4 @@
-"""From a step function to sequences: greedy, sampling and beam search, as pure JAX functions."""
+"""Decoding from a step function: greedy, sampling and beam search, as pure JAX functions."""
 
 from robust_ft.decoding.beam_search import LENGTH_PENALTIES, beam_search
 from robust_ft.decoding.decoder import Decoder

@@ -1,4 +1,4 @@
-"""How to decode, as one object that a configuration can build."""
+"""The decoder: settings of greedy decoding, sampling and beam search in one object."""
 
 import dataclasses
 
@@ -16,43 +16,47 @@ from robust_ft.errors import UserError
 class Decoder:
     """Decoding settings: greedy by default, beam search, or sampling.
 
-    Hashable, so it can be a static argument of `jax.jit`.
+    Hashable, so that it can be a static argument of `jax.jit`.
+
+    Attributes:
+        max_decode_len: The most tokens to generate, the end-of-sequence token included.
+        min_decode_len: The fewest tokens to generate before the end-of-sequence token.
+        beam_size: Live beams; beam search if above 1.
+        alpha: Exponent of beam search's length penalty; 0 for none.
+        length_penalty: 't5x', ((5 + n) / 6)^alpha, or 'hf', n^alpha and Hugging Face's search; see
+            `beam_search`.
+        early_stopping: When Hugging Face's search stops: True, False or "never"; see `beam_search`.
+        temperature: Sampling if above 0.
+        top_k: Sample among the k most likely tokens; 0 for all.
+        top_p: Sample among the most likely tokens that hold this share of the probability.
+        num_return: Sequences to return for each example.
+        banned_tokens: Ids of tokens that are never generated.
+        no_repeat_ngram_size: The n of n-grams that the decoder neither repeats nor copies from what
+            it has read; 0 for no limit.
+        forced_first_token: Id of the token that every sequence starts with, such as BART's `<s>`.
+        forced_last_token: Id of the token at max_decode_len, such as BART's `</s>`, if a sequence
+            gets there.
 
     Raises:
-      UserError: settings out of range, or that contradict each other.
+        UserError: A setting is out of range, or two contradict each other.
     """
 
     max_decode_len: int
-    """Most tokens to generate, the end-of-sequence token included."""
     min_decode_len: int = 0
-    """Fewest tokens to generate before the end-of-sequence token."""
     beam_size: int = 1
-    """Live beams; beam search if above 1."""
     alpha: float = 0.6
-    """Exponent of beam search's length penalty; 0 for none."""
     length_penalty: str = "t5x"
-    """'t5x', ((5 + n) / 6)^alpha, or 'hf', n^alpha and Hugging Face's search; see `beam_search`."""
     early_stopping: bool | str = False
-    """When Hugging Face's search stops: True, False or "never"; see `beam_search`."""
     temperature: float = 0.0
-    """Sampling if above 0."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that hold this share of the probability."""
     num_return: int = 1
-    """Sequences of each example."""
     banned_tokens: tuple[int, ...] = ()
-    """Ids of tokens that are never generated."""
     no_repeat_ngram_size: int = 0
-    """No n-gram of so many tokens comes twice in what the decoder reads and writes; 0: no limit."""
     forced_first_token: int | None = None
-    """Id of the token that every sequence begins with, such as BART's `<s>`."""
     forced_last_token: int | None = None
-    """Id of the token at max_decode_len, such as BART's `</s>`, if a sequence gets there."""
 
-    def __post_init__(self):
-        """Checks the settings where they are made, not in the middle of a run."""
+    def __post_init__(self) -> None:
         object.__setattr__(self, "banned_tokens", tuple(self.banned_tokens))
         if self.max_decode_len < 1:
             raise UserError(
@@ -93,7 +97,7 @@ class Decoder:
         self,
         step_fn: StepFn,
         cache: Cache,
-        start_tokens: Int[Array, " batch"],
+        start_tokens: Int[Array, "batch"],
         eos_id: int,
         pad_id: int,
         rng: jax.Array | None = None,
@@ -102,29 +106,29 @@ class Decoder:
         """Decodes one batch; see `greedy`, `sample` and `beam_search`.
 
         Args:
-          step_fn: the model; see `StepFn`.
-          cache: its cache before the first step, every leaf [batch, ...].
-          start_tokens: the first input of each sequence.
-          eos_id: the end-of-sequence token.
-          pad_id: fills the output after it.
-          rng: a key, for sampling only.
-          history: what the decoder reads before the first generated token, -1 for padding at the
-            left; by default the start tokens.
+            step_fn: The model's decode step.
+            cache: The KV cache before the first step, every leaf [batch, ...].
+            start_tokens: The first input of each sequence.
+            eos_id: The end-of-sequence token.
+            pad_id: Fills the output after it.
+            rng: A key, for sampling only.
+            history: The tokens that the decoder reads before the first generated one, -1 for
+                padding at the left; by default the start tokens.
 
         Returns:
-          tokens [batch, num_return, max_decode_len] and scores [batch, num_return].
+            tokens [batch, num_return, max_decode_len] and scores [batch, num_return].
 
         Raises:
-          UserError: sampling without an rng, or a token that the vocabulary does not have.
+            UserError: There is no key for sampling, or a token that the vocabulary does not have.
         """
         history = start_tokens[:, None] if history is None else history
         process = chained(self._processors(eos_id, history))
-        first = (step_fn, cache, start_tokens, self.max_decode_len, eos_id)
+        shared = (step_fn, cache, start_tokens, self.max_decode_len, eos_id)
         if self.temperature > 0:
             if rng is None:
                 raise UserError("decoding: sampling (temperature above 0) needs a random key.")
             return sample(
-                *first,
+                *shared,
                 rng,
                 self.temperature,
                 self.top_k,
@@ -134,9 +138,9 @@ class Decoder:
                 process=process,
             )
         if self.beam_size == 1:
-            return greedy(*first, pad_id, process=process)
+            return greedy(*shared, pad_id, process=process)
         return beam_search(
-            *first,
+            *shared,
             self.beam_size,
             self.alpha,
             self.length_penalty,
@@ -147,8 +151,8 @@ class Decoder:
         )
 
     def _processors(self, eos_id: int, history: Int[Array, "batch before"]) -> list[ProcessFn]:
-        """Returns what changes the log-probabilities; what is forced wins."""
-        processors = []
+        """Returns the logits processors; forced tokens come last, so that they win."""
+        processors: list[ProcessFn] = []
         if self.banned_tokens:
             processors.append(banned(self.banned_tokens))
         if self.no_repeat_ngram_size:

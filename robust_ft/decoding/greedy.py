@@ -1,4 +1,4 @@
-"""One sequence at a time: the most likely token, or one drawn at random."""
+"""Greedy decoding and sampling."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,26 +14,29 @@ from robust_ft.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SearchState:
-    """Where decoding stands between two steps."""
+    """The state of the decoding loop between two steps.
+
+    Attributes:
+        step: Number of tokens generated so far, 0 to length.
+        done: Whether a sequence has its end-of-sequence token.
+        last: Input of the next step: the start token, then the token generated last.
+        tokens: Generated tokens, padding beyond `step` and after the end-of-sequence token.
+        scores: Sums of the log-probabilities of the generated tokens.
+        cache: The KV cache, every leaf [batch, ...].
+    """
 
     step: Int[Array, ""]
-    """Number of tokens generated so far, 0 to length."""
-    done: Bool[Array, " batch"]
-    """Whether a sequence has its end-of-sequence token."""
-    last: Int[Array, " batch"]
-    """Input of the next step: the start token, then the token generated last."""
+    done: Bool[Array, "batch"]
+    last: Int[Array, "batch"]
     tokens: Int[Array, "batch length"]
-    """Generated tokens, padding beyond `step` and after the end-of-sequence token."""
-    scores: Float[Array, " batch"]
-    """Sum of the log-probabilities of the generated tokens."""
+    scores: Float[Array, "batch"]
     cache: Cache
-    """The model's cache, every leaf [batch, ...]."""
 
 
 def greedy(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, " batch"],
+    start_tokens: Int[Array, "batch"],
     max_decode_len: int,
     eos_id: int,
     pad_id: int = 0,
@@ -43,23 +46,24 @@ def greedy(
     """Takes the most likely token at each step until every sequence has ended.
 
     Args:
-      step_fn: the model; see `StepFn`.
-      cache: the model's cache before the first step, every leaf [batch, ...].
-      start_tokens: the first input of each sequence; not part of the output.
-      max_decode_len: most tokens to generate, the end-of-sequence token included.
-      eos_id: the end-of-sequence token.
-      pad_id: fills the output after `eos_id`.
-      process: changes the log-probabilities before a token is chosen.
+        step_fn: The model's decode step.
+        cache: The KV cache before the first step, every leaf [batch, ...].
+        start_tokens: The first input of each sequence; not part of the output.
+        max_decode_len: The most tokens to generate, the end-of-sequence token included.
+        eos_id: The end-of-sequence token.
+        pad_id: Fills the output after `eos_id`.
+        process: A logits processor.
 
     Returns:
-      tokens [batch, 1, max_decode_len] and scores [batch, 1], the sums of log-probabilities.
+        tokens [batch, 1, max_decode_len] and scores [batch, 1], the sums of log-probabilities.
     """
 
-    def choose(log_probs, _):
-        # The first of the best, as argmax, which takes several times as long on CPUs.
+    def choose(log_probs: Float[Array, "batch vocab"], _: Int[Array, ""]) -> Int[Array, "batch"]:
+        # As argmax, ties to the first token; argmax takes several times as long on CPUs.
         best = jnp.max(log_probs, axis=-1, keepdims=True)
         vocab = log_probs.shape[-1]
-        return jnp.min(jnp.where(log_probs == best, jnp.arange(vocab), vocab - 1), axis=-1)
+        token_ids = jnp.arange(vocab)[None]
+        return jnp.min(jnp.where(log_probs == best, token_ids, vocab - 1), axis=-1)
 
     state = _run(step_fn, cache, start_tokens, max_decode_len, eos_id, pad_id, process, choose)
     return Decoded(state.tokens[:, None], state.scores[:, None])
@@ -68,7 +72,7 @@ def greedy(
 def sample(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, " batch"],
+    start_tokens: Int[Array, "batch"],
     max_decode_len: int,
     eos_id: int,
     rng: jax.Array,
@@ -80,27 +84,35 @@ def sample(
     pad_id: int = 0,
     process: ProcessFn | None = None,
 ) -> Decoded:
-    """Draws each token from the model's distribution, reshaped by temperature, top-k and top-p.
+    """Draws each token from the model's distribution, changed by temperature, top-k and top-p.
 
-    Arguments as for `greedy`, and:
-      rng: a JAX random key.
-      temperature: divides the log-probabilities; above 0 (greedy decoding is `greedy`).
-      top_k: keep the k most likely tokens only; 0 keeps all.
-      top_p: then keep the fewest most likely tokens whose probabilities reach top_p; 1 keeps all.
-      num_return: independent draws for each row of the batch.
+    Args:
+        step_fn: The model's decode step.
+        cache: The KV cache before the first step, every leaf [batch, ...].
+        start_tokens: The first input of each sequence; not part of the output.
+        max_decode_len: The most tokens to generate, the end-of-sequence token included.
+        eos_id: The end-of-sequence token.
+        rng: A key.
+        temperature: Divides the log-probabilities; above 0 (greedy decoding is `greedy`).
+        top_k: Only the k most likely tokens are drawn; 0 for all.
+        top_p: Of these, only the fewest most likely tokens whose probabilities reach top_p
+            (nucleus sampling, Holtzman et al., 2020); 1 for all.
+        num_return: Independent samples for each example.
+        pad_id: Fills the output after `eos_id`.
+        process: A logits processor.
 
     Returns:
-      tokens [batch, num_return, max_decode_len] and scores [batch, num_return], the sums of the
-      model's own log-probabilities (not reshaped), the best first.
+        tokens [batch, num_return, max_decode_len] and scores [batch, num_return], the sums of the
+        model's log-probabilities before temperature, top-k and top-p, the best first.
 
     Raises:
-      UserError: temperature, top_k, top_p or num_return is out of its range.
+        UserError: temperature, top_k, top_p or num_return is out of range.
     """
     check_sampling(temperature, top_k, top_p)
     if num_return < 1:
         raise UserError(f"sampling: num_return must be at least 1, not {num_return}.")
 
-    def choose(log_probs, step):
+    def choose(log_probs: Float[Array, "batch vocab"], step: Int[Array, ""]) -> Int[Array, "batch"]:
         logits = reshape_distribution(log_probs, temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(rng, step), logits)
 
@@ -113,7 +125,7 @@ def sample(
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises UserError for sampling settings out of range."""
+    """Raises a UserError for sampling settings out of range."""
     if temperature <= 0:
         raise UserError(f"sampling: temperature must be above 0, not {temperature}.")
     if top_k < 0:
@@ -125,19 +137,19 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 def reshape_distribution(
     log_probs: Float[Array, "batch vocab"], temperature: float, top_k: int, top_p: float
 ) -> Float[Array, "batch vocab"]:
-    """Returns unnormalised log-probabilities, -inf for the tokens that must not be drawn.
+    """Returns unnormalized log-probabilities, -inf for the tokens that must not be drawn.
 
-    Temperature comes first, then top-k, then top-p over what is left. Tokens as likely as the
-    last one kept are kept too.
+    Temperature is applied first, then top-k, then top-p. Tokens as likely as the last one kept are
+    kept too.
     """
     logits = log_probs / temperature
     if 0 < top_k < logits.shape[-1]:
-        last_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        last_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]  # [batch, 1]
         logits = jnp.where(logits < last_kept, -jnp.inf, logits)
     if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
+        ordered = jnp.sort(logits, axis=-1, descending=True)  # [batch, vocab]
         probs = jax.nn.softmax(ordered, axis=-1)
-        # A token is kept if the more likely ones do not reach top_p: so the first always is.
+        # A token is kept if the more likely ones do not reach top_p; so the first always is.
         kept = jnp.cumsum(probs, axis=-1) - probs < top_p
         last_kept = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < last_kept, -jnp.inf, logits)
@@ -147,16 +159,16 @@ def reshape_distribution(
 def _run(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, " batch"],
+    start_tokens: Int[Array, "batch"],
     max_decode_len: int,
     eos_id: int,
     pad_id: int,
     process: ProcessFn | None,
-    choose: Callable[[Float[Array, "batch vocab"], Int[Array, ""]], Int[Array, " batch"]],
+    choose: Callable[[Float[Array, "batch vocab"], Int[Array, ""]], Int[Array, "batch"]],
 ) -> SearchState:
-    """Runs the loop in which `choose` takes a token for each sequence."""
+    """Runs the decoding loop, in which `choose` picks the next token of each sequence."""
 
-    def unfinished(state: SearchState):
+    def unfinished(state: SearchState) -> Bool[Array, ""]:
         return (state.step < max_decode_len) & ~jnp.all(state.done)
 
     def extend(state: SearchState) -> SearchState:
@@ -165,14 +177,14 @@ def _run(
         if process is not None:
             log_probs = process(log_probs, state.tokens, state.step)
         chosen = choose(log_probs, state.step).astype(jnp.int32)
-        gain = jnp.take_along_axis(log_probs, chosen[:, None], axis=-1)[:, 0]
+        log_prob = jnp.take_along_axis(log_probs, chosen[:, None], axis=-1)[:, 0]  # [batch]
         chosen = jnp.where(state.done, pad_id, chosen)
         return SearchState(
             step=state.step + 1,
             done=state.done | (chosen == eos_id),
             last=chosen,
             tokens=state.tokens.at[:, state.step].set(chosen),
-            scores=state.scores + jnp.where(state.done, 0.0, gain),
+            scores=state.scores + jnp.where(state.done, 0.0, log_prob),
             cache=cache,
         )
 
