@@ -1,4 +1,4 @@
-"""A hash that names a model by its parameters, wherever and in whichever float type they lie."""
+"""A hash of a model's parameters that does not depend on their sharding or float type."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,26 +17,26 @@ _NAN = np.uint32(0x7FC00000)
 def fingerprint(leaves: Iterable[tuple[str, Any]]) -> str:
     """Returns a hash of parameters' paths, shapes and values, in hexadecimal.
 
-    Values are rounded to bfloat16 first, so a model has one fingerprint whether it is loaded as
-    float32 or as bfloat16. Sharded arrays are hashed where they are, and only sums leave the
-    devices. It tells models apart; it is no protection against someone who wants two to agree.
+    Values are rounded to bfloat16 first, so that a model has one fingerprint whether it is loaded
+    as float32 or as bfloat16. Sharded arrays are hashed on their devices, and only sums leave them.
+    It is not a cryptographic hash: models with equal fingerprints can be constructed.
 
     Args:
-        leaves: (path, array) in any order, each path once; of NumPy's arrays one at a time is on
-            the device.
+        leaves: (path, array) in any order, each path once. NumPy arrays go to the device one at a
+            time.
     """
-    found = {}
+    lines = {}
     for path, leaf in leaves:
         sums = np.asarray(_sums(leaf)).tolist()
-        found[path] = f"{path} {tuple(leaf.shape)} {sums}\n"
-    return hashlib.sha256("".join(found[path] for path in sorted(found)).encode()).hexdigest()
+        lines[path] = f"{path} {tuple(leaf.shape)} {sums}\n"
+    return hashlib.sha256("".join(lines[path] for path in sorted(lines)).encode()).hexdigest()
 
 
 @jax.jit
 def _sums(leaf: Float[Array, "..."]) -> UInt32[Array, "2"]:
     """Returns two sums, modulo 2**32, of words that mix each value with its position.
 
-    Sums of integers do not depend on their order, hence not on how an array is sharded.
+    Integer sums do not depend on their order, hence not on how an array is sharded.
     """
     position = jnp.zeros(leaf.shape, jnp.uint32)
     stride = 1
@@ -45,14 +45,14 @@ def _sums(leaf: Float[Array, "..."]) -> UInt32[Array, "2"]:
         position += step * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         stride *= leaf.shape[axis]
     words = _mixed(_mixed(position * _SPREAD + 1) + _rounded(leaf))
-    both = (words, _mixed(words + _SPREAD))
-    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in both])
+    sums = [jnp.sum(w, dtype=jnp.uint32) for w in (words, _mixed(words + _SPREAD))]
+    return jnp.stack(sums)
 
 
 def _rounded(leaf: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Returns the bits of values rounded to bfloat16, half to even.
 
-    In integers, since devices differ in what they do to the smallest numbers and to NaN.
+    In integer arithmetic, since devices differ in how they treat subnormal numbers and NaN.
     """
     if leaf.dtype == jnp.bfloat16:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32) << 16
@@ -64,7 +64,7 @@ def _rounded(leaf: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 
 def _mixed(word: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Returns words of which each bit depends on all bits (MurmurHash3's finalizer)."""
+    """Mixes words so that each bit depends on all bits (MurmurHash3's finalizer)."""
     word = (word ^ (word >> 16)) * _FIRST
     word = (word ^ (word >> 13)) * _SECOND
     return word ^ (word >> 16)

@@ -1,7 +1,7 @@
-"""Optimizers and learning rate schedules: settings that build Optax transformations."""
+"""Optimizers and learning rate schedules: frozen settings that build Optax transformations."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from robust_ft.errors import UserError, nearest
+from robust_ft.partitioning import LogicalAxes
 from robust_ft.trainable import flatten
 from robust_ft.types import Params
 
@@ -18,14 +19,14 @@ DECAYS = ("constant", "linear", "cosine", "rsqrt")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate: linear warm-up from 0 to `peak`, then a decay.
+    """A learning rate schedule: linear warmup from 0 to `peak`, then a decay.
 
     Attributes:
-        peak: The rate after warm-up.
-        warmup_steps: Number of steps of warm-up.
-        decay: "constant"; "linear" or "cosine" down to 0 at `decay_steps`; "rsqrt", with the
-            square root of the step from the end of warm-up on.
-        decay_steps: The step, counted from 0, at which "linear" and "cosine" arrive at 0.
+        peak: The rate after warmup.
+        warmup_steps: Number of warmup steps.
+        decay: "constant"; "linear" or "cosine" to 0 at `decay_steps`; "rsqrt", the inverse square
+            root of the step, from the end of warmup.
+        decay_steps: The step, counted from 0, at which "linear" and "cosine" reach 0.
     """
 
     peak: float
@@ -47,8 +48,8 @@ class Schedule:
                 f"Schedule.warmup_steps={self.warmup_steps} for decay='{self.decay}'."
             )
 
-    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """Returns the rate of the update that leads from `step` to `step + 1`."""
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Returns the rate of the update from `step` to `step + 1`."""
         step = jnp.asarray(step, jnp.float32)
         warmup = max(self.warmup_steps, 1)
         rate = self.peak * jnp.minimum(1.0, (step + 1) / warmup)
@@ -56,13 +57,14 @@ class Schedule:
             return rate * jax.lax.rsqrt(jnp.maximum(step + 1, warmup) / warmup)
         if self.decay == "constant":
             return rate
-        rest = self.decay_steps - self.warmup_steps
-        done = jnp.clip((step - self.warmup_steps) / rest, 0.0, 1.0)
+        decay_length = self.decay_steps - self.warmup_steps
+        progress = jnp.clip((step - self.warmup_steps) / decay_length, 0.0, 1.0)
         if self.decay == "linear":
-            return rate * (1.0 - done)
-        return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            return rate * (1.0 - progress)
+        return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """A frozen dataclass of an optimizer's settings."""
 
@@ -76,15 +78,16 @@ class Optimizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-    """Adafactor with T5's settings; each parameter leaf has its own scale and clipping.
+    """Adafactor (Shazeer and Stern, 2018) with T5's settings, per parameter leaf.
 
     Attributes:
-        multiply_by_parameter_scale: Make steps relative to the parameter's RMS (at least 1e-3).
-            T5 finetuning does; the published prompt tuning code does not.
+        learning_rate: The schedule.
+        multiply_by_parameter_scale: Scale each update by its parameter's RMS, at least 1e-3. T5's
+            finetuning does; the published prompt tuning code does not.
         decay_rate: Second moments decay with 1 - t^-decay_rate.
-        clipping_threshold: Limit of an update's RMS before the learning rate.
-        weight_decay: Share of a parameter that each step removes, whatever the learning rate.
-        clip_norm: Limit of the gradient's global norm, or None.
+        clipping_threshold: The largest RMS of an update, before the learning rate.
+        weight_decay: Fraction of a parameter that each step removes, whatever the learning rate.
+        clip_norm: The largest global norm of the gradient; None for no limit.
     """
 
     learning_rate: Schedule
@@ -95,26 +98,30 @@ class Adafactor:
     clip_norm: float | None = None
 
     def build(self) -> optax.GradientTransformation:
-        parts = [
+        transforms = [
             optax.scale_by_factored_rms(decay_rate=self.decay_rate),
             optax.clip_by_block_rms(self.clipping_threshold),
             optax.scale_by_learning_rate(self.learning_rate),  # and by -1
         ]
         if self.multiply_by_parameter_scale:
-            parts.append(optax.stateless(_times_parameter_scale))
+            transforms.append(optax.stateless(_times_parameter_scale))
         if self.weight_decay:
-            parts.append(optax.add_decayed_weights(-self.weight_decay))
-        return _clipped(self.clip_norm, optax.chain(*parts))
+            transforms.append(optax.add_decayed_weights(-self.weight_decay))
+        return _clipped(self.clip_norm, optax.chain(*transforms))
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay, which is scaled by the learning rate.
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
 
     Attributes:
-        epsilon: Added to the root of the second moment. Large values (1e-3) keep small gradients
-            small instead of normalizing them to full-size steps.
-        clip_norm: Limit of the gradient's global norm, or None.
+        learning_rate: The schedule.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the root of the second moment. Large values (1e-3) keep updates of small
+            gradients small instead of normalizing them to full size.
+        weight_decay: Times the learning rate, the fraction of a parameter that each step removes.
+        clip_norm: The largest global norm of the gradient; None for no limit.
     """
 
     learning_rate: Schedule
@@ -138,16 +145,17 @@ class AdamW:
 
 
 def _times_parameter_scale(updates: Params, params: Params) -> Params:
-    """Multiplies each leaf with its parameter's RMS, at least 1e-3.
+    """Scales each update by its parameter's RMS, at least 1e-3.
 
-    Optax's own transformation, made to have gradients, keeps a copy of every parameter on the way.
+    Optax's own transformation is differentiable, for which it holds a copy of every parameter.
     """
 
     def scaled(update: jax.Array, param: jax.Array) -> jax.Array:
         rms = jnp.sqrt(jnp.mean(jnp.square(param)))
         return update * jnp.maximum(rms, 1e-3)
 
-    return jax.tree.map(scaled, updates, params)
+    scaled_updates: Params = jax.tree.map(scaled, updates, params)
+    return scaled_updates
 
 
 def _clipped(
@@ -159,10 +167,10 @@ def _clipped(
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps the state and computes updates in float32, whatever the parameters' type.
+    """Holds the state and computes updates in float32, whatever the parameters' dtype.
 
-    Optax takes the parameters' type, and moving averages in bfloat16 stop moving: they lose the
-    new share of a second moment as soon as it is below 1/256 of the old one.
+    Optax takes the parameters' dtype, and moving averages in bfloat16 stop moving: a new term below
+    1/256 of the average is rounded away.
     """
 
     def widen(tree: Any) -> Any:
@@ -172,26 +180,27 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return optimizer.init(widen(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return optimizer.update(widen(updates), state, widen(params))
+        new_updates, new_state = optimizer.update(widen(updates), state, widen(params))
+        return new_updates, new_state
 
     return optax.GradientTransformation(init, update)
 
 
 def state_axes(opt_state: Any, params: Params, axes: Params) -> Any:
-    """Returns the logical axes of every leaf of an optimizer state.
+    """Returns the logical axes of every leaf of an optimizer state, so that it is sharded too.
 
-    A leaf shaped like its parameter has the parameter's axes, one of Adafactor's factored second
-    moments those that are left; counters and placeholders are replicated (`None`).
+    A leaf shaped like its parameter has the parameter's axes, and Adafactor's factored second
+    moments have those that are left. Counters and placeholders are replicated (`None`).
 
     Args:
         opt_state: The state, or its shapes.
-        params: The parameters that it belongs to, or their shapes.
+        params: Its parameters, or their shapes.
         axes: Their logical axes, a tree like `params`.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
-    names = flatten(axes)
+    names: dict[str, LogicalAxes] = flatten(axes)
 
-    def leaf_axes(key_path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...] | None:
+    def leaf_axes(key_path: tuple[Any, ...], leaf: Any) -> LogicalAxes | None:
         path = "/".join(str(k.key) for k in key_path if isinstance(k, jax.tree_util.DictKey))
         if path not in shapes:
             return None

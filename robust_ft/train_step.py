@@ -1,4 +1,4 @@
-"""One training step: from state and batch to the next state."""
+"""The train step: from a state and a batch to the next state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from robust_ft.types import Batch, Params, Sums
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and all that a checkpoint holds.
+    """What a train step updates, and all that a checkpoint holds.
 
     Attributes:
-        step: Number of updates made so far.
-        trainable: The parameters that train, a pruned nested dict.
-        opt_state: The optimizer's state, for those parameters only.
+        step: Number of updates so far.
+        trainable: The trainable parameters, a pruned nested dict.
+        opt_state: The optimizer state of these parameters.
     """
 
     step: Int[Array, ""]
@@ -31,7 +31,8 @@ class TrainState(NamedTuple):
 
 
 # (state, frozen, teacher, batch, key) -> (next state, metric sums). Frozen parameters and the
-# teacher are arguments, not closures, so that they are neither copied into the program nor donated.
+# teacher are arguments and not closures, which would be compiled into the program as constants.
+# They are not donated: the next step reads them again.
 TrainStep = Callable[
     [TrainState, Params, Teacher | None, Batch, jax.Array], tuple[TrainState, Sums]
 ]
@@ -49,18 +50,17 @@ def make_train_step(
     microbatches: int = 1,
     gradient_dtype: str | None = None,
 ) -> TrainStep:
-    """Builds the step; pure, to be jitted with its first argument donated.
+    """Returns the train step, a pure function to be jitted with its first argument donated.
 
-    The metric sums hold "loss", "weight", the objective's own, "grad_norm" and "learning_rate".
+    Its metric sums are "loss", "weight", the objective's own, "grad_norm" and "learning_rate".
 
     Args:
         model: The model.
-        objective: From logits to loss.
-        optimizer: Computes in float32 whatever the gradient's type.
-        gradient_fn: From a batch to a gradient.
-        microbatches: Parts of a batch that are computed one after the other.
-        gradient_dtype: Type of what is kept of a gradient until it is applied; by default its
-            parameter's.
+        objective: The loss.
+        optimizer: The optimizer; it computes in float32, whatever the gradient's dtype.
+        gradient_fn: The gradient rule.
+        microbatches: Number of microbatches over which gradients are accumulated.
+        gradient_dtype: Dtype of each microbatch's gradient; by default its parameter's.
     """
     tx = optimizer.build()
 
@@ -76,14 +76,13 @@ def make_train_step(
             loss, weight, sums = objective(model, params, batch, rng, teacher)
             return loss, (weight, sums)
 
+        def gradient_of(microbatch: Batch, rng: jax.Array) -> tuple[Params, Sums]:
+            gradient, sums = gradient_fn(loss_fn, state.trainable, microbatch, rng)
+            return _cast(gradient, gradient_dtype), sums
+
         rng = jax.random.fold_in(rng, state.step)
-
-        def gradient_of(part: Batch, rng: jax.Array) -> tuple[Params, Sums]:
-            gradient, sums = gradient_fn(loss_fn, state.trainable, part, rng)
-            return _kept_in(gradient_dtype, gradient), sums
-
         gradient, sums = accumulate(gradient_of, batch, rng, microbatches)
-        # A batch in which nothing counts has a gradient of 0.
+        # The mean over target positions; without any that counts, the gradient is 0 and not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
@@ -95,12 +94,18 @@ def make_train_step(
     return train_step
 
 
-def _kept_in(dtype: str | None, gradient: Params) -> Params:
+def _cast(gradient: Params, dtype: str | None) -> Params:
     if dtype is None:
         return gradient
-    # The compiler would take a cast to a narrower type and back for a mere loss of precision, and
-    # leave it out. One barrier a leaf, so that an update need not wait for other gradients.
-    return jax.tree.map(lambda g: jax.lax.optimization_barrier(g.astype(dtype)), gradient)
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        # Without a barrier XLA drops a cast to a narrower dtype and back. One barrier for each
+        # leaf, so that its update need not wait for the other gradients.
+        barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
+        return barrier(leaf.astype(dtype))
+
+    narrow: Params = jax.tree.map(cast, gradient)
+    return narrow
 
 
 def accumulate(
@@ -109,29 +114,38 @@ def accumulate(
     rng: jax.Array,
     microbatches: int,
 ) -> tuple[Params, Sums]:
-    """Adds up gradients and sums over microbatches, one after the other.
+    """Accumulates gradients and metric sums over microbatches, one after the other.
 
-    Microbatch i holds the examples i, i + n, i + 2n, ...: so every device keeps its own examples,
-    where contiguous blocks would move them between devices.
+    Microbatch i of n has the examples i, i + n, i + 2n, ... Every device then has its share of each
+    microbatch already, while contiguous microbatches would move examples between devices.
+
+    Args:
+        gradient_of: From a microbatch and a key to its gradient and metric sums.
+        batch: Arrays [batch, ...].
+        rng: A key.
+        microbatches: Their number n, which divides the batch size.
     """
     if microbatches == 1:
         return gradient_of(batch, rng)
 
-    def microbatch(i: Int[Array, ""]) -> Batch:
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(
-                x.reshape(-1, microbatches, *x.shape[1:]), i, axis=1, keepdims=False
-            ),
-            batch,
-        )
+    def microbatch(i: Int[Array, ""]) -> dict[str, jax.Array]:
+        strided = {
+            name: x.reshape(-1, microbatches, *x.shape[1:])  # [batch / n, n, ...]
+            for name, x in batch.items()
+        }
+        return {
+            name: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+            for name, x in strided.items()
+        }
 
-    def body(i: Int[Array, ""], total: tuple[Params, Sums]) -> tuple[Params, Sums]:
-        part = gradient_of(microbatch(i), jax.random.fold_in(rng, i))
-        return jax.tree.map(jnp.add, total, part)
+    def body(i: Int[Array, ""], total: tuple[Params, Sums]) -> Any:
+        terms = gradient_of(microbatch(i), jax.random.fold_in(rng, i))
+        return jax.tree.map(lambda t, term: t + term.astype(t.dtype), total, terms)
 
     shapes = jax.eval_shape(gradient_of, microbatch(jnp.asarray(0)), rng)
-    # In float32 also where gradients are bfloat16, whose sums would soon stop growing.
-    zeros = jax.tree.map(
+    # In float32 also for bfloat16 gradients: a bfloat16 sum loses terms below 1/256 of it.
+    zeros: tuple[Params, Sums] = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
-    return jax.lax.fori_loop(0, microbatches, body, zeros)
+    total: tuple[Params, Sums] = jax.lax.fori_loop(0, microbatches, body, zeros)
+    return total

@@ -1,6 +1,6 @@
-"""Which parameters train: patterns give a mask, the mask splits the parameters in two.
+"""Trainable and frozen parameters: patterns name what trains, and split the parameters in two.
 
-Only the trainable half is differentiated, optimized and saved. Nothing is masked inside the
+Only trainable parameters are differentiated, optimized and saved. Nothing is masked inside the
 optimizer, so a frozen parameter costs no gradient and no optimizer state, and stays bit-identical.
 """
 
@@ -18,14 +18,17 @@ from robust_ft.types import Params
 
 def flatten(params: Params) -> dict[str, Any]:
     """Returns {path: leaf} of a nested dict, sorted by path."""
-    return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    return dict(sorted(flat.items()))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(flat, sep="/")
+    """Returns the nested dict of {path: leaf}."""
+    nested: dict[str, Any] = traverse_util.unflatten_dict(flat, sep="/")
+    return nested
 
 
-# Patterns that are words: what the model's PEFT methods own, and everything else.
+# Words in place of regexes: the parameters of the model's PEFT methods, and all others.
 PEFT = "peft"
 BASE = "base"
 
@@ -40,77 +43,77 @@ def trainable_paths(
     Args:
         params: All parameters of a model, or their shapes.
         patterns: "peft" names the parameters that PEFT methods own, "base" the others; anything
-            else is a regex that has to match a path in full.
+            else is a regex that must match a path in full.
         peft_owns: Whether a path belongs to a PEFT method (`Model.peft_owns`).
 
     Raises:
-        UserError: There is no pattern, or one is no regular expression or names no parameter.
+        UserError: There is no pattern, one is no valid regex, or one names no parameter.
     """
     if not patterns:
         raise UserError("Nothing would train: there must be at least one trainable pattern.")
     paths = list(flatten(params))
-    matched: set[str] = set()
+    trainable: set[str] = set()
     for pattern in patterns:
         try:
             if pattern in (PEFT, BASE):
-                hits = {path for path in paths if peft_owns(path) == (pattern == PEFT)}
+                matches = {path for path in paths if peft_owns(path) == (pattern == PEFT)}
             else:
-                hits = {path for path in paths if re.fullmatch(pattern, path)}
+                matches = {path for path in paths if re.fullmatch(pattern, path)}
         except re.error as error:
             raise UserError(f"Trainable pattern '{pattern}' is no valid regex: {error}.") from None
-        if not hits and pattern == PEFT:
+        if not matches and pattern == PEFT:
             raise UserError(
                 "Nothing would train: the trainable pattern 'peft' names parameters of PEFT "
                 "methods, and the model has none; set Model.peft."
             )
-        if not hits:
+        if not matches:
             raise UserError(
                 f"Trainable pattern '{pattern}' matches none of the {len(paths)} parameters."
                 + nearest(pattern, paths)
             )
-        matched |= hits
-    return frozenset(matched)
+        trainable |= matches
+    return frozenset(trainable)
 
 
 def top_layers(
     config: ModelConfig, count: int, encoder: bool = False, more: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Returns patterns of the parameters in a model's top layers, those next to its output.
+    """Returns patterns that name the parameters of a model's top layers.
 
-    Li and Liang, 2021, section 5.2, finetune GPT-2's top two (FT-Top2). Norms and heads behind
-    the layers belong to none of them; `more` can add them.
+    Li and Liang, 2021, section 5.2, finetune GPT-2's top two (FT-Top2). The final norm and the head
+    belong to no layer; `more` can add them.
 
     Args:
         config: The model's config.
-        count: How many layers of the decoder.
-        encoder: Whether as many of the encoder's layers train too.
+        count: Number of top layers of the decoder.
+        encoder: Whether as many top layers of the encoder train too.
         more: Further patterns.
 
     Raises:
-        UserError: There are not so many layers, or no encoder.
+        UserError: There are fewer layers than `count`, or there is no encoder.
     """
-    sizes: dict[str, int | None] = {
+    depths: dict[str, int | None] = {
         "decoder": getattr(config, "num_decoder_layers", getattr(config, "num_layers", None))
     }
     if encoder:
-        sizes["encoder"] = getattr(config, "num_encoder_layers", None)
+        depths["encoder"] = getattr(config, "num_encoder_layers", None)
     patterns = []
-    for stack, size in sizes.items():
-        if size is None:
+    for stack, depth in depths.items():
+        if depth is None:
             raise UserError(f"top_layers.{stack}=True, but a {type(config).__name__} has none.")
-        if not 1 <= count <= size:
+        if not 1 <= count <= depth:
             raise UserError(
-                f"top_layers.count={count} must be from 1 to the {stack}'s {size} layers."
+                f"top_layers.count={count} must be from 1 to the {stack}'s {depth} layers."
             )
-        numbers = "|".join(str(i) for i in range(size - count, size))
+        numbers = "|".join(str(i) for i in range(depth - count, depth))
         patterns.append(f"{stack}/layers_({numbers})/.*")
     return (*patterns, *more)
 
 
 def bitfit(config: ModelConfig) -> tuple[str, ...]:
-    """Returns the pattern of a model's biases (BitFit, Ben Zaken et al. 2022).
+    """Returns the pattern that names a model's biases (BitFit, Ben Zaken et al., 2022).
 
-    Models without any, as T5, get their norms' scales instead, and the log says so.
+    Models without biases, such as T5, train the scales of their norms instead, which is logged.
     """
     if any(path.endswith("/bias") for path in flatten(Model(config).shapes())):
         return (".*/bias",)
@@ -127,12 +130,12 @@ def split(params: Params, paths: frozenset[str]) -> tuple[Params, Params]:
     return unflatten(inside), unflatten(outside)
 
 
-def merge(*parts: Params) -> Params:
-    """Puts the parts of a split together; no path may come from two parts."""
+def merge(*trees: Params) -> Params:
+    """Merges the results of `split`; no path may be in two of them."""
     merged: dict[str, Any] = {}
-    for part in parts:
-        flat = flatten(part)
-        if both := sorted(merged.keys() & flat.keys()):
-            raise ValueError(f"Parameters {both} come from two parts.")
+    for params in trees:
+        flat = flatten(params)
+        if duplicates := sorted(merged.keys() & flat.keys()):
+            raise ValueError(f"Parameters {duplicates} are in two trees.")
         merged |= flat
     return unflatten(merged)

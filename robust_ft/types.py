@@ -1,4 +1,4 @@
-"""The few types that every module speaks."""
+"""The types that all modules share: parameters, batches and sums."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ Params = Mapping[str, Any]
 #   encoder_input_tokens   int32[batch, source]
 #   decoder_input_tokens   int32[batch, target]   targets shifted right, first the start token
 #   decoder_target_tokens  int32[batch, target]
-#   decoder_loss_weights   float32[batch, target] 0 where a target does not count
+#   decoder_loss_weights   float32[batch, target]  0 at padding
 # Packed batches add int32 encoder_segment_ids and decoder_segment_ids (0 on padding).
 # Batches of models with a prompt for each task add int32[batch] task_index (`Model.task_index`).
 Batch = Mapping[str, jax.Array]
 
-# Sums over examples or tokens, never means, so that they add up over microbatches and hosts.
+# Scalar sums over examples or tokens, never means: sums add up over microbatches and hosts.
 Sums = dict[str, jax.Array]
