@@ -109,7 +109,8 @@ class StageCheckpoints:
         """Returns the trainable parameters of one step."""
         self._manager.wait_until_finished()
         args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        return self._manager.restore(step, args=args)["params"]
+        params: Params = self._manager.restore(step, args=args)["params"]
+        return params
 
     def best_step(self) -> int | None:
         """Returns the step with the best score; of equal ones the earliest; None without scores."""

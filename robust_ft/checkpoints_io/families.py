@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from robust_ft.checkpoints_io.names import Name, Redundant
 from robust_ft.checkpoints_io.tensors import Tensor
@@ -23,6 +23,7 @@ MODEL_TYPES = {
 _MODULES = {family: f"robust_ft.checkpoints_io.hf_{family}" for family in MODEL_TYPES.values()}
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a `hf_<family>.py` module defines.
 

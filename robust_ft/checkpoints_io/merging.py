@@ -53,7 +53,8 @@ def merged(adapter: Adapter, base: Checkpoint) -> Checkpoint:
 
 def _updated(method: Lora, kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
     def read() -> np.ndarray:
-        return method.merged_kernel(kernel.load(), a.load(), b.load())
+        merged_kernel: np.ndarray = method.merged_kernel(kernel.load(), a.load(), b.load())
+        return merged_kernel
 
     return dataclasses.replace(kernel, read=read)
 

@@ -47,9 +47,10 @@ def _tensor(checkpoint: Path, path: str, leaf: Any) -> Tensor:
 
     def restore() -> np.ndarray:
         try:
-            return flatten(_restore(checkpoint, {path: leaf}, partial=True))[path]
+            array: np.ndarray = flatten(_restore(checkpoint, {path: leaf}, partial=True))[path]
         except Exception as error:
             raise UserError(f"{where} cannot be read ({type(error).__name__}).") from None
+        return array
 
     return Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), restore, where)
 

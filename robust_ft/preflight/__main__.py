@@ -1,12 +1,12 @@
-"""Says whether a config fits a TPU slice, without one.
+"""Tells whether a recipe fits a TPU slice, without having one.
 
     python -m robust_ft.preflight --gin_file=gin_configs/promot_rte.gin \\
         --gin_file=gin_configs/scale/mt5_xxl.gin --topology=v5e:2x4
 
-Compiles the train step and the decoding of every stage for the slice and prints their memory a
-chip, FLOPs and collectives, and what to change where a program does not fit. --find tries larger
-slices and other settings until all programs fit; --topology then says where to begin ("v5e": at the
-smallest).
+Compiles the train step and the decoding of every stage for the slice and prints their memory per
+chip, FLOPs and bytes sent by collectives, and what to change where a program does not fit. --find
+tries larger slices and other settings until all programs fit, starting from --topology ("v5e": from
+the smallest one).
 """
 
 import copy
@@ -57,8 +57,7 @@ def main(argv: Sequence[str]) -> int:
         rows, bindings = list(_rows(arguments, arguments.topology, ())), ()
     report.print_rows(rows)
     if arguments.json:
-        objects = [row.to_json() for row in rows]
-        write_json(arguments.json, objects)
+        write_json(arguments.json, [row.to_json() for row in rows])
     if all(row.fits for row in rows):
         if arguments.find:
             flags = " ".join([f"--gin.{each}" for each in bindings])
@@ -69,22 +68,27 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rows(arguments: command_line.Arguments, name: str, bindings: Sequence[str]) -> Iterator["Row"]:
-    """Yields a row for each program of each stage; programs are compiled one after the other."""
+    """Yields a row for each program of each stage; programs are compiled one after the other.
 
+    Args:
+        arguments: The command line's.
+        name: A topology's, such as "v5e:2x4".
+        bindings: gin bindings that win over those of the command line.
+    """
     from robust_ft import checks, compiling
     from robust_ft.preflight import report
 
-    given = copy.copy(arguments)
-    given.gin_bindings = [*arguments.gin_bindings, *bindings]
-    config = command_line.load_config(given)
+    changed = copy.copy(arguments)
+    changed.gin_bindings = [*arguments.gin_bindings, *bindings]
+    config = command_line.load_config(changed)
     partitioner = config.recipe.partitioner
-    place = topology.describe(name, partitioner.slices)
-    recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(place.devices))
+    target = topology.describe(name, partitioner.slices)
+    recipe = dataclasses.replace(config.recipe, partitioner=partitioner.on(target.devices))
     compiling.use_effort(recipe.compile_effort)
     with command_line.macros_named(config):
         checks.check(recipe)
         for stage in _chosen(recipe, arguments.stage):
-            yield from report.of_stage(recipe, stage, place, arguments.program or PROGRAMS)
+            yield from report.of_stage(recipe, stage, target, arguments.program or PROGRAMS)
 
 
 def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:
@@ -102,8 +106,8 @@ def _find(
 ) -> tuple[list["Row"], Sequence[str]]:
     """Returns the rows of the first slice and settings that fit, and these settings.
 
-    Settings come in the order of what they cost in speed; of one slice all are tried before the
-    next. If nothing fits, the last rows are returned.
+    All settings are tried on one slice, those that cost least speed first, before the next larger
+    slice. If nothing fits, the last rows are returned.
     """
     from robust_ft import console
     from robust_ft.errors import UserError

@@ -1,4 +1,4 @@
-"""What the compiler says of a program: its memory, and what devices send each other."""
+"""What the compiler reports of a program: its peak memory, and the bytes of its collectives."""
 
 import math
 import re
@@ -18,7 +18,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# What slices of a topology send each other, over the slower network.
+# Transfers between the slices of a topology, over the slower network.
 BETWEEN_SLICES = "between slices"
 _BITS = {"pred": 8, "bf16": 16}
 
@@ -27,11 +27,11 @@ class Compiled(NamedTuple):
     """A program for one topology.
 
     Attributes:
-        peak_bytes: The most memory that a device needs at once, arguments and results included.
-        collective_bytes: Bytes that collectives leave on each device in one run, by kind; None if
-            the program does not fit, as the compiler then gives none.
-        seconds: How long compiling took.
-        fits: Whether the compiler found room.
+        peak_bytes: Peak memory of a device, arguments and results included.
+        collective_bytes: Bytes of the collectives' results on each device in one run, by kind; None
+            if the program does not fit, as the compiler then returns no program.
+        seconds: Compile time.
+        fits: Whether the program fits the device's memory.
     """
 
     peak_bytes: int
@@ -41,15 +41,15 @@ class Compiled(NamedTuple):
 
 
 def compile_for(lowered: jax.stages.Lowered, argument_bytes: int, hbm: int) -> Compiled:
-    """Compiles a program for the devices that its arguments' shardings name.
+    """Compiles a program for the devices of its arguments' shardings.
 
     Args:
         lowered: The program.
-        argument_bytes: What its arguments take on each device.
-        hbm: Memory of a device.
+        argument_bytes: Size of its arguments on each device.
+        hbm: Memory of a device, in bytes.
 
     Raises:
-        jax.errors.JaxRuntimeError: The compiler failed for another reason than want of memory.
+        jax.errors.JaxRuntimeError: The compiler failed for another reason than lack of memory.
     """
     start = time.perf_counter()
     try:
@@ -70,32 +70,32 @@ def compile_for(lowered: jax.stages.Lowered, argument_bytes: int, hbm: int) -> C
 
 
 def needed(message: str, argument_bytes: int) -> int | None:
-    """Returns the bytes a device that a program would need; None if it failed for another reason.
+    """Returns the bytes per device that a program would need; None if it failed for another reason.
 
     Args:
-        message: The compiler's, such as "RESOURCE_EXHAUSTED: ... Used 16.6G of 15.75G hbm." It
-            counts all memory, or says that it counts temporary memory alone.
-        argument_bytes: What the program's arguments take on each device.
+        message: The compiler's error, such as "RESOURCE_EXHAUSTED: ... Used 16.6G of 15.75G hbm."
+            Its figure is of all memory, or of "HLO temporaries" alone.
+        argument_bytes: Size of the program's arguments on each device.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
     temporary = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
-    found = used or temporary
-    if found is None:
+    figure = used or temporary
+    if figure is None:
         return argument_bytes
-    scale = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[found[2]]
-    return int(float(found[1]) * scale) + (0 if used else argument_bytes)
+    scale = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[figure[2]]
+    return int(float(figure[1]) * scale) + (0 if used else argument_bytes)
 
 
 def collective_bytes(program: str) -> dict[str, int]:
-    """Returns the bytes that each kind of collective leaves on a device in one run.
+    """Returns the bytes of collectives' results on a device in one run, by kind of collective.
 
-    What other slices send is a kind of its own, `BETWEEN_SLICES`.
+    Transfers between slices are a kind of their own, `BETWEEN_SLICES`.
 
     Args:
-        program: The compiled program as HLO text. A loop's body counts as often as the text says
-            that it runs, once if it does not say.
+        program: The compiled program as HLO text. A loop's body counts `known_trip_count` times,
+            once where that is unknown.
     """
     computations, entry = _computations(program)
     if entry is None:
@@ -107,19 +107,19 @@ def collective_bytes(program: str) -> dict[str, int]:
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str | None]:
-    """Returns each computation's instructions, and the name of the first to run."""
-    found: dict[str, list[str]] = {}
+    """Returns {computation: its instructions}, and the name of the entry computation."""
+    computations: dict[str, list[str]] = {}
     entry, name = None, None
     for line in program.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             name = header[2]
-            found[name] = []
+            computations[name] = []
             entry = name if header[1] else entry
         elif line.startswith("}"):
             name = None
         elif name is not None:
-            found[name].append(line)
-    return found, entry
+            computations[name].append(line)
+    return computations, entry
 
 
 def _count(
@@ -127,33 +127,37 @@ def _count(
     computations: dict[str, list[str]],
     known: dict[str, dict[tuple[str, str], int]],
 ) -> dict[tuple[str, str], int]:
-    """Returns the bytes of each collective in one run of a computation, by kind and channel.
+    """Returns {(kind, channel): bytes} of the collectives in one run of a computation.
 
-    What runs beside other work stands in the program several times, each with the same channel:
-    where it starts, where it ends, and within what it runs beside.
+    An asynchronous collective occurs several times in the program with the same channel: where it
+    starts, where it is done, and in the fusion that it overlaps with. It counts once.
+
+    Args:
+        name: The computation.
+        computations: All computations' instructions.
+        known: The results so far, which are added to.
     """
     if name in known:
         return known[name]
-    found: dict[tuple[str, str], int] = {}
+    total: dict[tuple[str, str], int] = {}
     for line in computations.get(name, []):
-        mine: dict[tuple[str, str], int] = {}
-        times = 1
-        if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
-            times = int(trips[1])
+        sizes: dict[tuple[str, str], int] = {}
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+        times = int(trips[1]) if trips else 1
         channel = re.search(r"channel_id=(\d+)", line) or re.match(r"\s*(?:ROOT )?(\S+) =", line)
         for kind in COLLECTIVES:
             if channel and (match := re.search(rf"= (.*?) {kind}(-start)?\(", line)):
-                mine[kind, channel[1]] = _bytes(match[1], last=bool(match[2]))
+                sizes[kind, channel[1]] = _bytes(match[1], last=bool(match[2]))
         received = re.search(r"= \((\S+), .* recv\(.*xla_megascale_runtime", line)
         if channel and received:
-            mine[BETWEEN_SLICES, channel[1]] = _bytes(received[1], last=False)
+            sizes[BETWEEN_SLICES, channel[1]] = _bytes(received[1], last=False)
         for inner in re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", line):
             for key, size in _count(inner, computations, known).items():
-                mine[key] = times * size
-        for key, size in mine.items():
-            found[key] = max(found.get(key, 0), size)
-    known[name] = found
-    return found
+                sizes[key] = times * size
+        for key, size in sizes.items():
+            total[key] = max(total.get(key, 0), size)
+    known[name] = total
+    return total
 
 
 def _bytes(shapes: str, last: bool) -> int:
@@ -161,7 +165,8 @@ def _bytes(shapes: str, last: bool) -> int:
 
     Args:
         shapes: Such as "bf16[8,128]{1,0}" or a tuple of them.
-        last: Whether only the last one counts: what starts has its operands there too.
+        last: Whether only the last one counts: a "-start" instruction's tuple begins with the
+            operands.
     """
     sizes = []
     for dtype, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):

@@ -1,4 +1,4 @@
-"""How much a traced program computes: its floating point operations in matrix products."""
+"""FLOPs of a traced program's matrix products."""
 
 from typing import Any
 
@@ -7,15 +7,14 @@ import numpy as np
 
 
 def count(traced: jax.stages.Traced, trips: int = 1) -> int:
-    """Returns a program's floating point operations in matrix products, on all devices together.
+    """Returns the FLOPs of a program's matrix products, on all devices together.
 
-    They are counted in the traced program, where loops say how often they go round; what the
-    compiler reports counts a loop's body once. Fused kernels, such as cuDNN's attention, are not
-    looked into.
+    They are counted in the traced program, where a scan has its length; the compiler's own figures
+    count a loop's body once. Custom kernels, such as cuDNN's attention, count as nothing.
 
     Args:
         traced: The program.
-        trips: How often loops without a fixed end go round.
+        trips: Number of iterations to assume for while loops.
     """
     return _count(traced.jaxpr.jaxpr, trips)
 
@@ -28,11 +27,12 @@ def _count(jaxpr: Any, trips: int) -> int:
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             inner = int(np.prod([left[axis] for axis in contracted]))
+            # A multiplication and an addition for each term of each entry of the result.
             total += 2 * inner * int(np.prod(equation.outvars[0].aval.shape))
             continue
         times = {"scan": params.get("length", 1), "while": trips}.get(equation.primitive.name, 1)
         inside = [_count(each, trips) for each in _jaxprs(params)]
-        # Of a condition's branches one runs.
+        # One of a cond's branches runs.
         total += times * (max(inside, default=0) if "branches" in params else sum(inside))
     return total
 

@@ -1,7 +1,7 @@
-"""The programs that a recipe's stages run, traced for devices that need not be there.
+"""The programs that a recipe's stages run, traced with shapes and shardings instead of arrays.
 
-They are the stage's own: the train step that `trainer.fit` jits and the decoding that `Predictor`
-jits. Arrays are shapes with shardings.
+They are the same as in a run: the train step that `trainer.fit` jits and the decoding that
+`Predictor` jits.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ class Program(NamedTuple):
     """One program of a stage.
 
     Attributes:
-        name: "train_step", "decode_step" (an evaluation in the middle of training) or "infer_step"
-            (the same without an optimizer's state beside it).
+        name: "train_step", "decode_step" (decoding while the optimizer's state is in memory, as
+            during training) or "infer_step" (the same without it).
         traced: The program, not compiled yet.
-        parameter_bytes: Of all parameters that it reads, a teacher's among them, on each device.
-        optimizer_bytes: Of the optimizer's state, on each device.
-        trips: How often a loop without a fixed end goes round at most.
+        parameter_bytes: Bytes per device of all parameters that it reads, a teacher's included.
+        optimizer_bytes: Bytes per device of the optimizer's state.
+        trips: The most iterations of its while loops.
     """
 
     name: str
@@ -41,15 +41,16 @@ class Program(NamedTuple):
 
 
 def train_step(recipe: Recipe, stage: Stage) -> Program:
-    """Traces the stage's step on the recipe's mesh."""
+    """Traces the stage's train step on the recipe's mesh."""
     partitioner, model = recipe.partitioner, stage.model
     params = _placed_params(partitioner, model)
     paths = stage.trainable_paths()
     trained, frozen = trainable.split(params, paths)
     shapes, shardings = state_shardings(stage, trained, partitioner)
     state = _placed(shapes, shardings)
-    tutor = teacher_model(recipe, stage)
-    teacher = None if tutor is None else Teacher(tutor, _placed_params(partitioner, tutor))
+    teacher = None
+    if (model_of_teacher := teacher_model(recipe, stage)) is not None:
+        teacher = Teacher(model_of_teacher, _placed_params(partitioner, model_of_teacher))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (state, frozen, teacher, _train_batch(stage, partitioner), key)
     with partitioner.activate():
@@ -62,9 +63,9 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
 
 
 def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
-    """Traces the largest decoding that the stage evaluates with; None if it has no evaluation.
+    """Traces the largest of the stage's evaluations; None if it has none.
 
-    That is a whole batch from its inputs to its outputs.
+    The program decodes one batch: prefill and all decode steps.
     """
     largest = max((*stage.evaluations, *stage.final_evaluations), key=_decoded_tokens, default=None)
     if largest is None:
@@ -91,7 +92,7 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
 
 
 def bytes_a_device(tree: Any) -> int:
-    """Returns the bytes that each device holds of arrays, or of shapes with shardings."""
+    """Returns the bytes per device of a tree of arrays, or of shapes with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -125,7 +126,8 @@ def _tokens(partitioner: Partitioner, dtype: Any, *shape: int) -> jax.ShapeDtype
 
 
 def _placed_params(partitioner: Partitioner, model: Model) -> Params:
-    return _placed(model.shapes(), partitioner.shardings(model.logical_axes()))
+    params: Params = _placed(model.shapes(), partitioner.shardings(model.logical_axes()))
+    return params
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

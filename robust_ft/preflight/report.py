@@ -1,4 +1,4 @@
-"""Rows of a preflight: what each program of a stage needs on a topology, and what would help."""
+"""Rows of a preflight: the memory of each program on a topology, and what would lower it."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
@@ -17,22 +17,22 @@ from robust_ft.stage import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One program on one topology; bytes are those of each chip.
+    """One program on one topology; bytes are per chip.
 
     Attributes:
         stage: The stage's name.
-        program: "train_step"; "decode_step", an evaluation in the middle of training; "infer_step".
+        program: See `programs.Program.name`.
         topology: Such as "v5e:2x4".
         chips: Number of chips.
-        peak_bytes: The most memory in use at once. If the program does not fit, what it would need,
-            as far as the compiler says.
-        hbm_bytes: Memory that there is.
+        peak_bytes: Peak memory. If the program does not fit, what it would need, as far as the
+            compiler tells.
+        hbm_bytes: Memory of a chip.
         parameter_bytes: All parameters, a teacher's included.
         optimizer_bytes: The optimizer's state.
-        flops: Operations in matrix products, of all chips together; for decoding, of a batch whose
-            outputs are as long as they may be.
-        collectives: Bytes that collectives leave on a chip, by kind; None if unknown.
-        compile_seconds: How long compiling took.
+        flops: FLOPs of matrix products, of all chips together; when decoding, of outputs of the
+            greatest length.
+        collectives: Bytes of collectives' results, by kind; None if unknown.
+        compile_seconds: Compile time.
         advice: What would lower the peak, if the program does not fit.
     """
 
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def activation_bytes(self) -> int:
-        """Everything else at the peak: activations, gradients, caches, batches."""
+        """The rest of the peak: activations, gradients, KV caches, batches."""
         return max(self.peak_bytes - self.parameter_bytes - self.optimizer_bytes, 0)
 
     @property
@@ -79,20 +79,22 @@ def of_stage(
     """Compiles a stage's programs for a topology, one after the other.
 
     Args:
-        recipe: On the topology's devices.
+        recipe: The recipe, with its mesh on the topology's devices.
         stage: One of its stages.
-        topology: Where it is to run.
-        names: The programs, see `Row.program`.
+        topology: The topology.
+        names: The programs to compile; see `Row.program`.
     """
     if "train_step" in names:
         train = programs.train_step(recipe, stage)
-        compiled, kept = _compiled(train, topology), train.optimizer_bytes
-        yield _row(recipe, stage, topology, train, compiled, kept, compiled.peak_bytes)
+        compiled = _compiled(train, topology)
+        yield _row(
+            recipe, stage, topology, train, compiled, train.optimizer_bytes, compiled.peak_bytes
+        )
     if not {"decode_step", "infer_step"} & set(names):
         return
     if (decode := programs.decode_step(recipe, stage)) is not None:
         compiled = _compiled(decode, topology)
-        # While a stage trains, its optimizer's state waits beside the evaluation.
+        # During training, the optimizer's state stays in memory beside the evaluation.
         for name, beside in (("decode_step", decode.optimizer_bytes), ("infer_step", 0)):
             if name in names:
                 program, peak = decode._replace(name=name), compiled.peak_bytes + beside
@@ -100,7 +102,7 @@ def of_stage(
 
 
 def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
-    """Yields gin bindings to try, each with those before it, from fast to slow."""
+    """Yields gin bindings to try, those that cost least speed first; each adds to those before."""
     bindings: tuple[str, ...] = ()
     yield bindings
     config: Any = recipe.stages[0].model.config
@@ -110,14 +112,14 @@ def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     if getattr(config, "remat", "full") != "full":
         bindings += (f"{type(config).__name__}.remat='full'",)
         yield bindings
-    parts = max(stage.microbatches for stage in recipe.stages)
-    while parts < min(8, *(stage.batch_size for stage in recipe.stages)):
-        parts *= 2
-        yield (*bindings, f"MICROBATCHES={parts}")
+    microbatches = max(stage.microbatches for stage in recipe.stages)
+    while microbatches < min(8, *(stage.batch_size for stage in recipe.stages)):
+        microbatches *= 2
+        yield (*bindings, f"MICROBATCHES={microbatches}")
     if config.param_dtype == "float32":
         yield (
             *bindings,
-            f"MICROBATCHES={parts}",
+            f"MICROBATCHES={microbatches}",
             f"{type(config).__name__}.param_dtype='bfloat16'",
         )
 
@@ -194,15 +196,15 @@ def _row(
 
 
 def _advice(recipe: Recipe, stage: Stage, row: Row) -> Iterator[str]:
-    """Yields what would lower a row's peak, what costs least speed first."""
+    """Yields what would lower a row's peak, starting with what costs least speed."""
     config: Any = stage.model.config
     name = type(config).__name__
     partitioner = recipe.partitioner
-    kept = row.parameter_bytes + row.optimizer_bytes
+    state_bytes = row.parameter_bytes + row.optimizer_bytes
     if partitioner.mesh.shape["fsdp"] == 1 and row.chips > 1:
         yield (
-            f"Split parameters over the chips with FULLY_SHARDED=-1: "
-            f"{kept / GIB:.2f} GiB become about {kept / row.chips / GIB:.2f}."
+            f"Shard parameters over the chips with FULLY_SHARDED=-1: "
+            f"{state_bytes / GIB:.2f} GiB become about {state_bytes / row.chips / GIB:.2f}."
         )
     if config.dtype == "float32":
         yield f"Compute in bfloat16 with {name}.dtype='bfloat16'."
@@ -213,8 +215,10 @@ def _advice(recipe: Recipe, stage: Stage, row: Row) -> Iterator[str]:
             yield f"Keep no activations inside layers with {name}.remat='full'."
         rows = stage.batch_size // (partitioner.batch_shards * stage.microbatches)
         if rows > 1:
-            parts = 2 * stage.microbatches
-            yield f"Compute a chip's {rows} examples in parts with MICROBATCHES={parts}."
+            yield (
+                f"Split a chip's {rows} examples into microbatches with "
+                f"MICROBATCHES={2 * stage.microbatches}."
+            )
     if config.param_dtype == "float32":
         yield f"Keep parameters in bfloat16 with {name}.param_dtype='bfloat16': half as large."
     yield "Take a larger slice; --find looks for the smallest."

@@ -1,6 +1,7 @@
-"""TPU slices that are described to the compiler and need not be there.
+"""TPU slices as the compiler knows them; no TPU is needed.
 
-Light to import: JAX reads the environment when it is imported, so `prepare` comes before that.
+JAX reads the environment when it is imported, so `prepare` must come before, and this module does
+not import JAX.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from robust_ft.xla_flags import PRESETS
 
 GIB = 2**30
 
-# What libtpu asks of a machine that has no TPU. No chip is opened: several processes may load it.
+# What libtpu needs on a machine without a TPU. It opens no chip, so several processes may load it.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -20,8 +21,8 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Products of products of large models overflow the compiler's usual stacks of 64 KB. The other
-    # flags are for runs, too: --xla_flags=tpu.
+    # Large models overflow the compiler's default thread stacks of 64 KB. The other flags are those
+    # of runs with --xla_flags=tpu.
     "LIBTPU_INIT_ARGS": " ".join(
         ("--fibers_default_thread_stack_size=4194304", *PRESETS["tpu"][1])
     ),
@@ -32,9 +33,9 @@ class Chip(NamedTuple):
     """A kind of TPU.
 
     Attributes:
-        hbm: Memory that programs can use, in bytes a chip.
+        hbm: Memory that programs can use, in bytes per chip.
         slices: Shapes of its slices, smallest first.
-        config: The compiler's name for how a chip's cores are used.
+        config: libtpu's `chip_config_name`: "megacore" where a chip's two cores act as one device.
     """
 
     hbm: int
@@ -53,12 +54,12 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, or several.
+    """One or several slices of TPU chips.
 
     Attributes:
         name: Such as "v5e:2x4" or "2 slices of v5e:2x4".
-        chip: Its kind of chip.
-        devices: JAX's devices, which programs can be compiled for, one a chip.
+        chip: The kind of chip.
+        devices: JAX devices to compile for, one per chip.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Topology(NamedTuple):
 
 
 def prepare() -> None:
-    """Sets the environment in which JAX compiles for TPUs on a machine that has none.
+    """Sets the environment in which JAX compiles for TPUs on a machine without one.
 
     Raises:
         UserError: libtpu, the compiler, is not installed.
@@ -81,10 +82,10 @@ def prepare() -> None:
 
 
 def larger(name: str) -> tuple[str, ...]:
-    """Returns the names of this slice and of those of its kind with more chips, smallest first.
+    """Returns the names of this slice and of the larger ones of its kind, smallest first.
 
     Args:
-        name: A slice's, or a kind of chip's ("v5e") for all of its slices.
+        name: A slice ("v5e:2x4"), or a kind of chip ("v5e") for all of its slices.
 
     Raises:
         UserError: There is no such slice.
@@ -105,11 +106,11 @@ def larger(name: str) -> tuple[str, ...]:
 
 
 def describe(name: str, slices: int = 1) -> Topology:
-    """Returns a topology whose devices exist for the compiler alone.
+    """Returns a topology whose devices can be compiled for, but run nothing.
 
     Args:
         name: Such as "v5e:2x4".
-        slices: Number of such slices, joined by a slower network.
+        slices: Number of such slices, connected by a slower network.
 
     Raises:
         UserError: There is no such slice.
@@ -121,8 +122,8 @@ def describe(name: str, slices: int = 1) -> Topology:
 
     chip = CHIPS[kind]
     options: dict[str, Any] = {"chip_config_name": chip.config, "num_slices": slices}
-    if shape == "1x1":  # a host has four chips otherwise
+    if shape == "1x1":  # libtpu otherwise assumes hosts with four chips
         options["chips_per_host_bounds"] = (1, 1, 1)
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    called = name if slices == 1 else f"{slices} slices of {name}"
-    return Topology(called, chip, tuple(found.devices))
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    full_name = name if slices == 1 else f"{slices} slices of {name}"
+    return Topology(full_name, chip, tuple(described.devices))
