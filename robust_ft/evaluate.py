@@ -36,7 +36,7 @@ class Evaluation:
     Attributes:
         data: The task and its split; `data.task` is the name without the number of shots.
         decoder: How outputs are decoded.
-        shots: Number of exemplars in the input; above 0 the task is "<task>_<shots>shot".
+        shots: Number of exemplars in the input; above 0 the task is `"<task>_<shots>shot"`.
         role: "target" (what is being finetuned), "ood" (the same task on other data) or "held_out".
         detach: Names of PEFT methods that are removed from the model for this task, or "all".
         batch_size: Examples decoded at once.

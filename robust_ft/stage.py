@@ -27,9 +27,9 @@ class Stage:
     """One stage of a recipe: what trains, on what, and for how long.
 
     Attributes:
-        name: The stage's folder in MODEL_DIR, and what "stage:<name>" refers to.
+        name: The stage's folder in MODEL_DIR, and what `"stage:<name>"` refers to.
         model: The model with the PEFT methods of this stage.
-        restore: Where parameters come from: a checkpoint's path, "stage:<name>" of an earlier
+        restore: Where parameters come from: a checkpoint's path, `"stage:<name>"` of an earlier
             stage, or "scratch".
         trainable: "peft" for the parameters of the model's PEFT methods, "base" for all others,
             or regexes, which match paths in full; what one of them names trains.
@@ -38,7 +38,7 @@ class Stage:
         batch_size: Examples (packed rows, if packing) an update.
         optimizer: Optimizer and learning rate.
         objective: From logits to loss.
-        teacher: What the objective's teacher is, if it needs one: "stage:<name>" of an earlier
+        teacher: What the objective's teacher is, if it needs one: `"stage:<name>"` of an earlier
             stage; "pretrained", the model that the first stage started from, without PEFT methods;
             or a model directory, optionally with what is laid over it, such as "DIRECTORY,EXPORT".
         teacher_dtype: Type in which the teacher's parameters are kept, "bfloat16" or "float32".

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,9 @@ def test_a_command_gets_its_arguments(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 0 and '"exact_match": 100.0' in capsys.readouterr().out
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = (Path(__file__).parent.parent / "docs" / "api").glob("*.md")
+    listed = [name for page in pages for name in re.findall(r"^::: (.+)$", page.read_text(), re.M)]
+    assert sorted(listed) == [f"robust_ft.{name}" for name in robust_ft.__all__]

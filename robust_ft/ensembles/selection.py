@@ -68,8 +68,8 @@ class EnsembleSelection:
 
     Attributes:
         name: Its folder in MODEL_DIR, and its name in summary.json.
-        light: The lightweight model, "stage:<name>"; its weight is lambda.
-        full: The full model, "stage:<name>"; its weight is 1 - lambda.
+        light: The lightweight model, `"stage:<name>"`; its weight is lambda.
+        full: The full model, `"stage:<name>"`; its weight is 1 - lambda.
         weights: The lambdas that are tried.
         evaluations: Those with the role "target" select; the others are not run.
         final_evaluations: Run for every lambda, to show the trade-off between in-distribution and
@@ -125,8 +125,8 @@ class CocktailSelection:
 
     Attributes:
         name: Its folder in MODEL_DIR, and its name in summary.json.
-        student: The students are the stages "<student>_<lambda>", as `students` names them.
-        full: The student of lambda 0, "stage:<name>", which is full finetuning.
+        student: The students are the stages `"<student>_<lambda>"`, as `students` names them.
+        full: The student of lambda 0, `"stage:<name>"`, which is full finetuning.
         weights: The lambdas that are tried.
     """
 
@@ -168,7 +168,7 @@ def students(stage: Stage, weights: Sequence[float] = GRID) -> tuple[Stage, ...]
     """Returns a stage for each lambda but 0, which is full finetuning and a stage of its own.
 
     Args:
-        stage: Has a `Cocktail` objective and a teacher. Students are named "<its name>_<lambda>".
+        stage: Has a `Cocktail` objective and a teacher. Students are named `"<its name>_<lambda>"`.
         weights: The lambdas.
     """
     check_weights(f"students of stage '{stage.name}'", weights)

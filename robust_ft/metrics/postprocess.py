@@ -22,12 +22,12 @@ def identity(output: str, example: Any = None, is_target: bool = False) -> str:
 def promot(output: str, example: Any = None, is_target: bool = False) -> str:
     """Extracts the answer as ProMoT does for every task.
 
-    The paper: "we first extract the text after <extra_id_0> and before <extra_id_1>, then trim the
+    The paper: "we first extract the text after `<extra_id_0>` and before `<extra_id_1>`, then trim the
     text by locating and remove the text after the second prefix token (Q:, Translate, Article:)".
     Read here as:
 
-    - Pretrained T5 models answer in the format of span corruption. Without <extra_id_0> the text
-      starts at the output's start (a finetuned model writes no sentinels), without <extra_id_1>
+    - Pretrained T5 models answer in the format of span corruption. Without `<extra_id_0>` the text
+      starts at the output's start (a finetuned model writes no sentinels), without `<extra_id_1>`
       after it, it goes to the output's end.
     - The first prefix is the one in the input, so the second is the first one in the output, where
       a model that has answered goes on to make up another exemplar. The prefix goes as well.
