@@ -1,4 +1,4 @@
-"""The import rules and sizes of docs/architecture.md, read from the sources."""
+"""The import rules and size limits of docs/architecture.md, checked on the sources."""
 
 import ast
 import graphlib
