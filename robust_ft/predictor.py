@@ -1,4 +1,4 @@
-"""From text to text: a model, its parameters and a vocabulary behind one object."""
+"""Predictors: a model, its parameters and a vocabulary that decode and score texts."""
 
 import abc
 import dataclasses
@@ -21,30 +21,31 @@ from robust_ft.types import Batch, Params
 from robust_ft.vocabulary import Vocabulary, encode_inputs, encode_targets
 
 DECODE_LENGTH = 64
-# Positions whose logits are held at once when targets are scored; every bucket is a multiple.
-BLOCK = 16
+# Target positions whose logits are in memory at once when targets are scored. All buckets of
+# lengths are multiples of it.
+CHUNK = 16
 
 
 class Ranked(NamedTuple):
-    """Answer choices by their log-likelihoods.
+    """The result of rank classification.
 
     Attributes:
-        best: Each input's likeliest choice, by its position; of equal ones the first.
+        best: The index of each input's most likely choice; ties go to the first.
         scores: Log-likelihoods in nats; -inf where an input has fewer choices than others.
     """
 
-    best: Int[np.ndarray, " inputs"]
+    best: Int[np.ndarray, "inputs"]
     scores: Float[np.ndarray, "inputs choices"]
 
 
 class BasePredictor(abc.ABC):
-    """Decodes and scores batches and texts: one model, or several as one (`Ensemble`).
+    """Decodes and scores batches and texts with one model, or with an `Ensemble` of several.
 
     Attributes:
-        model: What decodes.
+        model: The model.
         params: All of its parameters.
-        vocabulary: Turns text into tokens and back.
-        partitioner: Where batches go.
+        vocabulary: Encodes and decodes texts.
+        partitioner: Places batches on the mesh.
     """
 
     model: LanguageModel
@@ -54,7 +55,7 @@ class BasePredictor(abc.ABC):
 
     @abc.abstractmethod
     def without(self, *names: str) -> "BasePredictor":
-        """Returns a predictor with these PEFT methods, and their parameters, removed."""
+        """Returns the predictor without these PEFT methods and their parameters."""
 
     def generate(
         self,
@@ -63,26 +64,29 @@ class BasePredictor(abc.ABC):
         rng: jax.Array | None = None,
         **settings: Any,
     ) -> Decoded:
-        """Decodes one batch; of several processes each decodes its rows, and all get all outputs.
+        """Decodes one batch. Each process decodes its shard, and all get all outputs.
 
         Args:
-            batch: NumPy arrays under t5x's names; `encoder_input_tokens` [batch, source], and
-                `task_index` [batch] if tasks have prompts of their own (`Model.task_index`).
-            decoder: Greedy, beam search or sampling, with its settings; by default greedy, up to
+            batch: NumPy arrays under t5x's feature names: `encoder_input_tokens` [batch, source],
+                and `task_index` [batch] if tasks have prompts of their own (`Model.task_index`).
+            decoder: Settings of greedy decoding, beam search or sampling; by default greedy, up to
                 64 tokens.
             rng: A key, for sampling only.
-            **settings: A decoder's, such as beam_size=4, that win over those of `decoder`.
+            **settings: Fields of `Decoder` that override those of `decoder`, such as beam_size=4.
 
         Returns:
             tokens [batch, num_return, length], best first, and scores [batch, num_return].
 
         Raises:
-            UserError: There is no such setting, or it is out of its range.
+            UserError: A setting is unknown or out of range.
         """
         decoder = _decoder(decoder, settings)
         with self.partitioner.activate():
-            placed = self.partitioner.share_batch(_inputs(batch))
-            return multihost.whole(decode(self.model, decoder, self.params, placed, rng))
+            sharded = self.partitioner.share_batch(_inputs(batch))
+            decoded: Decoded = multihost.whole(
+                decode(self.model, decoder, self.params, sharded, rng)
+            )
+            return decoded
 
     def predict(
         self,
@@ -98,19 +102,19 @@ class BasePredictor(abc.ABC):
 
         Args:
             texts: Inputs, without special tokens.
-            decoder: Greedy, beam search or sampling, with its settings; by default greedy, up to
-                64 tokens.
-            inputs_length: Number of tokens, the end-of-sequence token among them, at which inputs
-                are cut and to which they are padded. By default none is cut, and texts of about
-                the same length are padded to the same.
-            batch_size: Most texts decoded at once.
+            decoder: As in `generate`.
+            inputs_length: Number of tokens, the end-of-sequence token included, to which inputs are
+                truncated and padded. By default none is truncated, and texts are padded to the
+                length of their bucket.
+            batch_size: The most texts to decode at once.
             rng: A key, for sampling only.
-            task: Whose prompt texts get, if tasks have prompts of their own (`Model.tasks`): one
-                task's, or for each text another's.
-            **settings: A decoder's, as in `generate`.
+            task: The task whose prompt to use, if tasks have prompts of their own (`Model.tasks`):
+                one for all texts, or one for each.
+            **settings: As in `generate`.
 
         Raises:
-            UserError: The model has no place for inputs of this length, or an argument is wrong.
+            UserError: The model has no positions for inputs of this length, or an argument is
+                wrong.
         """
         _check_texts("texts", texts)
         batch_size = self._divisible(batch_size)
@@ -118,14 +122,15 @@ class BasePredictor(abc.ABC):
         tasks = self._task_indices(task, len(texts))
         encoded = [encode_inputs(self.vocabulary, text, inputs_length) for text in texts]
         outputs = [""] * len(texts)
-        for i, numbers in enumerate(self._groups([len(ids) for ids in encoded], batch_size)):
-            rows = self._padded([encoded[n] for n in numbers], inputs_length, batch_size)
+        for i, indices in enumerate(self._batches([len(ids) for ids in encoded], batch_size)):
+            rows = self._padded([encoded[n] for n in indices], inputs_length, batch_size)
             batch_rng = None if rng is None else jax.random.fold_in(rng, i)
-            batch = {"encoder_input_tokens": rows} | _task_rows(tasks, numbers, len(rows))
+            batch = {"encoder_input_tokens": rows} | _task_rows(tasks, indices, len(rows))
             decoded = self.generate(batch, decoder, batch_rng)
-            best = np.asarray(decoded.tokens)[:, 0]
-            for number, tokens in zip(numbers, best, strict=False):
-                outputs[number] = self.vocabulary.decode(tokens.tolist())
+            best = np.asarray(decoded.tokens)[:, 0]  # [batch, length]
+            # Not strict: rows behind the last index are padding.
+            for index, tokens in zip(indices, best, strict=False):
+                outputs[index] = self.vocabulary.decode(tokens.tolist())
         return outputs
 
     def score(
@@ -137,25 +142,25 @@ class BasePredictor(abc.ABC):
         targets_length: int = 512,
         batch_size: int = 32,
         task: str | Sequence[str] | None = None,
-    ) -> Float[np.ndarray, " texts"]:
+    ) -> Float[np.ndarray, "texts"]:
         """Returns log p(target | input) for each pair, in nats, as float32.
 
-        It sums over the tokens that the model learns to write for the target: the
-        end-of-sequence token counts, and what the vocabulary has before targets (BART's `<s>`).
+        The sum is over the tokens that the model is trained on: the end-of-sequence token counts,
+        and so does what the vocabulary puts before targets (BART's `<s>`).
 
         Args:
-            inputs: What the model reads, without special tokens.
-            targets: What it is asked about, one for each input.
-            per_token: Whether each sum is divided by its number of tokens.
+            inputs: Inputs, without special tokens.
+            targets: One target for each input.
+            per_token: Divide each sum by its number of tokens.
             inputs_length: As in `predict`.
-            targets_length: Most tokens of a target. None is cut: half a target's score would be
-                another target's.
-            batch_size: Most pairs scored at once.
+            targets_length: The most tokens of a target. A longer one is an error, since truncated
+                it would have another target's score.
+            batch_size: The most pairs to score at once.
             task: As in `predict`.
 
         Raises:
-            UserError: There are more inputs than targets or fewer, a target is too long, or the
-                model has no place for texts of this length.
+            UserError: There is not one target for each input, a target is too long, or the model
+                has no positions for texts of this length.
         """
         _check_texts("targets", targets)
         ranked = self.rank(
@@ -181,20 +186,21 @@ class BasePredictor(abc.ABC):
     ) -> Ranked:
         """Ranks each input's answer choices by log p(choice | input), see `score`.
 
-        An input is read once for all its choices. Inputs may have different numbers of them.
+        Each input is encoded once for all its choices. Inputs may differ in their numbers of
+        choices.
 
         Args:
-            inputs: What the model reads, without special tokens.
-            choices: For each input its possible answers, at least one.
-            per_token: Whether log-likelihoods are divided by the choices' numbers of tokens.
+            inputs: Inputs, without special tokens.
+            choices: The answer choices of each input, at least one.
+            per_token: Divide log-likelihoods by the choices' numbers of tokens.
             inputs_length: As in `predict`.
-            targets_length: Most tokens of a choice, as in `score`.
-            batch_size: Most choices scored at once, if no input has more.
+            targets_length: The most tokens of a choice, as in `score`.
+            batch_size: The most choices to score at once, unless a single input has more.
             task: As in `predict`.
 
         Raises:
-            UserError: There are more inputs than lists of choices or fewer, an input has no choice,
-                a choice is too long, or the model has no place for texts of this length.
+            UserError: There is not one list of choices for each input, an input has no choice, a
+                choice is too long, or the model has no positions for texts of this length.
         """
         _check_texts("inputs", inputs)
         self._divisible(batch_size)
@@ -203,49 +209,53 @@ class BasePredictor(abc.ABC):
                 f"Each input needs targets of its own, not {len(inputs)} inputs and "
                 f"{len(choices)} targets."
             )
-        read = [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs]
-        written = [self._encoded(i, texts, targets_length) for i, texts in enumerate(choices)]
+        input_ids = [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs]
+        choice_ids = [self._encoded(i, texts, targets_length) for i, texts in enumerate(choices)]
         tasks = self._task_indices(task, len(inputs))
-        counts = [len(each) for each in written]
+        counts = [len(of_input) for of_input in choice_ids]
         scores = np.full((len(inputs), max(counts, default=1)), -np.inf, np.float32)
-        joined = [len(read[n]) + max(map(len, written[n])) for n in range(len(inputs))]
-        left = sorted(range(len(inputs)), key=lambda n: (-counts[n], -joined[n]))
-        while left:
-            rows = self._divisible(max(batch_size // counts[left[0]], 1))
-            numbers, left = left[:rows], left[rows:]
-            batch = self._choices(
-                [read[n] for n in numbers], [written[n] for n in numbers], inputs_length, rows
+        lengths = [len(input_ids[n]) + max(map(len, choice_ids[n])) for n in range(len(inputs))]
+        # Inputs with as many choices, of similar length, share a batch.
+        remaining = sorted(range(len(inputs)), key=lambda n: (-counts[n], -lengths[n]))
+        while remaining:
+            rows = self._divisible(max(batch_size // counts[remaining[0]], 1))
+            indices, remaining = remaining[:rows], remaining[rows:]
+            batch = self._ranking_batch(
+                [input_ids[n] for n in indices],
+                [choice_ids[n] for n in indices],
+                inputs_length,
+                rows,
             )
-            batch |= _task_rows(tasks, numbers, len(batch["encoder_input_tokens"]))
+            batch |= _task_rows(tasks, indices, len(batch["encoder_input_tokens"]))
             with self.partitioner.activate():
-                placed = self.partitioner.share_batch(batch)
-                found = multihost.whole(_log_likelihoods(self.model, self.params, placed))
-                found = np.asarray(found)
-            for number, row in zip(numbers, found, strict=False):
-                scores[number, : counts[number]] = row[: counts[number]]
+                sharded = self.partitioner.share_batch(batch)
+                log_likelihoods = np.asarray(
+                    multihost.whole(_log_likelihoods(self.model, self.params, sharded))
+                )  # [batch, choices]
+            for index, row in zip(indices, log_likelihoods, strict=False):
+                scores[index, : counts[index]] = row[: counts[index]]
                 if per_token:
-                    lengths = [len(tokens) for tokens in written[number]]
-                    scores[number, : counts[number]] /= lengths
+                    scores[index, : counts[index]] /= [len(ids) for ids in choice_ids[index]]
         return Ranked(np.argmax(scores, axis=1), scores)
 
-    def _encoded(self, number: int, texts: Sequence[str], longest: int) -> list[list[int]]:
-        """Returns the tokens of what an input's model may write; none may be cut."""
-        _check_texts("Each input's choices", texts)
-        if not texts:
-            raise UserError(f"Input {number} has no choices.")
-        written = [list(encode_targets(self.vocabulary, text)) for text in texts]
-        for text, tokens in zip(texts, written, strict=True):
-            if len(tokens) > longest:
+    def _encoded(self, index: int, choices: Sequence[str], most: int) -> list[list[int]]:
+        """Returns the tokens of an input's choices, none of which may have more than `most`."""
+        _check_texts("Each input's choices", choices)
+        if not choices:
+            raise UserError(f"Input {index} has no choices.")
+        encoded = [list(encode_targets(self.vocabulary, text)) for text in choices]
+        for text, ids in zip(choices, encoded, strict=True):
+            if len(ids) > most:
                 raise UserError(
-                    f"Target '{text[:40]}...' of input {number} has {len(tokens)} tokens, more "
-                    f"than targets_length={longest}."
+                    f"Target '{text[:40]}...' of input {index} has {len(ids)} tokens, more "
+                    f"than targets_length={most}."
                 )
-        return written
+        return encoded
 
     def _task_indices(
         self, task: str | Sequence[str] | None, count: int
-    ) -> Int32[np.ndarray, " texts"] | None:
-        """Returns each text's position in `Model.tasks`, None if tasks have no prompts."""
+    ) -> Int32[np.ndarray, "texts"] | None:
+        """Returns each text's index in `Model.tasks`, None if tasks have no prompts."""
         known = self.model.tasks
         if not known:
             if task is not None:
@@ -259,14 +269,14 @@ class BasePredictor(abc.ABC):
         return np.array([self.model.task_index(name) for name in names], np.int32)
 
     def _divisible(self, batch_size: int) -> int:
-        """Returns the largest batch, up to this size if possible, that divides over the devices."""
+        """Returns the largest batch size up to this one that divides over the devices."""
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
         devices = self.partitioner.batch_shards
         return max(batch_size // devices, 1) * devices
 
-    def _groups(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-        """Yields the numbers of texts that go together, of similar length, longest first."""
+    def _batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Yields the indices of texts of similar length, the longest first."""
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
@@ -274,9 +284,9 @@ class BasePredictor(abc.ABC):
     def _padded(
         self, sequences: Sequence[Sequence[int]], length: int | None, batch_size: int
     ) -> Int32[np.ndarray, "batch length"]:
-        """Returns a batch whose shape is one of few, so that few programs are compiled.
+        """Returns a batch padded to a bucket of lengths and sizes, so that few programs compile.
 
-        Rows that only fill it up repeat the first, so that decoding does not wait for them.
+        Rows that fill it up repeat the first: empty ones might decode longer than all others.
         """
         length = length or _bucket(max(map(len, sequences)))
         rows = self.partitioner.batch_shards
@@ -288,16 +298,16 @@ class BasePredictor(abc.ABC):
             row[: len(tokens)] = tokens
         return filled
 
-    def _choices(
+    def _ranking_batch(
         self,
         inputs: Sequence[Sequence[int]],
         choices: Sequence[Sequence[Sequence[int]]],
         inputs_length: int | None,
         batch_size: int,
     ) -> dict[str, np.ndarray]:
-        """Returns a batch in which each row of inputs has as many rows of targets, one by one.
+        """Returns a batch whose targets are the choices of all inputs: [inputs * choices, length].
 
-        Rows and choices that only fill it up repeat the first.
+        Inputs and choices that fill it up repeat the first.
         """
         encoded = self._padded(inputs, inputs_length, batch_size)
         choices = [*choices, *[choices[0]] * (len(encoded) - len(choices))]
@@ -309,7 +319,7 @@ class BasePredictor(abc.ABC):
             "decoder_input_tokens": self._padded(shifted, None, len(targets)),
             "decoder_target_tokens": self._padded(targets, None, len(targets)),
         }
-        # Padding may be another token's id: only lengths tell which positions count.
+        # Not `targets != pad_id`: where padding is the end-of-sequence token, that would not count.
         weights = np.zeros(batch["decoder_target_tokens"].shape, np.float32)
         for row, ids in zip(weights, targets, strict=True):
             row[: len(ids)] = 1
@@ -320,8 +330,8 @@ class Predictor(BasePredictor):
     """Decodes and scores with one set of parameters.
 
     Attributes:
-        model: The architecture with its PEFT methods, without their reparameterizations: what
-            these compute is computed once, and not at every token.
+        model: The model with its PEFT methods as exported: reparameterizations are computed once,
+            not at every token.
     """
 
     model: Model
@@ -335,9 +345,9 @@ class Predictor(BasePredictor):
     ):
         self.partitioner = partitioner or Partitioner()
         if model.peft:
-            own, rest = split(params, frozenset(filter(model.peft_owns, flatten(params))))
+            peft, base = split(params, frozenset(filter(model.peft_owns, flatten(params))))
             with self.partitioner.activate():
-                params = merge(_export(model, own), rest)
+                params = merge(_export(model, peft), base)
             model = model.exported()
         self.model = model
         self.params = params
@@ -346,27 +356,24 @@ class Predictor(BasePredictor):
     def without(self, *names: str) -> "Predictor":
         if not names:
             return self
-        gone = frozenset(
-            path
-            for path in flatten(self.params)
-            if any(p.owns(path) for p in self.model.peft if p.name in names)
-        )
-        _, params = split(self.params, gone)
+        removed = [method for method in self.model.peft if method.name in names]
+        paths = {path for path in flatten(self.params) if any(m.owns(path) for m in removed)}
+        _, params = split(self.params, frozenset(paths))
         return Predictor(self.model.without(*names), params, self.vocabulary, self.partitioner)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _export(model: Model, own: Params) -> Params:
-    """Jitted, as arrays may be spread over processes; only of PEFT methods' own parameters, because
-    all that goes through a jitted function is copied."""
-    return model.export(own)
+def _export(model: Model, peft: Params) -> Params:
+    # Jitted, since arrays may be sharded over processes. Only PEFT parameters: a jitted function
+    # copies what it returns.
+    return model.export(peft)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode(
     model: LanguageModel, decoder: Decoder, params: Any, batch: Batch, rng: jax.Array | None
 ) -> Decoded:
-    """Decodes a batch of inputs on the devices; what `Predictor.generate` calls."""
+    """Decodes a batch of inputs on the devices; `Predictor.generate` calls it."""
 
     def step_fn(cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         return model.step(params, cache, tokens)
@@ -380,39 +387,40 @@ def decode(
 def _log_likelihoods(
     model: LanguageModel, params: Any, batch: Batch
 ) -> Float[Array, "batch choices"]:
-    """Sums log-probabilities block by block, so that all logits are never held at once."""
-    inputs, targets = _inputs(batch), batch["decoder_target_tokens"]
+    """Sums log-probabilities in chunks of the targets, so that all logits are never in memory."""
+    inputs, targets = _inputs(batch), batch["decoder_target_tokens"]  # [batch * choices, length]
     rows = inputs["encoder_input_tokens"].shape[0]
     cache = model.prefill(params, inputs, targets.shape[1])
-    cache = repeat_rows(cache, targets.shape[0] // rows)
+    cache = repeat_rows(cache, targets.shape[0] // rows)  # one prefill for all choices of an input
     hidden, _ = model.extend(params, cache, batch["decoder_input_tokens"])
 
-    def blocks(x: jax.Array) -> jax.Array:
-        shape = (x.shape[0], x.shape[1] // BLOCK, BLOCK, *x.shape[2:])
+    def chunked(x: jax.Array) -> jax.Array:
+        """[batch * choices, length, ...] -> [chunks, batch * choices, CHUNK, ...]"""
+        shape = (x.shape[0], x.shape[1] // CHUNK, CHUNK, *x.shape[2:])
         return jnp.swapaxes(x.reshape(shape), 0, 1)
 
-    def block(parts: tuple[Any, jax.Array, jax.Array]) -> Float[Array, "targets"]:
-        states, tokens, weights = parts
+    def score(chunk: tuple[Any, jax.Array, jax.Array]) -> Float[Array, "targets"]:
+        states, tokens, weights = chunk
         log_probs = jax.nn.log_softmax(model.head(params, states))
-        said = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-        return jnp.sum(said * weights, axis=1)
+        target_log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+        return jnp.sum(target_log_probs * weights, axis=1)
 
-    parts = (hidden, targets, batch["decoder_loss_weights"])
-    return jnp.sum(jax.lax.map(block, jax.tree.map(blocks, parts)), axis=0).reshape(rows, -1)
+    chunks = jax.tree.map(chunked, (hidden, targets, batch["decoder_loss_weights"]))
+    return jnp.sum(jax.lax.map(score, chunks), axis=0).reshape(rows, -1)
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what of a batch is read before the target."""
+    """Returns the features of a batch that are read before the target."""
     return {k: v for k, v in batch.items() if k.startswith("encoder_") or k == "task_index"}
 
 
 def _task_rows(
-    tasks: Int32[np.ndarray, " texts"] | None, numbers: list[int], rows: int
+    tasks: Int32[np.ndarray, "texts"] | None, indices: list[int], rows: int
 ) -> dict[str, np.ndarray]:
-    """Returns the "task_index" of texts that go together; rows that only fill up are the first."""
+    """Returns the "task_index" of a batch of texts; rows that fill it up repeat the first."""
     if tasks is None:
         return {}
-    return {"task_index": tasks[[*numbers, *numbers[:1] * (rows - len(numbers))]]}
+    return {"task_index": tasks[[*indices, *indices[:1] * (rows - len(indices))]]}
 
 
 def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
@@ -424,8 +432,8 @@ def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
 
 
 def _bucket(length: int) -> int:
-    """Returns the length to pad to: a power of 2, above 64 a multiple of 64."""
-    bucket = BLOCK
+    """Returns the bucket of a length: a power of 2, above 64 a multiple of 64."""
+    bucket = CHUNK
     while bucket < min(length, 64):
         bucket *= 2
     return bucket if length <= 64 else -(-length // 64) * 64
