@@ -1,8 +1,8 @@
-"""Several processes that are one run: how they find each other, agree, and end together.
+"""Multi-host runs: how processes join, agree with each other, and end together.
 
-All processes run one program with one config. What they compute together goes through XLA's
-collectives; what this module adds goes through the key-value store of `jax.distributed`, which
-process 0 serves: it needs no devices, so it works before the first array and after the last.
+All processes run the same program with the same config. They compute through XLA's collectives;
+this module communicates through the key-value store of `jax.distributed`, which process 0 serves.
+It needs no devices, so it works before the first array and after the last.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax._src import distributed  # Orbax takes the store's client from here too
+from jax._src import distributed, xla_bridge  # no public way to the store's client; as in Orbax
 from jax.experimental import multihost_utils
 
 from robust_ft.errors import UserError
 
-# EX_PROTOCOL: another process is gone; the run goes on from its newest checkpoint when started
-# again.
+# Exit statuses. LOST (EX_PROTOCOL): another process is lost; when all are started again, the run
+# resumes from its newest checkpoint.
 LOST = 76
-MISTAKE, BUG = 2, 1
+MISTAKE, BUG = 2, 1  # a UserError, and any other error
 START_SECONDS = 300
-# A process may wait for one that builds a cache. Whether that one is alive is the watch's matter.
+# A process may wait for hours for one that builds a cache; `_Watch` notices if that one is lost.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 _STATES = "robust_ft/states/"
 _AGAIN = "start all again to go on from the newest checkpoint."
@@ -41,13 +41,13 @@ _FIRST_GONE = f"Process 0 is gone; {_AGAIN}"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """What flags say of a run's processes; what they leave out is found out from the cluster.
+    """The flags about a run's processes; None is detected from the cluster.
 
     Attributes:
-        coordinator_address: HOST:PORT of process 0; the port is one that is free there.
-        num_processes: How many there are; 1 means that no cluster is looked for.
-        process_id: Which of them this is, from 0.
-        timeout: Seconds without a sign of life after which a process counts as lost.
+        coordinator_address: HOST:PORT of process 0, with a port that is free there.
+        num_processes: Number of processes; with 1, no cluster is detected.
+        process_id: The index of this process.
+        timeout: Seconds without a heartbeat after which a process counts as lost.
     """
 
     coordinator_address: str | None = None
@@ -78,15 +78,15 @@ class Processes:
 
 @contextlib.contextmanager
 def joined(processes: Processes, stops: bool = False) -> Iterator[None]:
-    """Makes this process one of a run's, and keeps watch over the others while the block lasts.
+    """Joins this process to the others of a run, and watches over them inside the block.
 
-    An error inside ends this process, and then all others with the same sentence. If a process is
-    lost, each of the others ends with a sentence and the status `LOST`, in about
-    `processes.timeout` seconds. Without a cluster nothing happens.
+    An error inside the block ends this process, and all others with the same message. If a process
+    is lost, all others end with a message and the exit status `LOST`, in about `processes.timeout`
+    seconds. Without a cluster nothing happens.
 
     Args:
-        processes: What flags say.
-        stops: Whether SIGTERM is for `stop_on_sigterm`; otherwise it ends the process.
+        processes: The flags.
+        stops: Whether `stop_on_sigterm` handles SIGTERM; otherwise it ends the process.
 
     Raises:
         UserError: The other processes cannot be reached.
@@ -105,19 +105,19 @@ def joined(processes: Processes, stops: bool = False) -> Iterator[None]:
 
 def _initialize(processes: Processes, stops: bool) -> bool:
     """Starts `jax.distributed` and returns True if there is more than one process."""
-    told = processes.process_id is not None
-    # Whoever has used JAX before is no process that a cluster has started for this run.
-    alone = _alone(os.environ) or distributed.xla_bridge.backends_are_initialized()
-    if processes.num_processes == 1 or (alone and not told):
+    explicit = processes.process_id is not None
+    # If JAX is in use already, as in a notebook, no cluster started this process for the run.
+    alone = _alone(os.environ) or xla_bridge.backends_are_initialized()
+    if processes.num_processes == 1 or (alone and not explicit):
         return False
     address = processes.coordinator_address
     if address and processes.process_id == 0:
         _check_free(int(address.rpartition(":")[2]))
     jax.config.update("jax_enable_preemption_service", stops)
-    meeting = f"at {address}" if address else "at the address that the cluster tells"
-    before = _on_abort(
+    where = f"at {address}" if address else "at the address that the cluster tells"
+    previous = _on_abort(
         lambda: _quit(
-            f"The processes of this run have not all met {meeting} within {START_SECONDS} s; check "
+            f"The processes of this run have not all met {where} within {START_SECONDS} s; check "
             "that all were started, and can reach it."
         )
     )
@@ -127,12 +127,12 @@ def _initialize(processes: Processes, stops: bool) -> bool:
             processes.num_processes,
             processes.process_id,
             initialization_timeout=START_SECONDS,
-            # The watch comes first: this one ends processes with a crash and a stack trace.
+            # Later than the watch's: JAX ends processes by aborting, with a stack trace.
             heartbeat_timeout_seconds=int(2 * processes.timeout) + 10,
         )
     except ValueError as error:
-        if not told and "coordinator_address" in str(error):  # no cluster that JAX knows
-            ctypes.CDLL(None).signal(signal.SIGABRT, before)
+        if not explicit and "coordinator_address" in str(error):  # no cluster that JAX knows
+            ctypes.CDLL(None).signal(signal.SIGABRT, previous)
             return False
         raise
     except (RuntimeError, OSError) as error:
@@ -141,11 +141,12 @@ def _initialize(processes: Processes, stops: bool) -> bool:
             f"({_first_line(error)}); give --coordinator_address, --num_processes and "
             "--process_id, or --num_processes=1 to run without others."
         ) from error
-    return jax.process_count() > 1
+    several: bool = jax.process_count() > 1
+    return several
 
 
 def _check_free(port: int) -> None:
-    # JAX would crash.
+    # JAX would abort the process.
     with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -158,10 +159,10 @@ def _check_free(port: int) -> None:
 
 
 def _alone(environment: Mapping[str, str]) -> bool:
-    """Returns whether a cluster's variables say that it started this process only.
+    """Returns whether a cluster's variables say that it started only this process.
 
-    JAX would join a run of one process then, and in Slurm give it one of the node's GPUs only.
-    Kubernetes is one of JAX's clusters for indexed jobs, and any other pod is a machine.
+    JAX would then initialize a run of one process, and under Slurm give it only one of the node's
+    GPUs. For Kubernetes JAX supports indexed jobs; any other pod is like a machine of its own.
     """
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if count in environment:
@@ -174,9 +175,9 @@ def _alone(environment: Mapping[str, str]) -> bool:
 
 
 class _Watch(threading.Thread):
-    """Tells the other processes how this one is, and ends it when another has failed or is lost.
+    """Sends heartbeats, and ends this process when another one has failed or is lost.
 
-    A state is "alive" with a number that grows, "done", or "failed" with exit status and sentence.
+    A process's state is ["alive", heartbeat number], ["done"], or ["failed", exit status, message].
     """
 
     def __init__(self, timeout: float):
@@ -185,26 +186,27 @@ class _Watch(threading.Thread):
         self._timeout = timeout
         self._interval = min(2.0, timeout / 5)
         self._stopped = threading.Event()
-        self._ending, self._speaking = threading.Lock(), threading.Lock()
-        self._last_words = False
+        self._ending, self._writing = threading.Lock(), threading.Lock()
+        self._final = False  # whether the last state has been written
         self._status = LOST
         _on_abort(self._aborted)
 
     def run(self) -> None:
         """Exchanges states until stopped."""
-        last_sign = dict.fromkeys(range(jax.process_count()), (time.monotonic(), ""))
+        # When each process's state last changed, and that state.
+        last_change = dict.fromkeys(range(jax.process_count()), (time.monotonic(), ""))
         for beat in itertools.count():
             try:
-                self._say("alive", beat)
+                self._write("alive", beat)
                 states = self._states()
             except (RuntimeError, ValueError):
                 self._end(LOST, _FIRST_GONE)
             for process, state in states.items():
-                if state != last_sign[process][1]:
-                    last_sign[process] = (time.monotonic(), state)
+                if state != last_change[process][1]:
+                    last_change[process] = (time.monotonic(), state)
                 if state[:1] == "[" and (failed := json.loads(state))[0] == "failed":
                     self._end(failed[1], f"Process {process} ended: {failed[2]}")
-            for process, (when, state) in last_sign.items():
+            for process, (when, state) in last_change.items():
                 if state != '["done"]' and time.monotonic() - when > self._timeout:
                     self._end(
                         LOST,
@@ -215,33 +217,33 @@ class _Watch(threading.Thread):
                 return
 
     def stop(self) -> None:
-        """Says that this process has done its part; it will not be missed."""
+        """Stops the heartbeats; the others no longer wait for them."""
         self._stopped.set()
         self.join()
-        self._say("done")
+        self._write("done")
 
     def end_with(self, error: BaseException) -> NoReturn:
-        """Ends this process with an error of its own, and with it the others."""
+        """Ends this process, and with it the others, because of its own error."""
         if not isinstance(error, UserError):
             if _may_come_from_others(error):
-                # A collective breaks at once when a process dies; the watch knows of it later.
+                # A collective breaks at once when a process dies; the watch notices later, and
+                # then ends this process with the right message.
                 self.join(self._timeout + 3 * self._interval)
             traceback.print_exception(error)
-        mistake = isinstance(error, UserError)
-        sentence = str(error) if mistake else f"{type(error).__name__}: {_first_line(error)}"
-        self._end(MISTAKE if mistake else BUG, sentence)
+            self._end(BUG, f"{type(error).__name__}: {_first_line(error)}")
+        self._end(MISTAKE, str(error))
 
-    def _end(self, status: int, sentence: str) -> NoReturn:
-        """Prints the sentence and ends the process, whatever its main thread waits for."""
+    def _end(self, status: int, message: str) -> NoReturn:
+        """Prints the message and ends the process, whatever its main thread waits for."""
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # the other thread ends the process
         self._status = status
-        print(f"Error: {sentence}", file=sys.stderr)
+        print(f"Error: {message}", file=sys.stderr)
         with contextlib.suppress(RuntimeError, ValueError):
-            self._say("failed", status, sentence)
-            # Process 0 serves the others: whoever still talks to it when it goes is aborted.
-            patience = time.monotonic() + (3 * self._interval if status == LOST else self._timeout)
-            while jax.process_index() == 0 and time.monotonic() < patience:
+            self._write("failed", status, message)
+            # Process 0 serves the store, and JAX aborts processes that lose it: it ends last.
+            deadline = time.monotonic() + (3 * self._interval if status == LOST else self._timeout)
+            while jax.process_index() == 0 and time.monotonic() < deadline:
                 states = [state for state in self._states().values() if "alive" not in state]
                 if len(states) == jax.process_count():
                     break
@@ -251,56 +253,59 @@ class _Watch(threading.Thread):
         os._exit(status)
 
     def _aborted(self) -> None:
-        """Adds a sentence to the stack trace with which JAX ends a process whose process 0 goes."""
+        """Adds a message to the stack trace with which JAX aborts when process 0 is gone."""
         address = distributed.global_state.coordinator_address or ""
         host, _, port = address.rpartition(":")
         with contextlib.suppress(OSError):
             socket.create_connection((host, int(port)), timeout=5).close()
-            return  # it is still there, so this is another trouble
+            return  # process 0 is there, so this abort has another cause
         if self._ending.acquire(blocking=False):
             _quit(_FIRST_GONE)
-        os._exit(self._status)  # the sentence has been printed
+        os._exit(self._status)  # `_end` has printed its message
 
-    def _say(self, *state: str | int) -> None:
-        with self._speaking:
-            if not self._last_words:
+    def _write(self, *state: str | int) -> None:
+        with self._writing:
+            if not self._final:
                 key = f"{_STATES}{jax.process_index()}"
                 self._client.key_value_set(key, json.dumps(state), allow_overwrite=True)
-                self._last_words = state[0] != "alive"
+                self._final = state[0] != "alive"
 
     def _states(self) -> dict[int, str]:
-        found = self._client.key_value_dir_get(_STATES)
-        return {int(key.rpartition("/")[2]): state for key, state in found}
+        entries = self._client.key_value_dir_get(_STATES)
+        return {int(key.rpartition("/")[2]): state for key, state in entries}
 
 
 def is_first() -> bool:
-    """Returns whether this process is the one that writes files and prints."""
-    return jax.process_index() == 0
+    """Returns whether this process is process 0, which writes files and prints."""
+    first: bool = jax.process_index() == 0
+    return first
 
 
+@runtime_checkable
 class Stop(Protocol):
-    """Whether to save and end; asked once before every step."""
+    """Whether to save a checkpoint and stop; asked once before every step."""
 
     def is_set(self) -> bool: ...
 
 
 class _AgreedStop:
-    """True before the same step on all processes, soon after any of them got SIGTERM.
+    """Set before the same step on all processes, soon after any of them got SIGTERM.
 
-    JAX passes the signal on in the background and agrees on the first step that no process has
-    reached yet; asking waits for nothing.
+    JAX broadcasts the signal in the background and agrees on the first step that no process has
+    reached yet, so asking does not block.
     """
 
     def __init__(self) -> None:
-        self._asked = itertools.count(1)
+        self._steps = itertools.count(1)
 
     def is_set(self) -> bool:
-        return multihost_utils.reached_preemption_sync_point(next(self._asked))
+        reached: bool = multihost_utils.reached_preemption_sync_point(next(self._steps))
+        return reached
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """Turns SIGTERM into a wish to stop, so that the step in flight is finished and saved."""
+    """Lets SIGTERM set a `Stop` inside the block; the step in flight is finished and saved."""
     if jax.process_count() > 1:
         yield _AgreedStop()
         return
@@ -308,18 +313,18 @@ def stop_on_sigterm() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 _rounds = itertools.count()
 
 
 def gathered(text: str) -> list[str]:
-    """Returns every process's text, in their order; all processes call it at the same points."""
+    """Returns the texts of all processes, by process index. All processes must call it."""
     if jax.process_count() == 1:
         return [text]
     client, folder = _client(), f"robust_ft/{next(_rounds)}"
@@ -331,40 +336,48 @@ def gathered(text: str) -> list[str]:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Waits until all processes have called it."""
     gathered("")
 
 
 def check_same(what: str, text: str) -> None:
-    """Raises a UserError on every process if one of them has another text than process 0."""
+    """Raises a UserError on all processes unless all have the text of process 0.
+
+    Args:
+        what: What the text is, for the error message.
+        text: This process's text.
+    """
     first, *others = gathered(text)
     for process, other in enumerate(others, start=1):
         if other == first:
             continue
         lines = [set(t.splitlines()) for t in (first, other)]
-        shown = [
-            next((line.strip() for line in t.splitlines() if line not in known), "less")
-            for t, known in ((first, lines[1]), (other, lines[0]))
+        differing = [  # the first line of each text that the other lacks
+            next((line.strip() for line in t.splitlines() if line not in others_lines), "less")
+            for t, others_lines in ((first, lines[1]), (other, lines[0]))
         ]
         raise UserError(
-            f"Process {process} has another {what} than process 0: '{shown[1]}', not "
-            f"'{shown[0]}'; give all processes the same."
+            f"Process {process} has another {what} than process 0: '{differing[1]}', not "
+            f"'{differing[0]}'; give all processes the same."
         )
 
 
 def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Places a value that every process has, each process its part.
-
-    `jax.device_put` would first send all of it around, to compare.
-    """
-    placed_by_all = isinstance(array, jax.Array) and not array.is_fully_addressable
-    if sharding.is_fully_addressable or placed_by_all:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda i: np.asarray(array[i]))
+    """Places an array that all processes have on the mesh; each process places its shards."""
+    is_global = isinstance(array, jax.Array) and not array.is_fully_addressable
+    placed: jax.Array
+    if sharding.is_fully_addressable or is_global:
+        placed = jax.device_put(array, sharding)
+    else:
+        # `jax.device_put` would send the whole array to all processes, to check that all agree.
+        placed = jax.make_array_from_callback(
+            array.shape, sharding, lambda index: np.asarray(array[index])
+        )
+    return placed
 
 
 def whole(tree: Any) -> Any:
-    """Returns arrays that this process can read: all rows of those that are spread over several."""
+    """Returns a tree of arrays that this process can read, gathered where processes shard them."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -374,19 +387,19 @@ _abort_handler: Any = None
 
 
 def _on_abort(action: Callable[[], None]) -> ctypes.c_void_p:
-    """Calls `action` when the process aborts, in whichever thread; returns C's handler before.
+    """Calls `action` when the process aborts, in any thread; returns C's previous handler.
 
-    From C: Python's own handlers run in the main thread later, and there is no later.
+    The handler is C's: Python runs its own later, in the main thread, when the process is gone.
     """
-    global _abort_handler  # C may call it as long as the process lives
+    global _abort_handler  # must live as long as the process: C calls it
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: action())
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     return ctypes.c_void_p(libc.signal(signal.SIGABRT, _abort_handler))
 
 
-def _quit(sentence: str) -> None:
-    print(f"Error: {sentence}", file=sys.stderr, flush=True)
+def _quit(message: str) -> None:
+    print(f"Error: {message}", file=sys.stderr, flush=True)
     os._exit(LOST)
 
 

@@ -1,7 +1,7 @@
-"""Where arrays live: logical axis names, rules that map them to mesh axes, and the mesh.
+"""Partitioning: the mesh, logical axis names, and rules that map them to mesh axes.
 
-Parameters and activations name their axes logically ("batch", "embed", "mlp", ...). Rules say which
-mesh axis holds which logical axis; models never mention devices.
+Parameters and activations name their axes logically ("batch", "embed", "mlp", ...). Rules map each
+logical axis to mesh axes, as in t5x; models never mention devices.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ from robust_ft import multihost
 from robust_ft.errors import UserError, nearest
 from robust_ft.types import Batch
 
-# From the slowest network to the fastest: devices of one "model" axis talk most.
+# From the slowest network to the fastest: devices along "model" communicate most.
 MESH_AXES = ("data", "fsdp", "sequence", "model")
 
+# The logical axis of each dimension of an array; None for a dimension that is never split.
 LogicalAxes = tuple[str | None, ...]
+# The mesh axis or axes that split a logical axis; None for none.
 Place = str | tuple[str, ...] | None
 Rules = tuple[tuple[str, Place], ...]
 
-# Every logical axis that models use. "embed" is the axis of parameters that full sharding (ZeRO-3)
-# splits; activations call theirs "activation_embed" because it must not be split with the
-# parameters'. Where two axes of an array are placed on one mesh axis, the earlier rule has it.
+# Every logical axis that models use. "embed" is the parameters' axis that full sharding (ZeRO-3)
+# splits. Activations call theirs "activation_embed": "fsdp" splits them along the batch already.
+# Where two axes of an array map to one mesh axis, the earlier rule gets it.
 STANDARD_RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("vocab", "model"),
@@ -44,7 +46,7 @@ STANDARD_RULES: Rules = (
     ("prompt", None),
 )
 
-# JAX's own kind of context: what is traced under other rules is another program.
+# A user context of JAX's: it is part of the key of jit's cache, so that other rules retrace.
 _active_rules = jax.make_user_context(None)
 
 
@@ -52,19 +54,19 @@ _active_rules = jax.make_user_context(None)
 class Partitioner:
     """A mesh over all devices and the rules that place logical axes on it.
 
-    Devices that no field asks for form the "data" axis: each has whole parameters and a part of the
-    batch.
+    The remaining devices form the "data" axis (data parallelism): each has all parameters and a
+    shard of the batch.
 
     Attributes:
-        model_parallel: Devices on the "model" axis, which split a model's heads, MLP and vocabulary
-            (tensor parallelism).
-        sequence_parallel: Devices on the "sequence" axis, which split activations along the length.
-        fully_sharded: Devices on the "fsdp" axis, which split batches and parameters and gather a
-            layer's parameters when it computes (ZeRO-3); -1 is all that the other axes leave.
-        slices: Groups of devices with a fast network inside and a slow one between. They split the
-            "data" axis: nothing but sums of gradients crosses the slow network.
-        rules: Pairs of (logical axis, mesh axis, several, or None) that replace those in
-            STANDARD_RULES; of two for one logical axis, the first counts.
+        model_parallel: Size of the "model" axis, which shards heads, MLP and vocabulary (tensor
+            parallelism).
+        sequence_parallel: Size of the "sequence" axis, which shards activations along the length.
+        fully_sharded: Size of the "fsdp" axis, which shards batches and parameters, and gathers
+            each layer's parameters when it computes (ZeRO-3); -1 for all remaining devices.
+        slices: Number of slices, with a fast network inside and a slow one between them. They are
+            along the "data" axis, so that only gradient sums cross the slow network.
+        rules: Pairs of a logical axis and its mesh axis, a tuple of several, or None. They replace
+            those in STANDARD_RULES; of two for one logical axis, the first counts.
     """
 
     model_parallel: int = 1
@@ -75,7 +77,7 @@ class Partitioner:
     _devices: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # gin gives lists.
+        # Config files give lists, which are not hashable.
         rules = tuple((axis, _frozen(place)) for axis, place in self.rules)
         object.__setattr__(self, "rules", rules)
         known = [axis for axis, _ in STANDARD_RULES]
@@ -97,57 +99,58 @@ class Partitioner:
                 raise UserError(f"Partitioner.{field}={value} must be at least 1.")
 
     def on(self, devices: Sequence[Any]) -> "Partitioner":
-        """Returns the same over these devices instead of all that there are."""
+        """Returns the partitioner over these devices instead of all."""
         other = dataclasses.replace(self)
         object.__setattr__(other, "_devices", tuple(devices))
         return other
 
     @functools.cached_property
     def mesh(self) -> Mesh:
+        """The mesh, with the axes MESH_AXES."""
         devices = self._devices or tuple(jax.devices())
         shape = self._mesh_shape(len(devices))
-        share = len(devices) // self.slices
-        inner = (shape[0] // self.slices, *shape[1:])
-        groups = sorted(devices, key=lambda device: getattr(device, "slice_index", 0) or 0)
+        slice_size = len(devices) // self.slices
+        slice_shape = (shape[0] // self.slices, *shape[1:])
+        by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0) or 0)
         meshes = [
-            # Split axes: a v5e has two, a mesh up to four.
+            # A physical axis may be split: a v5e's torus has two axes, the mesh up to four.
             mesh_utils.create_device_mesh(
-                inner, groups[i : i + share], allow_split_physical_axes=True
+                slice_shape, by_slice[i : i + slice_size], allow_split_physical_axes=True
             )
-            for i in range(0, len(devices), share)
+            for i in range(0, len(devices), slice_size)
         ]
         # Explicit axes, jax.make_mesh's default, would refuse sharding constraints.
         return Mesh(np.concatenate(meshes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
     def _mesh_shape(self, devices: int) -> tuple[int, int, int, int]:
-        asked = {
+        sizes = {
             "slices": self.slices,
             "model_parallel": self.model_parallel,
             "sequence_parallel": self.sequence_parallel,
             "fully_sharded": max(self.fully_sharded, 1),
         }
-        left = devices
-        for field, size in asked.items():
-            if left % size:
-                taken = "" if left == devices else f" that are left of {devices}"
+        remaining = devices
+        for field, size in sizes.items():
+            if remaining % size:
+                of_all = "" if remaining == devices else f" that are left of {devices}"
                 raise UserError(
-                    f"Partitioner.{field}={size} does not divide the {left} devices{taken}; "
-                    f"choose one of {_divisors(left)}."
+                    f"Partitioner.{field}={size} does not divide the {remaining} devices{of_all}; "
+                    f"choose one of {_divisors(remaining)}."
                 )
-            left //= size
+            remaining //= size
         if self.fully_sharded == -1:
-            return self.slices, left, self.sequence_parallel, self.model_parallel
-        data = self.slices * left
-        return data, asked["fully_sharded"], self.sequence_parallel, self.model_parallel
+            return self.slices, remaining, self.sequence_parallel, self.model_parallel
+        data = self.slices * remaining
+        return data, sizes["fully_sharded"], self.sequence_parallel, self.model_parallel
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
-        """Makes the mesh and the rules the ones that models traced inside see."""
+        """Activates the mesh and the rules for what is traced inside, such as `constrain`."""
         with _active_rules(self._rules), jax.set_mesh(self.mesh):
             yield
 
     def spec(self, axes: LogicalAxes | None) -> PartitionSpec:
-        """Returns where an array with these logical axes lives; None is replicated."""
+        """Returns the partition spec of an array with these logical axes; None is replicated."""
         return _to_spec(axes or (), self._rules)
 
     def sharding(self, axes: LogicalAxes | None) -> NamedSharding:
@@ -167,21 +170,24 @@ class Partitioner:
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts devices split a batch."""
+        """Number of shards of a batch."""
         return math.prod(self.mesh.shape[axis] for axis in self._batch_axes)
 
     def data_shard(self) -> tuple[int, int]:
-        """Returns (index, count) of the part of each batch that this process has to load.
+        """Returns (index, count) of the data shard that this process loads.
 
-        It comes from the mesh and not from the process index: processes that share one slice of
-        a batch (a model-parallel group across hosts) must read the same examples.
+        It comes from the mesh and not from the process index: processes of one model-parallel group
+        must load the same examples.
         """
-        first = [MESH_AXES.index(axis) for axis in self._batch_axes]
-        rest = [axis for axis in range(len(MESH_AXES)) if axis not in first]
-        rows = self.mesh.devices.transpose(*first, *rest).reshape(self.batch_shards, -1)
-        owners = [tuple(sorted({device.process_index for device in row})) for row in rows]
+        batch_axes = [MESH_AXES.index(axis) for axis in self._batch_axes]
+        other_axes = [axis for axis in range(len(MESH_AXES)) if axis not in batch_axes]
+        devices = self.mesh.devices.transpose(*batch_axes, *other_axes)
+        devices = devices.reshape(self.batch_shards, -1)  # [batch shard, device]
+        # The processes that need each batch shard, and the groups of processes that share some.
+        owners = [tuple(sorted({device.process_index for device in row})) for row in devices]
         groups = list(dict.fromkeys(owners))
         mine = [i for i, group in enumerate(groups) if jax.process_index() in group]
+        # A process in two groups, or groups of unequal size, would need parts of others' examples.
         if len(mine) != 1 or len({owners.count(group) for group in groups}) > 1:
             raise UserError(
                 f"Partitioner.model_parallel={self.model_parallel} splits processes unevenly; "
@@ -190,27 +196,41 @@ class Partitioner:
         return mine[0], len(groups)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Places this process's rows of a batch on the devices that split it."""
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(self.batch_sharding, rows), batch
-        )
+        """Places this process's rows of a batch on its devices; returns the global batch."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_sharding, rows)
+            for name, rows in batch.items()
+        }
 
     def share_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Places a whole batch, the same on all processes, of which each keeps its rows."""
+        """Places a global batch that all processes have; each keeps its shard."""
         return {name: multihost.put(rows, self.batch_sharding) for name, rows in batch.items()}
 
-    def check_batch(self, batch_size: int, whose: str, parts: int = 1) -> None:
-        """Raises a UserError unless a batch, cut into so many parts, divides over the devices."""
+    def check_batch(self, batch_size: int, whose: str, microbatches: int = 1) -> None:
+        """Raises a UserError unless a batch, or each of its microbatches, shards evenly.
+
+        Args:
+            batch_size: Number of examples.
+            whose: What has the batch size, for the error message.
+            microbatches: Number of microbatches.
+        """
         shards = self.batch_shards
-        if batch_size % (shards * parts):
-            cut = f" in {parts} microbatches" if parts > 1 else ""
+        if batch_size % (shards * microbatches):
+            in_microbatches = f" in {microbatches} microbatches" if microbatches > 1 else ""
             raise UserError(
-                f"batch_size={batch_size} of {whose}{cut} does not divide over the {shards} "
-                f"devices that split batches; choose a multiple of {shards * parts}."
+                f"batch_size={batch_size} of {whose}{in_microbatches} does not divide over the "
+                f"{shards} devices that split batches; choose a multiple of "
+                f"{shards * microbatches}."
             )
 
     def check_sizes(self, name: str, axes: LogicalAxes, sizes: Sequence[int]) -> None:
-        """Raises a UserError unless the mesh divides the sizes of an array with these axes."""
+        """Raises a UserError unless the mesh divides the shape of an array evenly.
+
+        Args:
+            name: The array's name, for the error message.
+            axes: Its logical axes.
+            sizes: Its shape.
+        """
         for axis, size, place in zip(axes, sizes, self.spec(axes), strict=True):
             parts = math.prod(self.mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(place))
             if size % parts:
@@ -222,7 +242,7 @@ class Partitioner:
 
     @property
     def _rules(self) -> Rules:
-        # Replaced where they stand, so that who has a mesh axis first stays.
+        # A dict keeps the standard order, and with it which rule gets a mesh axis first.
         return tuple((dict(STANDARD_RULES) | dict(reversed(self.rules))).items())
 
     @property
@@ -231,21 +251,22 @@ class Partitioner:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the active rules' placement; without active rules, does nothing."""
+    """Constrains an activation's sharding to the active rules; without any, returns it as it is."""
     rules: Rules | None = _active_rules.value
     if rules is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _to_spec(axes, rules))
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, _to_spec(axes, rules))
+    return constrained
 
 
 def locally(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[..., jax.Array]:
-    """Returns a function that each device applies to its own parts of arrays.
+    """Returns a function that each device applies to its own shards of arrays (`jax.shard_map`).
 
     It is for what the compiler would gather whole arrays for. Without active rules, on one device,
-    or where devices would have unequal parts, it is the function itself.
+    or where shards would be unequal, it is the function itself.
 
     Args:
-        function: From arrays to one that is placed like the first of them.
+        function: From arrays to one array, sharded like the first of them.
         axes: Each array's logical axes.
     """
     rules: Rules | None = _active_rules.value
@@ -255,20 +276,17 @@ def locally(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[
 
     def apply(*arrays: jax.Array) -> jax.Array:
         sizes = [size for array in arrays for size in array.shape]
-        parts = [count for each in axes for count in shards(*each)]
-        if any(size % count for size, count in zip(sizes, parts, strict=True)):
+        counts = [count for array_axes in axes for count in shards(*array_axes)]
+        if any(size % count for size, count in zip(sizes, counts, strict=True)):
             return function(*arrays)
-        specs = tuple(_to_spec(each, rules) for each in axes)
+        specs = tuple(_to_spec(array_axes, rules) for array_axes in axes)
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
     return apply
 
 
 def shards(*axes: str | None) -> tuple[int, ...]:
-    """Returns into how many parts each axis of an activation with these axes is split.
-
-    Without active rules nothing is.
-    """
+    """Returns the number of shards along each logical axis; 1 without active rules."""
     rules: Rules | None = _active_rules.value
     if rules is None:
         return (1,) * len(axes)
@@ -285,16 +303,17 @@ def _to_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
             raise UserError(
                 f"No partitioning rule for the logical axis '{axis}'." + nearest(axis, known)
             )
-    # A mesh axis can split one dimension of an array only.
+    # A mesh axis can split only one dimension of an array: dimensions take theirs in the rules'
+    # order.
     free = list(MESH_AXES)
-    placed: list[Place] = [None] * len(axes)
+    spec: list[Place] = [None] * len(axes)
     order = {axis: i for i, axis in enumerate(known)}
     named = [(order[axis], i, known[axis]) for i, axis in enumerate(axes) if axis is not None]
-    for _, i, place in sorted(named, key=lambda each: each[:2]):
-        mine = tuple(axis for axis in _mesh_axes(place) if axis in free)
-        free = [axis for axis in free if axis not in mine]
-        placed[i] = mine[0] if len(mine) == 1 else mine or None
-    return PartitionSpec(*placed)
+    for _, i, place in sorted(named, key=lambda item: item[:2]):
+        taken = tuple(axis for axis in _mesh_axes(place) if axis in free)
+        free = [axis for axis in free if axis not in taken]
+        spec[i] = taken[0] if len(taken) == 1 else taken or None
+    return PartitionSpec(*spec)
 
 
 def _mesh_axes(place: Place) -> tuple[str, ...]:
