@@ -1,11 +1,12 @@
-"""What is checked before anything is trained: now, not after hours."""
+"""Checks a recipe before training starts, and claims its MODEL_DIR."""
 
 from pathlib import Path
 
 from robust_ft import multihost, trainable
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
-from robust_ft.evaluate import TARGET
+from robust_ft.evaluate import Evaluation, of_tasks
+from robust_ft.evaluator import TARGET
 from robust_ft.files import read_json, write_json
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
@@ -15,16 +16,16 @@ from robust_ft.stage_start import teacher_model
 
 
 def claim(recipe: Recipe) -> None:
-    """Checks the recipe, then makes MODEL_DIR its own: creates it and writes `run.json`.
+    """Checks the recipe, then creates its MODEL_DIR with `run.json`, or checks the one there is.
 
     Raises:
-        UserError: A stage's patterns or batches do not fit its model or the mesh, or MODEL_DIR is
-            another recipe's, or one with another seed, or it cannot be written. Nothing in it has
-            been changed.
+        UserError: The recipe has a mistake (see `check`), or MODEL_DIR belongs to another recipe or
+            seed, or cannot be written. Nothing in it has been changed.
     """
     check(recipe)
     file = Path(recipe.model_dir) / "run.json"
-    targets = [e.data.task for e in recipe.stages[-1].final_evaluations if e.role == TARGET]
+    evaluations = of_tasks(recipe.stages[-1].final_evaluations)
+    targets = [e.data.task for e in evaluations if e.role == TARGET]
     facts = {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -56,11 +57,11 @@ def claim(recipe: Recipe) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """Checks all stages against their models and the mesh: now, not after hours of training.
+    """Checks all stages against their models and the mesh.
 
     Raises:
-        UserError: A stage's patterns, tasks, batches, lengths or teacher do not fit, or the
-            vocabularies of a selection's stages do not.
+        UserError: Patterns, tasks, batches, lengths or the teacher do not fit a stage's model or
+            the mesh, or the stages of a selection have different vocabularies.
     """
     for stage in recipe.stages:
         stage.model.check()
@@ -73,8 +74,12 @@ def check(recipe: Recipe) -> None:
         check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
 
 
+def _evaluations(stage: Stage) -> list[Evaluation]:
+    return of_tasks((*stage.evaluations, *stage.final_evaluations))
+
+
 def _check_tasks(stage: Stage) -> None:
-    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+    for evaluation in _evaluations(stage):
         model = stage.model.without(*evaluation.detached(stage.model))
         if model.tasks:
             model.task_index(evaluation.task)
@@ -86,18 +91,18 @@ def _check_packing(stage: Stage, model: Model) -> None:
     if stage.packing and prompts:
         raise UserError(
             f"Stage '{stage.name}' packs examples, but a soft prompt ('{prompts[0]}') needs a row "
-            "for each example; set PACKING = False (Stage.packing)."
+            "for each example; set Stage.packing=False."
         )
 
 
 def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     partitioner, config = recipe.partitioner, stage.model.config
-    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+    for evaluation in _evaluations(stage):
         partitioner.check_batch(evaluation.batch_size, f"the evaluation on '{evaluation.task}'")
     partitioner.check_batch(stage.batch_size, f"stage '{stage.name}'", stage.microbatches)
     if partitioner.mesh.size == 1:
         return
-    # Of heads, parameters know only the product with their size.
+    # The shapes of parameters tell only heads times head_dim.
     for field in ("num_heads", "num_kv_heads"):
         if (heads := getattr(config, field, None)) is not None:
             partitioner.check_sizes(f"{type(config).__name__}.{field}", ("heads",), (heads,))
@@ -108,7 +113,7 @@ def _check_mesh(recipe: Recipe, stage: Stage) -> None:
 
 def _check_lengths(stage: Stage) -> None:
     used = {(stage.model, stage.data.inputs_length, stage.data.targets_length)}
-    for evaluation in (*stage.evaluations, *stage.final_evaluations):
+    for evaluation in _evaluations(stage):
         model = stage.model.without(*evaluation.detached(stage.model))
         used.add((model, evaluation.data.inputs_length, evaluation.decoder.max_decode_len))
     for model, inputs, targets in used:
@@ -119,17 +124,17 @@ def _check_teacher(recipe: Recipe, stage: Stage) -> None:
     model = teacher_model(recipe, stage)
     if model is None:
         return
-    who = f"The teacher '{stage.teacher}' of stage '{stage.name}'"
+    teacher = f"The teacher '{stage.teacher}' of stage '{stage.name}'"
     sizes = model.config.vocab_size, stage.model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{who} knows {sizes[0]} tokens and its student {sizes[1]}; choose a teacher with the "
-            "student's vocabulary."
+            f"{teacher} has {sizes[0]} tokens and its student {sizes[1]}; choose a teacher with "
+            "the student's vocabulary."
         )
     if model.tasks and model.tasks != stage.model.tasks:
         raise UserError(
-            f"{who} has prompts for the tasks {', '.join(model.tasks)}, but its student has not; "
-            "choose a teacher with one prompt for all."
+            f"{teacher} has prompts for the tasks {', '.join(model.tasks)}, but its student has "
+            "not; choose a teacher with one prompt for all."
         )
     _check_packing(stage, model)
     model.check_lengths(stage.data.inputs_length, stage.data.targets_length)

@@ -218,6 +218,7 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
     """
     from robust_ft.data.cache import TaskData
     from robust_ft.errors import UserError
+    from robust_ft.evaluate import of_tasks
     from robust_ft.vocabulary import ByteVocabulary, vocabulary_from_directory
 
     changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("split", "module")}
@@ -239,7 +240,7 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
     stages = load_config(arguments).recipe.stages
     found: dict[TaskData, None] = {}
     for stage in stages:
-        evaluations = (*stage.evaluations, *stage.final_evaluations)
+        evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
         found |= dict.fromkeys([stage.data, *(evaluation.task_data for evaluation in evaluations)])
     if arguments.task:
         named = [data for data in found if data.task == arguments.task]

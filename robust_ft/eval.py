@@ -24,9 +24,8 @@ def main(argv: Sequence[str]) -> int:
             f"{config.recipe.name} in {config.recipe.model_dir}",
             ["task", "split", "shots", "metric", "value", "examples"],
             [
-                [r[key] for key in ("task", "split", "shots", "metric")]
-                + [f"{r['value']:.3f}", r["num_examples"]]
-                for r in rows
+                [row.task, row.split, row.shots, row.metric, f"{row.value:.3f}", row.num_examples]
+                for row in rows
             ],
         )
         return 0

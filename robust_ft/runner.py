@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-
-import jax
 
 from robust_ft import compiling, console, model_info, multihost
 from robust_ft.checks import claim
@@ -16,14 +15,15 @@ from robust_ft.files import write_json
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
 from robust_ft.recipe import Recipe
+from robust_ft.run_context import Callback, RunContext
 from robust_ft.stage import STAGE, Stage
-from robust_ft.stage_start import origin, predictor, restore, teacher
+from robust_ft.stage_start import origin, predictor, pretrained, restore, teacher
 from robust_ft.summary import Summary
-from robust_ft.trainer import RunContext, fit
+from robust_ft.trainer import fit
 from robust_ft.types import Params
 
 
-def run(recipe: Recipe) -> Summary:
+def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
 
     ```python
@@ -34,6 +34,10 @@ def run(recipe: Recipe) -> Summary:
 
     Compiled programs are kept on disk, see `compiling.use_cache`. Progress is printed;
     `robust_ft.console.configure(enabled=False)` silences it.
+
+    Args:
+        recipe: What to run.
+        callbacks: Follow the training loop of each stage.
 
     Returns:
         All evaluation results, also written to `summary.json`.
@@ -47,8 +51,7 @@ def run(recipe: Recipe) -> Summary:
     compiling.use_effort(recipe.compile_effort)
     claim(recipe)
     directory = Path(recipe.model_dir)
-    main = multihost.is_first()
-    summary = Summary(directory, enabled=main)
+    summary = Summary(directory, enabled=multihost.is_first())
     params: Params | None = None
     with multihost.stop_on_sigterm() as stop, recipe.partitioner.activate():
         for i, stage in enumerate(recipe.stages):
@@ -60,13 +63,13 @@ def run(recipe: Recipe) -> Summary:
                 )
                 params = None
                 continue
-            # The stage before hands its parameters on without a detour over files.
+            # The previous stage's parameters are handed over in memory.
             follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
             params = params if follows else None
-            # First, as for a moment it is there in two types.
-            tutor = teacher(recipe, stage)
+            # The teacher first: loading it takes twice its memory for a moment.
+            stage_teacher = teacher(recipe, stage)
             params = restore(recipe, stage, params)
-            if main:
+            if multihost.is_first():
                 _write_model_info(stage, params, directory / stage.name)
             context = RunContext(
                 directory,
@@ -76,10 +79,12 @@ def run(recipe: Recipe) -> Summary:
                 stop,
                 baseline=i == 0,
                 origin=origin(recipe, stage),
-                teacher=tutor,
+                teacher=stage_teacher,
+                pretrained=functools.partial(pretrained, recipe, stage),
+                callbacks=callbacks,
             )
             params = fit(stage, params, context)
-        params = None  # members of an ensemble need the room
+        params = None  # frees memory for the members of an ensemble
         for selection in recipe.selections:
             _select(recipe, selection, summary)
     return summary
@@ -87,32 +92,32 @@ def run(recipe: Recipe) -> Summary:
 
 def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:
     directory = Path(recipe.model_dir)
-    made = SelectedWeight.read(directory / selection.name)
-    if made is None:
-        made = selection.run(directory, summary, functools.partial(predictor, recipe))
-        if jax.process_index() == 0:
+    selected = SelectedWeight.read(directory / selection.name)
+    if selected is None:
+        selected = selection.run(directory, summary, functools.partial(predictor, recipe))
+        if multihost.is_first():
             (directory / selection.name).mkdir(exist_ok=True)
-            write_json(directory / selection.name / SELECTED, dataclasses.asdict(made))
-    elif [candidate.weight for candidate in made.candidates] != list(selection.weights):
+            write_json(directory / selection.name / SELECTED, dataclasses.asdict(selected))
+    elif [candidate.weight for candidate in selected.candidates] != list(selection.weights):
         raise UserError(
             f"'{selection.name}' was chosen among other weights in {recipe.model_dir}; choose "
             "another MODEL_DIR, or delete its folder there to choose again."
         )
     console.print_line(
-        f"[{selection.name}] lambda {made.weight:g} was chosen; its validation score is "
-        f"{made.selected.score:.1f}."
+        f"[{selection.name}] lambda {selected.weight:g} was chosen; its validation score is "
+        f"{selected.selected.score:.1f}."
     )
 
 
 def final_predictor(recipe: Recipe) -> BasePredictor:
-    """Returns what a finished recipe ends with: its last selection, or its last stage's model."""
+    """Returns a finished recipe's result: its last selection, or its last stage's model."""
     if not recipe.selections:
         return predictor(recipe, recipe.stages[-1].name)
     selection = recipe.selections[-1]
-    made = SelectedWeight.read(Path(recipe.model_dir) / selection.name)
-    if made is None:
+    selected = SelectedWeight.read(Path(recipe.model_dir) / selection.name)
+    if selected is None:
         raise UserError(f"'{selection.name}' has not been chosen yet in {recipe.model_dir}.")
-    return selection.predictor(made, functools.partial(predictor, recipe))
+    return selection.predictor(selected, functools.partial(predictor, recipe))
 
 
 def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
@@ -120,7 +125,7 @@ def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
         raise UserError(
             f"Stage '{stage.name}' has finished in {recipe.model_dir} after {outcome.steps} steps, "
             f"not {stage.steps}; choose another MODEL_DIR, or delete the stage's folder and those "
-            "of the stages behind it to train them again."
+            "of the stages after it to train them again."
         )
 
 

@@ -8,7 +8,7 @@ import jax
 from robust_ft import optim, trainable
 from robust_ft.data.cache import TaskData
 from robust_ft.errors import UserError, nearest
-from robust_ft.evaluate import Evaluation
+from robust_ft.evaluator import Evaluator
 from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective
 from robust_ft.objectives.gradients import GradientFn, backprop
@@ -73,8 +73,8 @@ class Stage:
     microbatches: int = 1
     packing: bool = False
     by_length: int = 0
-    evaluations: tuple[Evaluation, ...] = ()
-    final_evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[Evaluator, ...] = ()
+    final_evaluations: tuple[Evaluator, ...] = ()
     eval_period: int = 1000
     log_period: int = 20
     select_best: bool = True

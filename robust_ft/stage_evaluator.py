@@ -1,128 +1,117 @@
-"""What a stage does at its evaluation steps: evaluate, record, show."""
+"""Runs a stage's evaluations: evaluates, records, and shows the results."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from robust_ft import console, multihost
-from robust_ft.evaluate import (
-    HELD_OUT,
-    OOD,
-    TARGET,
-    Evaluation,
-    Result,
-    evaluate,
-    held_out_rows,
-)
-from robust_ft.metric_writer import MetricWriter
+from robust_ft.evaluator import HELD_OUT, TARGET, EvalContext, Evaluator, Result, held_out_rows
+from robust_ft.metric_writer import EVALUATIONS, MetricWriter
 from robust_ft.metrics.norm_avg import norm_avg
-from robust_ft.models.model import Model
-from robust_ft.partitioning import Partitioner
 from robust_ft.predictor import Predictor
-from robust_ft.summary import Summary
+from robust_ft.run_context import RunContext
+from robust_ft.stage import Stage
+from robust_ft.summary import Row
 from robust_ft.types import Params
 
 INPUT_SHOWN = 60  # characters, of an input's end
 
 
 class StageEvaluator:
-    """Runs a stage's evaluations and writes what they found.
+    """Runs evaluators on a stage's model and records their results.
 
-    An evaluation that detaches every PEFT method that trains, of a stage in which nothing else
-    trains, sees the same model at every step: it is run once and its result repeated.
+    An evaluator that detaches all that the stage trains sees the same model at every step: it runs
+    once and its result is repeated.
 
     Args:
-        stage: The stage's name.
-        directory: The stage's folder.
-        model: The stage's model with its PEFT methods.
-        trained: The paths of the parameters that train.
-        writer: Where values go, for programs and TensorBoard.
-        summary: Where rows for summary.json go.
+        stage: The stage.
+        run: Where it runs, and what evaluators may ask for.
+        writer: Writes values to metrics.jsonl and TensorBoard.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        directory: Path,
-        model: Model,
-        trained: frozenset[str],
-        partitioner: Partitioner,
-        writer: MetricWriter,
-        summary: Summary,
-    ):
+    def __init__(self, stage: Stage, run: RunContext, writer: MetricWriter):
         self._stage = stage
-        self._outputs = directory / "inference_eval"
-        self._model = model
-        self._trained = trained
-        self._partitioner = partitioner
+        self._run = run
         self.writer = writer
-        self._summary = summary
-        self._constant: dict[Evaluation, Result] = {}
+        self._trained = stage.trainable_paths()
+        # By evaluator and the names of the methods that were detached.
+        self._constant: dict[tuple[Evaluator, tuple[str, ...]], Result] = {}
 
     def __call__(
-        self, evaluations: Sequence[Evaluation], params: Params, step: int
+        self,
+        evaluators: Sequence[Evaluator],
+        params: Params,
+        step: int,
+        pretrained: bool = False,
     ) -> float | None:
-        """Evaluates; returns the target's score (the mean of several), None without one."""
-        results = [self._evaluate(evaluation, params) for evaluation in evaluations]
-        rows = held_out_rows(results, self._stage, step)
+        """Evaluates and records.
+
+        Args:
+            evaluators: What to run.
+            params: All of the model's parameters.
+            step: Number of steps done.
+            pretrained: Whether to detach all PEFT methods from the model.
+
+        Returns:
+            The target's score, the mean if there are several targets, None without one.
+        """
+        results = [self._evaluate(each, params, step, pretrained) for each in evaluators]
+        rows = held_out_rows(results, self._stage.name, step)
         for result in results:
-            rows += result.rows(self._stage, step)
+            rows += result.rows(self._stage.name, step)
             if multihost.is_first():
-                result.write(self._outputs, step)
-            self.writer.write(
-                step, result.values, result.evaluation.data.split, result.evaluation.task
-            )
-        self._summary.add(rows)
+                result.write(self._run.directory / self._stage.name / EVALUATIONS, step)
+            self.writer.write(step, result.values, result.split, result.name)
+        self._run.summary.add(rows)
         self._show(results, rows, step)
-        scores = [r.score for r in results if r.evaluation.role == TARGET]
+        for callback in self._run.callbacks:
+            callback.on_evaluation(self._stage, step, results)
+        scores = [result.score for result in results if result.role == TARGET]
         return norm_avg(scores) if scores else None
 
-    def _evaluate(self, evaluation: Evaluation, params: Params) -> Result:
-        if evaluation in self._constant:
-            return self._constant[evaluation]
-        predictor = Predictor(self._model, params, evaluation.data.vocabulary, self._partitioner)
-        result = evaluate(evaluation, predictor)
-        names = evaluation.detached(self._model)
-        detached = [method for method in self._model.peft if method.name in names]
-        if all(any(method.owns(path) for method in detached) for path in self._trained):
-            self._constant[evaluation] = result
+    def _evaluate(
+        self, evaluator: Evaluator, params: Params, step: int, pretrained: bool
+    ) -> Result:
+        stage, run = self._stage, self._run
+        methods = {method.name: method for method in stage.model.peft}
+        detached = tuple(methods) if pretrained else evaluator.detached(stage.model)
+        key = evaluator, detached
+        if key in self._constant:
+            return self._constant[key]
+        predictor = Predictor(stage.model, params, stage.data.vocabulary, run.partitioner)
+        result = evaluator(
+            EvalContext(predictor.without(*detached), stage, step, run.teacher, run.pretrained)
+        )
+        if all(any(methods[name].owns(path) for name in detached) for path in self._trained):
+            self._constant[key] = result
         return result
 
-    def _show(self, results: Sequence[Result], rows: list[dict[str, Any]], step: int) -> None:
+    def _show(self, results: Sequence[Result], rows: Sequence[Row], step: int) -> None:
         if not results:
             return
-        values = {(row["shots"], row["metric"]): row["value"] for row in rows if _is_average(row)}
-        facts = [
-            f"{r.evaluation.task} {r.preferred} {r.score:.1f}"
-            for r in results
-            if r.evaluation.role in (TARGET, OOD)
-        ]
-        for shots in sorted({shots for shots, _ in values}):
-            share = values.get((shots, "format_share"))
+        means = {(row.shots, row.metric): row.value for row in rows if row.task == HELD_OUT}
+        facts = [f"{r.name} {r.metric} {r.score:.1f}" for r in results if r.role != HELD_OUT]
+        for shots in sorted({shots for shots, _ in means}):
+            share = means.get((shots, "format_share"))
             in_format = "" if share is None else f" ({share:.1%} in the target's format)"
-            facts.append(f"held-out {shots}-shot {values[shots, 'norm_avg']:.1f}{in_format}")
-        split = results[0].evaluation.data.split
-        console.print_line(f"[{self._stage}] step {step}, {split}: {', '.join(facts)}")
+            facts.append(f"held-out {shots}-shot {means[shots, 'norm_avg']:.1f}{in_format}")
+        console.print_line(
+            f"[{self._stage.name}] step {step}, {results[0].split}: {', '.join(facts)}"
+        )
         for result in _sampled(results):
             console.print_line("    " + _sample(result, step))
 
 
-def _is_average(row: dict[str, Any]) -> bool:
-    return row["task"] == HELD_OUT
-
-
 def _sampled(results: Sequence[Result]) -> list[Result]:
     """Returns the target's result and two held-out ones, far apart in the list."""
-    held_out = [r for r in results if r.evaluation.role == HELD_OUT]
-    target = [r for r in results if r.evaluation.role == TARGET][:1]
+    held_out = [r for r in results if r.role == HELD_OUT]
+    target = [r for r in results if r.role == TARGET][:1]
     return [r for r in (*target, *held_out[:1], *held_out[1:][-1:]) if r.predictions]
 
 
 def _sample(result: Result, step: int) -> str:
-    """Returns one line with the end of an input, the output, and the target if it is another."""
+    """Returns one line: the end of an input, the output, and the target if they differ."""
     example = result.predictions[step % len(result.predictions)]
-    given = example["input"]
-    given = given if len(given) <= INPUT_SHOWN else "…" + given[-INPUT_SHOWN:]
-    right = example["prediction"] == example["target"]
-    wanted = "" if right else f"  (target: {example['target']})"
-    return f"{result.evaluation.task}: {given} → {example['prediction']}{wanted}"
+    text = example["input"]
+    text = text if len(text) <= INPUT_SHOWN else "…" + text[-INPUT_SHOWN:]
+    is_right = example["prediction"] == example["target"]
+    target = "" if is_right else f"  (target: {example['target']})"
+    return f"{result.name}: {text} → {example['prediction']}{target}"

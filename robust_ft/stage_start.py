@@ -1,4 +1,4 @@
-"""How a stage starts: its parameters restored, fresh ones drawn, its teacher loaded."""
+"""How a stage starts: parameters are restored or initialized, and the teacher is loaded."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,43 +20,42 @@ from robust_ft.stage import PRETRAINED, SCRATCH, STAGE, Stage, stage_key
 from robust_ft.types import Params
 
 
-def restore(recipe: Recipe, stage: Stage, handed_on: Params | None = None) -> Params:
+def restore(recipe: Recipe, stage: Stage, in_memory: Params | None = None) -> Params:
     """Returns all parameters at a stage's start, placed on the mesh.
 
-    In this order: 1. what the source holds: a checkpoint's parameters, or an earlier stage's, that
-    is its own start with what it trained in place; 2. fresh values for the model's other
-    parameters, those of PEFT methods possibly depending on what was restored.
+    What `Stage.restore` names is restored: a checkpoint, or the final parameters of an earlier
+    stage. The model's other parameters are initialized; those of PEFT methods may depend on the
+    restored ones.
 
     Args:
         recipe: The recipe that the stage belongs to; its earlier stages have finished.
         stage: The stage.
-        handed_on: The earlier stage's parameters if they are in memory still.
+        in_memory: The earlier stage's final parameters, if they are in memory still.
     """
     if stage.restore == SCRATCH:
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
         return place(recipe, stage, load_for_model(stage.model, stage.restore))
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
-    configs: list[Any] = [stage.model.config, earlier.model.config]
-    dtype, before = (config.param_dtype for config in configs)
-    if handed_on is None or before != dtype:
-        # What did not train comes from where the earlier stage had it, not rounded by its type.
-        handed_on = _finished(
-            recipe, dataclasses.replace(earlier, model=_kept_in(dtype, earlier.model))
-        )
-    known = fit_to_model(
+    dtype = _param_dtype(stage.model)
+    if in_memory is None or _param_dtype(earlier.model) != dtype:
+        # Read from files in this stage's dtype: what the earlier stage kept in a narrower one, and
+        # did not train, is not rounded.
+        wider = dataclasses.replace(earlier, model=_with_param_dtype(earlier.model, dtype))
+        in_memory = _finished(recipe, wider)
+    restored = fit_to_model(
         stage.model.shapes(),
-        trainable.flatten(handed_on),
+        trainable.flatten(in_memory),
         stage.restore,
-        # PEFT methods come and go between stages, but none changes.
+        # A stage may add or drop PEFT methods, but not change the shape of one.
         may_lack=lambda p: stage.model.peft_owns(p) and not earlier.model.peft_owns(p),
         may_drop=lambda p: earlier.model.peft_owns(p) and not stage.model.peft_owns(p),
     )
-    return place(recipe, stage, known)
+    return place(recipe, stage, restored)
 
 
 def finished(recipe: Recipe, name: str) -> Params:
-    """Returns all parameters that a finished stage ended with: its start and what it trained."""
+    """Returns the final parameters of a finished stage: those of its start and the trained ones."""
     return _finished(recipe, recipe.stage(name))
 
 
@@ -70,18 +69,17 @@ def _finished(recipe: Recipe, stage: Stage) -> Params:
 
 
 def predictor(recipe: Recipe, name: str) -> Predictor:
-    """Returns a predictor with what a finished stage ended with."""
+    """Returns a predictor with the final parameters of a finished stage."""
     stage = recipe.stage(name)
     params = finished(recipe, name)
     return Predictor(stage.model, params, stage.data.vocabulary, recipe.partitioner)
 
 
 def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
-    """Returns a stage's teacher with all parameters on the mesh, or None if it needs none.
+    """Returns a stage's teacher, with all parameters on the mesh; None if it needs none.
 
-    Nothing is shared with the student, although both often start from one model: the student's
-    parameters change with the first step, which donates their arrays, and the teacher's are kept
-    in another type.
+    Teacher and student share no arrays, although both often start from one model: the first step
+    donates the student's arrays, and the teacher's have another dtype.
 
     Args:
         recipe: The recipe that the stage belongs to; its earlier stages have finished.
@@ -90,44 +88,51 @@ def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
     if stage.teacher is None or not stage.objective.needs_teacher:
         return None
     if stage.teacher == PRETRAINED:
-        model, params = _pretrained(recipe, stage)
+        source = pretrained(recipe, stage, stage.teacher_dtype)
     elif stage.teacher.startswith(STAGE):
-        exported = predictor(recipe, stage.teacher.removeprefix(STAGE))
-        model, params = exported.model, exported.params
+        source = predictor(recipe, stage.teacher.removeprefix(STAGE))
     else:
         directory, *more = sources.split(stage.teacher)
-        loaded = loading.load(
+        source = loading.load(
             directory,
             vocabulary=stage.data.vocabulary,
             weights=",".join(more) or None,
             partitioner=recipe.partitioner,
         )
-        model, params = loaded.model, loaded.params
-    model = _kept_in(stage.teacher_dtype, model)
-    return Teacher(model, jax.tree.map(lambda x, as_: x.astype(as_.dtype), params, model.shapes()))
+    model = _with_param_dtype(source.model, stage.teacher_dtype)
+    shapes = model.shapes()
+    return Teacher(model, jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, shapes))
 
 
-def _pretrained(recipe: Recipe, stage: Stage) -> tuple[Model, Params]:
-    """Returns the model that the stages up to this one began with, without PEFT methods."""
+def pretrained(recipe: Recipe, stage: Stage, dtype: str | None = None) -> Predictor:
+    """Returns the model that the stages up to this one started from, without PEFT methods.
+
+    Args:
+        recipe: The recipe that the stage belongs to.
+        stage: The stage.
+        dtype: The dtype of parameters that are read from a checkpoint; by default the model's.
+    """
     first = _first(recipe, stage)
-    if first.restore != SCRATCH:  # values that are drawn depend on the type, values read do not
-        first = dataclasses.replace(first, model=_kept_in(stage.teacher_dtype, first.model))
-    # The checkpoint may hold PEFT parameters too, and they take part when values are drawn.
+    if dtype is not None and first.restore != SCRATCH:  # initial values depend on the dtype
+        first = dataclasses.replace(first, model=_with_param_dtype(first.model, dtype))
+    # With all PEFT methods: the checkpoint may hold their parameters, and they change how the
+    # others are initialized.
     params = restore(recipe, first)
-    owned = filter(first.model.peft_owns, trainable.flatten(params))
-    _, params = trainable.split(params, frozenset(owned))
-    return first.model.without_peft(), params
+    owned = frozenset(filter(first.model.peft_owns, trainable.flatten(params)))
+    _, base = trainable.split(params, owned)
+    bare = first.model.without_peft()
+    return Predictor(bare, base, stage.data.vocabulary, recipe.partitioner)
 
 
 def _first(recipe: Recipe, stage: Stage) -> Stage:
-    """Returns the stage that read, or drew, the parameters that this one goes on from."""
+    """Returns the first of the stages that lead to this one: it restores no earlier stage."""
     while stage.restore.startswith(STAGE):
         stage = recipe.stage(stage.restore.removeprefix(STAGE))
     return stage
 
 
 def teacher_model(recipe: Recipe, stage: Stage) -> Model | None:
-    """Returns the model of a stage's teacher, whose shapes and types are those of its parameters.
+    """Returns the model of a stage's teacher, in the dtype of its parameters; reads no weights.
 
     Raises:
         UserError: The teacher is a directory, and there is none or it is broken.
@@ -140,21 +145,26 @@ def teacher_model(recipe: Recipe, stage: Stage) -> Model | None:
         model = recipe.stage(stage.teacher.removeprefix(STAGE)).model
     else:
         directory, *more = sources.split(stage.teacher)
-        found = [sources.adapter(path) for path in more]
-        methods = [method for each in found if each is not None for method in each.methods]
+        adapters = [sources.adapter(path) for path in more]
+        methods = [method for each in adapters if each is not None for method in each.methods]
         model = dataclasses.replace(native.model(sources.read(directory)), peft=tuple(methods))
-    return _kept_in(stage.teacher_dtype, model.exported())
+    return _with_param_dtype(model.exported(), stage.teacher_dtype)
 
 
-def _kept_in(dtype: str, model: Model) -> Model:
+def _param_dtype(model: Model) -> str:
+    config: Any = model.config
+    return str(config.param_dtype)
+
+
+def _with_param_dtype(model: Model, dtype: str) -> Model:
     config: Any = model.config
     return dataclasses.replace(model, config=dataclasses.replace(config, param_dtype=dtype))
 
 
 def origin(recipe: Recipe, stage: Stage) -> str:
-    """Returns where the base of a stage's model comes from, before any PEFT method.
+    """Returns where the base parameters of a stage's model come from.
 
-    That is a checkpoint's path, "scratch", or the earlier stage that trained some of it last.
+    That is a checkpoint's path, "scratch", or the folder of the last stage that trained some.
     """
     if not stage.restore.startswith(STAGE):
         parts = sources.split(stage.restore)
@@ -166,14 +176,14 @@ def origin(recipe: Recipe, stage: Stage) -> str:
     return f"{Path(recipe.model_dir) / earlier.name}"
 
 
-def place(recipe: Recipe, stage: Stage, known: Mapping[str, Any]) -> Params:
-    """Places those known parameters that the stage's model has, and draws its other ones.
+def place(recipe: Recipe, stage: Stage, restored: Mapping[str, Any]) -> Params:
+    """Places restored parameters on the mesh and initializes the stage's other parameters.
 
     Args:
         recipe: Gives the mesh and the seed.
         stage: The stage.
-        known: Values by parameter path.
+        restored: Arrays by parameter path.
     """
     init_rng = stage_key(recipe.seed, stage.name, "init")
     peft_rng = stage_key(recipe.seed, stage.name, "peft")
-    return loading.place(stage.model, recipe.partitioner, known, init_rng, peft_rng)
+    return loading.place(stage.model, recipe.partitioner, restored, init_rng, peft_rng)

@@ -15,20 +15,26 @@ from robust_ft.files import write_atomically
 if TYPE_CHECKING:
     from robust_ft.gin_config import Config
     from robust_ft.recipe import Recipe
+    from robust_ft.run_context import Callback
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status."""
+def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
+    """Runs the command line; returns the exit status.
+
+    Args:
+        argv: The arguments.
+        callbacks: Follow the training loop; for launchers of your own.
+    """
     arguments = command_line.parse("train", __doc__ or "", argv)
     with command_line.started(arguments, stops=True) as config:
         _banner(config.recipe)
         if arguments.dry_run:
             _dry_run(config)
             return 0
-        return _train(config)
+        return _train(config, callbacks)
 
 
-def _train(config: "Config") -> int:
+def _train(config: "Config", callbacks: Sequence["Callback"]) -> int:
     from robust_ft import console, multihost, report
     from robust_ft.checks import claim
     from robust_ft.runner import run
@@ -38,7 +44,7 @@ def _train(config: "Config") -> int:
     claim(recipe)
     _write_config(config)
     try:
-        run(recipe)
+        run(recipe, callbacks)
     except Stopped as stopped:
         console.print_line(f"{stopped} Run the same command to go on.")
         return command_line.RESUME
@@ -86,7 +92,7 @@ def _dry_run(config: "Config") -> None:
         for evaluation in (*stage.evaluations, *stage.final_evaluations):
             detached = evaluation.detached(stage.model)
             removed = f" without {', '.join(detached)}" if detached else ""
-            console.print_line(f"evaluate {evaluation.task} {evaluation.data.split}{removed}")
+            console.print_line(f"evaluate {evaluation.task} {evaluation.split}{removed}")
 
 
 def _write_config(config: "Config") -> None:

@@ -30,8 +30,8 @@ from robust_ft.loading import place
 from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
+from robust_ft.stage_step import compile_train_step, place_state
 from robust_ft.trainable import flatten, split
-from robust_ft.trainer import compile_train_step, place_state
 
 ROWS, TASKS, STEPS = 16, 2, 6
 # Every axis that meshes split is even.

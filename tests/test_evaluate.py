@@ -14,7 +14,8 @@ from robust_ft import evaluate as evaluate_lib
 from robust_ft.data import loader
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
-from robust_ft.evaluate import HELD_OUT, OOD, TARGET, Result, evaluate, held_out_rows, suite
+from robust_ft.evaluate import suite
+from robust_ft.evaluator import HELD_OUT, OOD, TARGET, Result, evaluate, held_out_rows
 from robust_ft.models.peft import Prompt
 from robust_ft.predictor import Predictor
 
@@ -49,12 +50,10 @@ class Recorder:
 
 
 def make(role, split="test", shots=0, score=0.0, share=None, count=3):
-    data = dataclasses.replace(toy.DATA, split=split)
-    evaluation = dataclasses.replace(toy.TARGET_EVALUATION, data=data, role=role, shots=shots)
     values = {"accuracy": score, "exact_match": 7.0}
     if share is not None:
         values["format_share"] = share
-    return Result(evaluation, "accuracy", values, [{}] * count)
+    return Result("toy", split, role, values, count, shots=shots)
 
 
 def test_every_example_is_scored_once_and_in_order():
@@ -65,7 +64,7 @@ def test_every_example_is_scored_once_and_in_order():
     assert [p["input"] for p in result.predictions] == [f"is {i} odd" for i in range(24)]
     assert [p["target"] for p in result.predictions] == list("aab" * 8)
     assert result.predictions[3]["prediction"] == "a"
-    assert result.preferred == "accuracy" and result.score == pytest.approx(100 / 24)
+    assert result.metric == "accuracy" and result.score == pytest.approx(100 / 24)
 
 
 def test_rows_that_fill_up_repeat_a_real_one():
@@ -195,7 +194,7 @@ def test_prompts_vote():
     # "two" says bababa, "one" ababab and "toy" acacac: the most frequent answer, or two's.
     assert [p["prediction"] for p in result.predictions] == list("aaaaaa")
     assert [p["target"] for p in result.predictions] == list("aabaab")
-    assert result.preferred == "accuracy" and result.score == pytest.approx(400 / 6)
+    assert result.metric == "accuracy" and result.score == pytest.approx(400 / 6)
     assert result.values["accuracy_prompt_average"] == pytest.approx((50 + 50 + 100 / 3) / 3)
     assert result.values["accuracy_prompt_best"] == 50
     assert result.values["format_share"] == 1
@@ -243,7 +242,7 @@ def test_ensembles_are_evaluated_as_models_are():
 def test_rows_of_a_result(tmp_path):
     result = make(HELD_OUT, shots=2, score=50.0)
     rows = result.rows("model", 4)
-    assert rows[0] == {
+    assert rows[0].to_json() == {
         "stage": "model",
         "step": 4,
         "task": "toy",
@@ -254,7 +253,7 @@ def test_rows_of_a_result(tmp_path):
         "value": 50.0,
         "num_examples": 3,
     }
-    assert [row["metric"] for row in rows] == ["accuracy", "exact_match"]
+    assert [row.metric for row in rows] == ["accuracy", "exact_match"]
     result = dataclasses.replace(result, predictions=[{"input": "ü\n", "prediction": "☃"}])
     result.write(tmp_path / "new", 4)
     (file,) = (tmp_path / "new").iterdir()
@@ -262,7 +261,7 @@ def test_rows_of_a_result(tmp_path):
     assert json.loads(file.read_text()) == {"input": "ü\n", "prediction": "☃"}
 
 
-def test_held_out_rows_average_the_preferred_metric_by_split_and_shots():
+def test_held_out_rows_average_the_first_metric_by_split_and_shots():
     results = [
         make(TARGET, score=99.0, share=1.0),
         make(HELD_OUT, score=10.0, share=0.5),
@@ -271,7 +270,7 @@ def test_held_out_rows_average_the_preferred_metric_by_split_and_shots():
         make(HELD_OUT, split="validation", score=4.0),
     ]
     rows = held_out_rows(results, "model", 2)
-    found = {(r["split"], r["shots"], r["metric"]): (r["value"], r["num_examples"]) for r in rows}
+    found = {(r.split, r.shots, r.metric): (r.value, r.num_examples) for r in rows}
     assert found == {
         ("test", 0, "norm_avg"): (20.0, 8),
         ("test", 0, "format_share"): (0.5, 8),
@@ -279,7 +278,7 @@ def test_held_out_rows_average_the_preferred_metric_by_split_and_shots():
         ("test", 1, "format_share"): (0.25, 3),
         ("validation", 0, "norm_avg"): (4.0, 3),
     }
-    assert all((r["task"], r["role"], r["stage"]) == (HELD_OUT, HELD_OUT, "model") for r in rows)
+    assert all((r.task, r.role, r.stage) == (HELD_OUT, HELD_OUT, "model") for r in rows)
     assert held_out_rows(results[:1], "model", 2) == []
 
 

@@ -15,12 +15,14 @@ from safetensors.numpy import save_file
 
 from robust_ft import checks, runner, stage_start, trainer
 from robust_ft.errors import UserError
-from robust_ft.evaluate import HELD_OUT, suite
+from robust_ft.evaluate import suite
+from robust_ft.evaluator import HELD_OUT
 from robust_ft.models.bart import BartConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
+from robust_ft.summary import Row
 
 # Validation scores at steps 0, 2, 4 and 6: the prompt's best is step 4, the model's first best 2.
 SCORES = [0.0, 10.0, 30.0, 20.0, 0.0, 9.0, 5.0, 9.0]
@@ -28,7 +30,7 @@ SCORES = [0.0, 10.0, 30.0, 20.0, 0.0, 9.0, 5.0, 9.0]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished ProMoT run: its folder, the calls of `evaluate` and the summary."""
+    """A finished ProMoT run: its folder, the calls of its evaluations and the summary."""
     directory = tmp_path_factory.mktemp("runs") / "promot"
     with pytest.MonkeyPatch.context() as patch:
         evaluate = toy.ScriptedEvaluate(patch, SCORES)
@@ -48,7 +50,7 @@ def validated(calls):
 
 def at_the_end(calls):
     """Returns the parameters of both stages' final evaluations."""
-    is_test = [c for c in calls if c.evaluation.role == "target" and c.evaluation.detach == ()]
+    is_test = [c for c in calls if c.evaluation.role == "target" and not c.detached]
     return [call.params for call in is_test if call.evaluation.data.split == "test"]
 
 
@@ -100,28 +102,27 @@ def test_evaluations_that_cannot_change_run_once(finished):
 
 
 def test_baseline_is_the_model_without_prompt(finished):
-    (baseline,) = [
-        c for c in finished.calls if c.evaluation.role == "target" and c.evaluation.detach == "all"
-    ]
-    assert baseline.evaluation.data.split == "test"
+    (baseline,) = [c for c in finished.calls if c.evaluation.role == "target" and c.detached]
+    assert baseline.evaluation.split == "test" and toy.PROMPT not in baseline.params
 
 
 def test_summary_rows(finished):
-    assert json.loads((finished.directory / "summary.json").read_text()) == finished.rows
+    entries = json.loads((finished.directory / "summary.json").read_text())
+    assert [Row.from_json(entry) for entry in entries] == finished.rows
     fields = ["stage", "step", "task", "role", "split", "shots", "metric", "value"]
     fields += ["num_examples"]
-    assert all(list(row) == fields for row in finished.rows)
+    assert all(list(entry) == fields for entry in entries)
     scores = [
-        (row["stage"], row["step"], row["value"])
+        (row.stage, row.step, row.value)
         for row in finished.rows
-        if row["role"] == "target" and row["split"] == "validation"
+        if row.role == "target" and row.split == "validation"
     ]
     steps = [(stage, step) for stage in ("prompt", "model") for step in (0, 2, 4, 6)]
     assert scores == [(*key, score) for key, score in zip(steps, SCORES, strict=True)]
-    final = {(r["stage"], r["step"]) for r in finished.rows if r["split"] == "test"}
+    final = {(r.stage, r.step) for r in finished.rows if r.split == "test"}
     assert final == {("prompt", 0), ("prompt", 4), ("model", 2)}
-    average = [r for r in finished.rows if r["task"] == "held_out" and r["metric"] == "norm_avg"]
-    assert {row["shots"] for row in average} == {0, 1}
+    average = [r for r in finished.rows if r.task == "held_out" and r.metric == "norm_avg"]
+    assert {row.shots for row in average} == {0, 1}
 
 
 def test_files_of_a_run(finished):
@@ -168,17 +169,9 @@ def test_finished_stages_are_skipped(finished, monkeypatch):
 def test_restoring_a_stage_from_files_equals_handing_it_over(finished, tmp_path, monkeypatch):
     recipe = toy.promot(tmp_path)
     toy.ScriptedEvaluate(monkeypatch, SCORES)
-    fit = trainer.fit
-
-    def dies_in_the_model_stage(stage, params, run):
-        if stage.name == "model":
-            raise KeyboardInterrupt
-        return fit(stage, params, run)
-
-    monkeypatch.setattr(runner, "fit", dies_in_the_model_stage)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(recipe)
-    monkeypatch.setattr(runner, "fit", fit)
+        runner.run(recipe, [toy.At("model", 1, toy.raising(KeyboardInterrupt))])
+    toy.ScriptedEvaluate(monkeypatch, SCORES[4:])
     again = runner.run(recipe)
     assert again.rows == finished.rows
     toy.assert_same(toy.final(tmp_path, "model"), toy.final(finished.directory, "model"))
@@ -189,21 +182,12 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted(
     finished, tmp_path, monkeypatch, stage, step
 ):
     toy.ScriptedEvaluate(monkeypatch, SCORES)
-    add, counted = trainer.TrainingLog.add, []
-
-    def add_and_stop(self, at, sums):
-        add(self, at, sums)
-        counted.append(at)
-        if counted.count(step) == (1 if stage == "prompt" else 2):
-            signal.raise_signal(signal.SIGTERM)
-
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer.TrainingLog, "add", add_and_stop)
+    terminate = toy.At(stage, step, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(trainer.Stopped, match=f"step {step} of stage '{stage}'"):
-        runner.run(toy.promot(tmp_path))
+        runner.run(toy.promot(tmp_path), [terminate])
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / stage / f"checkpoint_{step}").is_dir()
-    monkeypatch.setattr(trainer.TrainingLog, "add", add)
     assert runner.run(toy.promot(tmp_path)).rows == finished.rows
     for name in ("prompt", "model"):
         toy.assert_same(toy.final(tmp_path, name), toy.final(finished.directory, name))
@@ -381,7 +365,9 @@ def test_tasks_without_a_prompt(tmp_path):
 
 
 def test_soft_prompts_are_not_packed(tmp_path):
-    with pytest.raises(UserError, match=r"'prompt' packs examples, but a soft prompt .* PACKING"):
+    with pytest.raises(
+        UserError, match=r"'prompt' packs examples, but a soft prompt .*Stage\.packing=False"
+    ):
         runner.run(toy.promot(tmp_path / "run", prompt={"packing": True}))
     assert not (tmp_path / "run").exists()
     plain = toy.promot(tmp_path / "run", model={"packing": True, "model": toy.PLAIN})

@@ -1,18 +1,19 @@
 """summary.json: rows replace each other, survive restarts and are forgotten on a resume."""
 
 import json
+import math
 
-from robust_ft.summary import Summary
+from robust_ft.summary import Row, Summary
 
 
 def row(stage="model", step=0, metric="accuracy", value=1.0, **changes):
     fields = {"task": "toy", "role": "target", "split": "test", "shots": 0}
     rest = {"metric": metric, "value": value, "num_examples": 3}
-    return {"stage": stage, "step": step, **fields, **rest, **changes}
+    return Row(**{"stage": stage, "step": step, **fields, **rest, **changes})
 
 
 def on_disk(folder):
-    return json.loads((folder / "summary.json").read_text())
+    return [Row.from_json(entry) for entry in json.loads((folder / "summary.json").read_text())]
 
 
 def test_rows_are_on_disk_at_once_and_read_again(tmp_path):
@@ -44,6 +45,23 @@ def test_truncate_forgets_one_stage_after_a_step(tmp_path):
     assert on_disk(tmp_path) == summary.rows == rows[:-1]
     summary.truncate("model", -1)
     assert on_disk(tmp_path) == rows[:3]
+
+
+def test_rows_of_earlier_versions_are_read(tmp_path):
+    entry = {"stage": "full", "step": 5, "task": "toy", "split": "test", "shots": 0}
+    entry |= {"metric": "accuracy", "value": None}
+    (tmp_path / "summary.json").write_text(json.dumps([entry]))
+    (read,) = Summary(tmp_path).rows
+    assert (read.role, read.num_examples, read.weight) == ("", 0, None) and math.isnan(read.value)
+
+
+def test_rows_are_the_json_they_were_read_from(tmp_path):
+    summary = Summary(tmp_path)
+    summary.add([row(value=1.0), row(metric="count", value=3), row(weight=0.5)])
+    text = (tmp_path / "summary.json").read_text()
+    assert '"lambda": 0.5' in text and text.count("lambda") == 1 and '"value": 3,' in text
+    Summary(tmp_path).add([])
+    assert (tmp_path / "summary.json").read_text() == text
 
 
 def test_other_processes_write_nothing(tmp_path):

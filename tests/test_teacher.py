@@ -236,7 +236,7 @@ def larger(model):
 @pytest.mark.parametrize(
     ("light", "student", "message"),
     [
-        ({"model": larger(LIGHT)}, {}, "knows 300 tokens and its student 264"),
+        ({"model": larger(LIGHT)}, {}, "has 300 tokens and its student 264"),
         (
             {
                 "model": dataclasses.replace(toy.PLAIN, peft=(Prompt(length=2, tasks=("toy",)),)),

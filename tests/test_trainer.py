@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import toy
 
-from robust_ft import trainer
 from robust_ft.errors import UserError
 from robust_ft.metric_writer import MetricWriter
 from robust_ft.optim import Adafactor, Schedule
 from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
+from robust_ft.run_context import Callback
 from robust_ft.stage import stage_key, stage_seed
 from robust_ft.stage_start import restore
-from robust_ft.trainer import Stopped, TrainingLog, fit
+from robust_ft.trainer import Stopped, fit
+from robust_ft.training_log import TrainingLog
 
 PROMPT_ONLY = {"evaluations": toy.evaluations("validation", held_out=False)}
 
@@ -26,10 +27,11 @@ def evaluate(monkeypatch):
     return toy.ScriptedEvaluate(monkeypatch)
 
 
-def run(folder, stage, baseline=False, stop=None):
+def run(folder, stage, baseline=False, stop=None, callback=None):
     """Fits one stage from its own start; returns all parameters as copies and the summary."""
     shared = toy.shared(folder, baseline=baseline)
-    shared = shared._replace(stop=stop or threading.Event())
+    callbacks = [] if callback is None else [callback]
+    shared = shared._replace(stop=stop or threading.Event(), callbacks=callbacks)
     params = restore(Recipe("toy", str(folder), (stage,)), stage)
     return toy.flat(fit(stage, params, shared)), shared.summary
 
@@ -72,21 +74,16 @@ def test_the_baseline_stays_where_both_use_one_split(tmp_path, evaluate):
     both = toy.evaluations("validation", held_out=False)
     _, summary = run(tmp_path, stage(steps=2, final_evaluations=both), baseline=True)
     # At step 0, 11 with the prompt, then 22 without it: the pretrained model. 44 is the final one.
-    assert [(row["step"], row["value"]) for row in summary.rows] == [(0, 22.0), (2, 44.0)]
-    assert evaluate.calls[1].evaluation.detach == "all"
+    assert [(row.step, row.value) for row in summary.rows] == [(0, 22.0), (2, 44.0)]
+    assert [call.detached for call in evaluate.calls] == [False, True, False, False]
 
 
 def test_nothing_is_there_twice_after_a_death_before_the_first_checkpoint(tmp_path, evaluate):
     class Died(Exception):
         pass
 
-    def die(self, step, sums):
-        raise Died
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLog, "add", die)
-        with pytest.raises(Died):
-            run(tmp_path, stage(steps=2))
+    with pytest.raises(Died):
+        run(tmp_path, stage(steps=2), callback=toy.At("prompt", 1, toy.raising(Died)))
     assert steps_of(tmp_path, "validation") == [0]
     run(tmp_path, stage(steps=2))
     assert steps_of(tmp_path, "validation") == [0, 2]
@@ -94,17 +91,9 @@ def test_nothing_is_there_twice_after_a_death_before_the_first_checkpoint(tmp_pa
 
 def test_stopping_saves_once_and_logs_what_was_done(tmp_path, evaluate):
     stop = threading.Event()
-    add = TrainingLog.add
-
-    def add_and_stop(self, step, sums):
-        add(self, step, sums)
-        if step == 3:
-            stop.set()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLog, "add", add_and_stop)
-        with pytest.raises(Stopped, match="step 3 of stage 'prompt'"):
-            run(tmp_path, stage(steps=6, log_period=10), stop=stop)
+    at_three = toy.At("prompt", 3, stop.set)
+    with pytest.raises(Stopped, match="step 3 of stage 'prompt'"):
+        run(tmp_path, stage(steps=6, log_period=10), stop=stop, callback=at_three)
     assert steps_of(tmp_path, "train") == [2, 3]
     # Stopped again at once: there is nothing new to save.
     with pytest.raises(Stopped, match="step 3"):
@@ -118,17 +107,15 @@ def test_stopping_saves_once_and_logs_what_was_done(tmp_path, evaluate):
 def stopped(tmp_path_factory):
     """A folder with a stage that stopped at step 2 of 4."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        toy.ScriptedEvaluate(patch)
-        save = trainer.StageCheckpoints.save
 
-        def save_and_die(self, state, data_state, score):
-            save(self, state, data_state, score)
+    class Die(Callback):
+        def on_checkpoint(self, stage, step):
             raise KeyboardInterrupt
 
-        patch.setattr(trainer.StageCheckpoints, "save", save_and_die)
+    with pytest.MonkeyPatch.context() as patch:
+        toy.ScriptedEvaluate(patch)
         with pytest.raises(KeyboardInterrupt):
-            run(folder, stage(steps=4))
+            run(folder, stage(steps=4), callback=Die())
     return folder
 
 
@@ -187,20 +174,27 @@ def sums(loss, weight, rate=0.1):
 
 
 def test_the_log_weighs_tokens_and_lags_one_window(tmp_path):
+    class Progress:
+        def update(self, *arguments, **numbers):
+            shown.append((*arguments, numbers))
+
+    shown = []
     with MetricWriter(tmp_path) as writer:
-        log = TrainingLog(writer)
+        log = TrainingLog(writer, Progress(), period=2, batch_size=8)
         log.add(1, sums(loss=10.0, weight=2.0, rate=0.1))
         log.add(2, sums(loss=2.0, weight=6.0, rate=0.3))
-        assert log.rotate() == {}
         log.add(3, sums(loss=5.0, weight=1.0))
-        assert not (tmp_path / "metrics.jsonl").exists()
-        assert log.rotate() == {"loss": 1.5}
-        assert log.flush() == {"loss": 5.0}
-        log.add(4, sums(loss=0.0, weight=0.0))  # a batch of padding only
-        assert log.flush() == {"loss": 0.0}
-        assert log.flush() == {"loss": 0.0}
+        assert shown == [(2, 16, {})] and not (tmp_path / "metrics.jsonl").exists()
+        log.add(4, sums(loss=5.0, weight=1.0))
+        assert shown[1:] == [(4, 16, {"loss": 1.5})]
+        log.flush(4)
+        assert shown[2:] == [(4, 0, {"loss": 5.0})]
+        log.add(5, sums(loss=0.0, weight=0.0))  # a batch of padding only
+        log.flush(5)
+        log.flush(5)
+        assert shown[3:] == [(5, 0, {"loss": 0.0})] * 2
     lines = toy.read_lines(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [2, 3, 4]
+    assert [line["step"] for line in lines] == [2, 4, 5]
     assert lines[0]["token_accuracy"] == 0.5 and lines[0]["grad_norm"] == 3.0
     assert lines[0]["learning_rate"] == pytest.approx(0.2)
 

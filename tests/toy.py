@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from robust_ft import stage_evaluator
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder
-from robust_ft.evaluate import HELD_OUT, TARGET, Evaluation, Result, suite
+from robust_ft.evaluate import Evaluation, suite
+from robust_ft.evaluator import HELD_OUT, TARGET, Result
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.models.t5 import T5Config
@@ -19,10 +20,10 @@ from robust_ft.outcome import Outcome
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.restore import load_params
+from robust_ft.run_context import Callback, RunContext
 from robust_ft.stage import Stage
 from robust_ft.summary import Summary
 from robust_ft.trainable import flatten
-from robust_ft.trainer import RunContext
 from robust_ft.vocabulary import ByteVocabulary
 
 PROMPT = "encoder/prompt"
@@ -104,14 +105,15 @@ def shared(directory, seed=0, baseline=False):
 
 @dataclasses.dataclass
 class Call:
-    """One call of `evaluate`; `params` are copies, {path: array}."""
+    """One call of an `Evaluation`; `params` are copies, {path: array}."""
 
     evaluation: Evaluation
     params: dict
+    detached: bool
 
 
 class ScriptedEvaluate:
-    """Takes the place of `evaluate`: decodes nothing, gives the target the scores it is told.
+    """Replaces what `Evaluation` does: decodes nothing and gives the target scripted scores.
 
     Args:
         scores: of the target on the validation split, evaluation by evaluation; then 0.
@@ -120,14 +122,45 @@ class ScriptedEvaluate:
     def __init__(self, monkeypatch, scores=()):
         self.scores = list(scores)
         self.calls = []
-        monkeypatch.setattr(stage_evaluator, "evaluate", self)
+        monkeypatch.setattr(Evaluation, "__call__", lambda *arguments: self(*arguments))
 
-    def __call__(self, evaluation, predictor):
-        self.calls.append(Call(evaluation, flat(predictor.params)))
-        validated = evaluation.role == TARGET and evaluation.data.split == "validation"
+    def __call__(self, evaluation, context):
+        model, params = context.predictor.model, flat(context.predictor.params)
+        self.calls.append(Call(evaluation, params, detached=not model.peft))
+        validated = evaluation.role == TARGET and evaluation.split == "validation"
         score = self.scores.pop(0) if validated and self.scores else 0.0
         predictions = [{"input": "i", "target": "t", "prediction": "p"}]
-        return Result(evaluation, "accuracy", {"accuracy": score}, predictions)
+        task, split, role = evaluation.data.task, evaluation.split, evaluation.role
+        values = {"accuracy": score}
+        return Result(task, split, role, values, 1, predictions, evaluation.shots)
+
+
+@dataclasses.dataclass
+class At(Callback):
+    """Calls a function when a stage has done a step.
+
+    Attributes:
+        stage: Name of the stage.
+        step: The step.
+        action: What to call.
+    """
+
+    stage: str
+    step: int
+    action: Callable[[], None]
+
+    def on_step(self, stage, step, state, sums):
+        if (stage.name, step) == (self.stage, self.step):
+            self.action()
+
+
+def raising(error):
+    """Returns a function that raises an error."""
+
+    def fail():
+        raise error
+
+    return fail
 
 
 def flat(params):

@@ -13,7 +13,8 @@ from robust_ft import console
 from robust_ft.ensembles.mixture_weight import GRID, Candidate, SelectedWeight, check_weights
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
-from robust_ft.evaluate import OOD, TARGET, Evaluation, evaluate
+from robust_ft.evaluate import Evaluation
+from robust_ft.evaluator import OOD, TARGET, evaluate
 from robust_ft.metric_writer import EVALUATIONS
 from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.objectives import Cocktail
@@ -105,7 +106,8 @@ class EnsembleSelection:
             folder = f"{self.name}/lambda_{weight:g}"
             for result in results:
                 result.write(directory / folder / EVALUATIONS, step)
-                summary.add(row | {"lambda": weight} for row in result.rows(self.name, step))
+                rows = result.rows(self.name, step)
+                summary.add(dataclasses.replace(row, weight=weight) for row in rows)
             score = norm_avg([result.score for result in results[: len(selecting)]])
             console.print_line(f"[{self.name}] lambda {weight:g}: validation {score:.1f}")
             candidates.append(Candidate(weight, score, folder, step))
@@ -155,8 +157,8 @@ class CocktailSelection:
                     f"'{stage}' has none; give it evaluations on the target."
                 )
             # The selected checkpoint's rows once more, under the cocktail's name and with lambda.
-            rows = [r for r in summary.rows if (r["stage"], r["step"]) == (stage, outcome.step)]
-            summary.add(row | {"stage": self.name, "lambda": weight} for row in rows)
+            rows = [r for r in summary.rows if (r.stage, r.step) == (stage, outcome.step)]
+            summary.add(dataclasses.replace(r, stage=self.name, weight=weight) for r in rows)
             candidates.append(Candidate(weight, outcome.score, stage, outcome.step))
         return SelectedWeight.of(candidates)
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from robust_ft import predictor, trainable
-from robust_ft.evaluate import Evaluation
+from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
 from robust_ft.stage_start import teacher_model
-from robust_ft.trainer import compile_train_step, state_shardings
+from robust_ft.stage_step import compile_train_step, state_shardings
 from robust_ft.types import Params
 
 
@@ -67,7 +67,8 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
 
     The program decodes one batch: prefill and all decode steps.
     """
-    largest = max((*stage.evaluations, *stage.final_evaluations), key=_decoded_tokens, default=None)
+    evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
+    largest = max(evaluations, key=_decoded_tokens, default=None)
     if largest is None:
         return None
     partitioner = recipe.partitioner

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from robust_ft.report.runs import Row, Run, sample_files
+from robust_ft.report.runs import Run, sample_files
+from robust_ft.summary import Row
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:

@@ -9,7 +9,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from robust_ft.report.runs import Row, Run
+from robust_ft.report.runs import Run
+from robust_ft.summary import Row
 
 HELD_OUT = "held_out"  # the name under which aggregates over the held-out tasks are recorded
 NORM_AVG = "norm_avg"

@@ -11,28 +11,9 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
+from robust_ft.summary import Row, read_rows
 
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of `summary.json`: a value of a metric at a step of a stage.
-
-    `role` says what the task is to the run ("target", "ood", "held_out"); `weight` is the lambda of
-    an ensemble or a cocktail.
-    """
-
-    stage: str
-    step: int
-    task: str
-    split: str
-    shots: int
-    metric: str
-    value: float
-    num_examples: int
-    role: str = ""
-    weight: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +106,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         seed=int(about.get("seed", 0)),
         target=str(about["target"]),
         stages=stages,
-        rows=_read_rows(folder / "summary.json", (*stages, *made)),
+        rows=_rows(folder / "summary.json", (*stages, *made)),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in sample_files(folder, stage)),
@@ -150,36 +131,16 @@ def _check_folder(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} has no summary.json: its run has not been evaluated yet.")
 
 
-def _read_rows(path: pathlib.Path, stages: Sequence[str]) -> tuple[Row, ...]:
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
+def _rows(path: pathlib.Path, stages: Sequence[str]) -> tuple[Row, ...]:
+    rows = read_rows(path)
+    if not rows:
         raise UserError(f"{path} does not hold a list of results.")
-    rows = []
-    for number, entry in enumerate(content, start=1):
-        try:
-            value = entry["value"]
-            row = Row(
-                stage=str(entry["stage"]),
-                step=int(entry["step"]),
-                task=str(entry["task"]),
-                split=str(entry["split"]),
-                shots=int(entry["shots"]),
-                metric=str(entry["metric"]),
-                value=float("nan") if value is None else float(value),
-                num_examples=int(entry.get("num_examples") or 0),
-                role=str(entry.get("role", "")),
-                weight=None if entry.get("lambda") is None else float(entry["lambda"]),
-            )
-        except KeyError as error:
-            raise UserError(f"Result {number} in {path} has no {error}.") from None
-        except (TypeError, ValueError):
-            raise UserError(f"Result {number} in {path} cannot be understood: {entry}.") from None
+    for number, row in enumerate(rows, start=1):
         if row.stage not in stages:
             raise UserError(
                 f"Result {number} in {path} is of stage '{row.stage}', which run.json does not "
                 f"name.{nearest(row.stage, stages)}"
             )
-        rows.append(row)
     return tuple(rows)
 
 

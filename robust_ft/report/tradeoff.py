@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from robust_ft.report import results
 from robust_ft.report.results import Cell, Column
-from robust_ft.report.runs import Row, Run
+from robust_ft.report.runs import Run
+from robust_ft.summary import Row
 
 if TYPE_CHECKING:
     from robust_ft.metrics.significance import Bootstrap

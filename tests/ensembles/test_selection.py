@@ -17,7 +17,8 @@ from robust_ft.ensembles.selection import (
     students,
 )
 from robust_ft.errors import UserError
-from robust_ft.evaluate import OOD, TARGET, suite
+from robust_ft.evaluate import suite
+from robust_ft.evaluator import OOD, TARGET
 from robust_ft.objectives import Cocktail
 from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
@@ -89,20 +90,20 @@ def test_rows_say_lambda_and_every_weight_is_tested(finished):
     _, rows = finished
     for name, weights in (("ensemble", WEIGHTS), ("cocktail", STUDENTS)):
         tested = {
-            (row["lambda"], row["task"], row["role"])
+            (row.weight, row.task, row.role)
             for row in rows
-            if row["stage"] == name and row["split"] == "test"
+            if row.stage == name and row.split == "test"
         }
         assert tested == {
             (w, task, role) for w in weights for task, role in (("toy", TARGET), ("toy_other", OOD))
         }
-    assert not any("lambda" in row for row in rows if row["stage"] in ("prompt", "full", "s_0.5"))
+    assert all(row.weight is None for row in rows if row.stage in ("prompt", "full", "s_0.5"))
 
 
 @pytest.mark.slow
 def test_ood_data_is_never_decoded_for_the_choice(finished):
     _, rows = finished
-    validated = {r["task"] for r in rows if r["stage"] == "ensemble" and r["split"] != "test"}
+    validated = {r.task for r in rows if r.stage == "ensemble" and r.split != "test"}
     assert validated == {"toy"}
 
 
@@ -112,9 +113,9 @@ def test_choices_are_what_validation_scores_say(finished):
     for name in ("ensemble", "cocktail"):
         selection = SelectedWeight.read(directory / name)
         scores = {
-            row["lambda"]: row["value"]
+            row.weight: row.value
             for row in rows
-            if (row["stage"], row["split"], row["role"], row["metric"])
+            if (row.stage, row.split, row.role, row.metric)
             == (name, "validation", TARGET, "accuracy")
         }
         assert {c.weight: c.score for c in selection.candidates} == scores
@@ -147,12 +148,12 @@ def test_a_finished_recipe_is_evaluated_as_its_last_choice(finished):
     weight = SelectedWeight.read(directory / "ensemble").weight
     found = inference.evaluate_all(made(directory), wanted)
     expected = {
-        (r["task"], r["metric"]): r["value"]
+        (r.task, r.metric): r.value
         for r in rows
-        if (r["stage"], r.get("lambda"), r["split"]) == ("ensemble", weight, "test")
+        if (r.stage, r.weight, r.split) == ("ensemble", weight, "test")
     }
-    assert {(r["task"], r["metric"]): r["value"] for r in found} == expected
-    assert {(r["stage"], r["step"]) for r in found} == {("ensemble", -1)}
+    assert {(r.task, r.metric): r.value for r in found} == expected
+    assert {(r.stage, r.step) for r in found} == {("ensemble", -1)}
     assert isinstance(runner.final_predictor(made(directory)), Ensemble)
     student = runner.final_predictor(made(directory, selections=(ENSEMBLE, COCKTAIL)))
     chosen = SelectedWeight.read(directory / "cocktail").selected.folder

@@ -1,0 +1,80 @@
+"""What a stage needs for its training steps: batches, the state, and the jitted step."""
+
+import functools
+from typing import Any
+
+import jax
+
+from robust_ft import optim, trainable
+from robust_ft.data import loader
+from robust_ft.partitioning import Partitioner
+from robust_ft.stage import Stage, stage_seed
+from robust_ft.train_step import TrainState, TrainStep, init_state, make_train_step
+from robust_ft.types import Params
+
+
+def train_batches(stage: Stage, partitioner: Partitioner, seed: int) -> loader.BatchSource:
+    """Returns the stage's training batches, which depend on the run's seed and the stage's name."""
+    return loader.train_batches(
+        stage.data,
+        stage.batch_size,
+        stage_seed(seed, stage.name),
+        stage.packing,
+        partitioner.data_shard(),
+        stage.model.start_id,
+        stage.model.task_index if stage.model.tasks else None,
+        stage.by_length,
+    )
+
+
+def compile_train_step(stage: Stage, state: TrainState) -> TrainStep:
+    """Returns the stage's jitted step; it donates the state it gets.
+
+    Args:
+        stage: The stage.
+        state: Arrays, or shapes with shardings. The next state gets the same shardings: the
+            compiler would change some of them, and the second step would be compiled again.
+    """
+    train_step = make_train_step(
+        stage.model,
+        stage.objective,
+        stage.optimizer,
+        stage.gradient,
+        stage.microbatches,
+        stage.gradient_dtype,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted: TrainStep = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted
+
+
+def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> TrainState:
+    """Returns the state before the first step, optimizer state sharded like its parameters.
+
+    The arrays of `trained` are donated: use those of the state from here on.
+    """
+    _, shardings = state_shardings(stage, trained, partitioner)
+    init = functools.partial(init_state, stage.optimizer)
+    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(trained)
+    return state
+
+
+def state_shardings(
+    stage: Stage, trained: Params, partitioner: Partitioner
+) -> tuple[TrainState, TrainState]:
+    """Returns the shapes and the shardings of a stage's state.
+
+    Args:
+        stage: The stage.
+        trained: The parameters that train, or their shapes.
+        partitioner: The mesh and its rules.
+    """
+    axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
+    shapes: TrainState = jax.eval_shape(functools.partial(init_state, stage.optimizer), trained)
+    replicated: Any = partitioner.replicated  # a sharding in the place of an array
+    shardings = TrainState(
+        step=replicated,
+        trainable=partitioner.shardings(axes),
+        opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
+    )
+    return shapes, shardings
