@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from robust_ft.errors import UserError as UserError
     from robust_ft.evaluate import Evaluation as Evaluation
     from robust_ft.evaluate import suite as suite
+    from robust_ft.evaluator import EvalContext as EvalContext
+    from robust_ft.evaluator import Evaluator as Evaluator
+    from robust_ft.evaluator import Result as Result
     from robust_ft.from_gin import load_recipe as load_recipe
     from robust_ft.loading import load as load
     from robust_ft.models.bart import BartConfig as BartConfig
@@ -51,8 +54,10 @@ if TYPE_CHECKING:
     from robust_ft.predictor import Predictor as Predictor
     from robust_ft.recipe import Recipe as Recipe
     from robust_ft.report import write_report as write_report
+    from robust_ft.run_context import Callback as Callback
     from robust_ft.runner import run as run
     from robust_ft.stage import Stage as Stage
+    from robust_ft.summary import Row as Row
     from robust_ft.summary import Summary as Summary
     from robust_ft.trainable import bitfit as bitfit
     from robust_ft.trainable import top_layers as top_layers
@@ -68,6 +73,7 @@ _HOMES = {
     "ensembles.selection": ["CocktailSelection", "EnsembleSelection", "students"],
     "errors": ["UserError"],
     "evaluate": ["Evaluation", "suite"],
+    "evaluator": ["EvalContext", "Evaluator", "Result"],
     "from_gin": ["load_recipe"],
     "loading": ["load"],
     "models.bart": ["BartConfig"],
@@ -82,9 +88,10 @@ _HOMES = {
     "predictor": ["Predictor"],
     "recipe": ["Recipe"],
     "report": ["write_report"],
+    "run_context": ["Callback"],
     "runner": ["run"],
     "stage": ["Stage"],
-    "summary": ["Summary"],
+    "summary": ["Row", "Summary"],
     "trainable": ["bitfit", "top_layers"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

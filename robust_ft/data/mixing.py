@@ -1,4 +1,4 @@
-"""Which task gives the next example of a mixture: exact rates, and random access to any position."""
+"""Which task gives the next example of a mixture: exact rates, random access to any position."""
 
 import sys
 from collections.abc import Sequence
