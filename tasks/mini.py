@@ -11,6 +11,7 @@ mini_held_out, mini_held_out_1shot mixtures of the held-out families (`mini_worl
 """
 
 import functools
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -37,7 +38,7 @@ def _dataset(
     """Returns a split in its one order; `seed` cannot change it, the loader shuffles."""
     del shuffle_files, seed
     examples = list(mini_world.examples(family, split, shots))
-    columns: dict[str, list] = {
+    columns: dict[str, list[Any]] = {
         "id": list(range(len(examples))),
         "inputs": [example.inputs for example in examples],
         "targets": [example.targets for example in examples],

@@ -22,7 +22,7 @@ Below $ROBUST_FT_DATA_DIR a task is read from the first of these that is there:
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import seqio
 from robust_ft import metrics
 from robust_ft.data import promptsource, tables
 from robust_ft.data.raw_files import Reader, Row, json_lines, one_of, text
-from robust_ft.data.seqio_tasks import Files, Splits, add
+from robust_ft.data.seqio_tasks import ExampleFn, Files, Splits, add
 from robust_ft.errors import UserError, nearest
 from robust_ft.metrics import postprocess
 from tasks import p3_tasks, superglue
@@ -96,8 +96,10 @@ _load = functools.lru_cache(maxsize=1)(promptsource.load)
 
 def _example(record: dict[str, Any]) -> Mapping[str, Any] | None:
     if "template" in record:
-        prompt = record["template"].apply(record["record"], record["seed"])
-        return prompt and prompt._asdict()
+        prompt: promptsource.Prompt | None = record["template"].apply(
+            record["record"], record["seed"]
+        )
+        return None if prompt is None else prompt._asdict()
     return {
         "inputs": text(record, "inputs_pretokenized").strip(),
         "targets": text(record, "targets_pretokenized").strip(),
@@ -150,7 +152,7 @@ def _splits(path: str, template: str, task: str, names: Mapping[str, tuple[str, 
     return splits
 
 
-def _add(task: str, splits: Splits, example: Callable, metric: Callable) -> str:
+def _add(task: str, splits: Splits, example: ExampleFn, metric: metrics.Metric) -> str:
     add(
         task,
         splits,

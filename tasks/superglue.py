@@ -11,7 +11,7 @@ from typing import Any
 
 from robust_ft import metrics
 from robust_ft.data.raw_files import json_lines, one_of, text
-from robust_ft.data.seqio_tasks import Files, Splits, Tfds, add
+from robust_ft.data.seqio_tasks import ExampleFn, Files, Splits, Tfds, add
 from robust_ft.metrics import postprocess
 from tasks import templates
 
@@ -42,7 +42,7 @@ def _entailment(
     }
 
 
-def _add(name: str, folder: str, answers: Mapping[str, str], example: Callable) -> None:
+def _add(name: str, folder: str, answers: Mapping[str, str], example: ExampleFn) -> None:
     def named(record: dict[str, Any]) -> dict[str, Any]:
         """TFDS gives the label as a class index."""
         return {**record, "label": list(answers)[record["label"]]}

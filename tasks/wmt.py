@@ -27,7 +27,9 @@ def _example(code: str, language: str) -> Callable[[dict[str, Any]], Mapping[str
     }
 
 
-def _add(task: str, dataset: str, code: str, language: str, files: str, sets: dict) -> None:
+def _add(
+    task: str, dataset: str, code: str, language: str, files: str, sets: dict[str, str]
+) -> None:
     def origins(split: str) -> list[Origin]:
         tfds = Tfds(f"{dataset}/{code}-en:1.0.0", split)
         if split not in sets:

@@ -1,19 +1,15 @@
 """Builds the tokenized cache: runs a seqio task or mixture once, on the only tensorflow we use.
 
-A split is written in parts, which a build that was killed finds again, and several processes share.
-The folder of all is made beside its final place and renamed when complete, so nothing incomplete
-looks ready, and two builds at once end with one of two equal results.
+A split is written in parts (`parts`): a build that was killed goes on with those it finds, and
+several processes can each write some. The complete folder appears by one rename (`publishing`).
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import itertools
 import os
 import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,16 +22,17 @@ from absl import logging
 from robust_ft import console
 from robust_ft.data import (
     cache,
-    columns,
     derived,
     fingerprints,
     own_files,
     parts,
+    publishing,
     records,
     task_rows,
+    tokenization,
 )
-from robust_ft.data.columns import Column
 from robust_ft.data.parts import Counts, Parts
+from robust_ft.data.tokenization import FeatureTokenizer
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import write_json
 
@@ -46,10 +43,10 @@ with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
 
 _FEATURES = task_rows.FEATURES
 _PROGRESS_SECONDS = 5.0
-_MANY = 4  # tasks a process, of which all have about as much to do
-PART = 20_000  # examples: what a build loses at most when it is killed, a second or two of work
+_MANY = 4  # tasks a process from which on all processes have about as much to do
+PART = 20_000  # examples; a killed build loses one part, a second or two of work
 
-# What a module's sources were when we imported it: Python keeps the old code if they change.
+# Fingerprint of each module when it was imported: Python keeps the old code if its files change.
 _imported: dict[str, str] = {}
 
 
@@ -69,28 +66,28 @@ def build(data: cache.TaskData) -> None:
             raise UserError(
                 f"Mixture '{data.task}' gives a task a rate that is not positive: {rates}."
             )
-        with _publishing(cache.directory(data, source)) as folder:
+        with publishing.new_folder(cache.directory(data, source)) as folder:
             write_json(folder / cache.MIXTURE, {"mixture": data.task, "rates": rates})
 
 
-def build_share(found: Sequence[cache.TaskData], index: int, count: int) -> None:
-    """Builds one of `count` shares of what is missing, for `build` to join.
+def build_share(missing: Sequence[cache.TaskData], index: int, count: int) -> None:
+    """Builds one of `count` shares of what is missing; a later `build` joins them.
 
-    A share is every `count`-th task; where they are few, every `count`-th part of each, for which
-    every process reads all of it: only tokenizing is shared.
+    A share is every `count`-th task. Where there are few tasks it is every `count`-th part of each:
+    every process then reads all examples, and only tokenizing is shared.
 
     Raises:
         UserError: As `build`.
     """
     jobs = {}
-    for data in found:
+    for data in missing:
         source = _import(data.module)
         for task in _find(data)[1]:
             jobs[dataclasses.replace(data, task=task.name)] = task, source
     by_task = len(jobs) >= _MANY * count
     for number, (data, (task, source)) in enumerate(jobs.items()):
         if not by_task:
-            # Each task's first part is another share's: there may be no second one.
+            # Shifted for each task: small tasks have one part, and all would be share 0's.
             _build_parts(task, data, source, (index - number) % count, count)
         elif number % count == index:
             _build_task(task, data, source)
@@ -101,15 +98,15 @@ def _build_parts(
 ) -> None:
     """Writes every `step`-th part, without joining them."""
     final = cache.directory(data, source)
-    with _only_one(final) as is_alone:
+    with publishing.exclusive(final) as is_alone:
         if not is_alone or cache.read_info(final) is not None:
-            return  # without locks nobody could join them
+            return  # without locks each process builds on its own, and nobody would join these
         written = _open_parts(task, data.split, parts.folder_of(final))
     try:
         _write_parts(task, data, written, lambda number: number % step == first)
     except (OSError, RuntimeError):
         if cache.read_info(final) is None:
-            raise  # else another process was faster, and has removed the parts
+            raise  # otherwise another process has joined and removed the parts meanwhile
 
 
 def tasks_of(data: cache.TaskData) -> list[str]:
@@ -129,10 +126,11 @@ def any_split(data: cache.TaskData) -> str:
         UserError: If the module or the task does not exist.
     """
     _import(data.module)
-    found = derived.find(data.task)
-    if found is None or data.split in found.splits:
+    provider = derived.find(data.task)
+    if provider is None or data.split in provider.splits:
         return data.split
-    return sorted(found.splits)[-1]
+    splits: list[str] = sorted(provider.splits)
+    return splits[-1]
 
 
 def find_task(data: cache.TaskData) -> seqio.Task:
@@ -195,20 +193,21 @@ def _get_provider(data: cache.TaskData) -> seqio.Task | seqio.Mixture:
 
 def _build_task(task: seqio.Task, data: cache.TaskData, source: str) -> None:
     final = cache.directory(data, source)
-    with _only_one(final) as is_alone:
+    with publishing.exclusive(final) as is_alone:
         if cache.read_info(final) is not None:
             return
-        with _publishing(final) as folder:
-            # Without locks somebody else might be done with a common folder, and remove it.
-            kept = parts.folder_of(final) if is_alone else folder.with_name(f"{folder.name}.parts")
-            info = _write_examples(task, data, folder, kept)
+        with publishing.new_folder(final) as folder:
+            # Without locks, another process might finish with a shared folder first and remove it.
+            own = folder.with_name(f"{folder.name}.parts")
+            parts_folder = parts.folder_of(final) if is_alone else own
+            info = _write_examples(task, data, folder, parts_folder)
             write_json(folder / cache.INFO, dataclasses.asdict(info))
-        shutil.rmtree(kept)
+        shutil.rmtree(parts_folder)
     _report(info, data)
 
 
 def _report(info: cache.CacheInfo, data: cache.TaskData) -> None:
-    """Says what was left out or cut."""
+    """Warns of what was left out or truncated."""
     if info.num_dropped_exemplars:
         logging.warning(
             "Task '%s', split '%s': %d exemplars are left out of the %d examples, since they would "
@@ -235,9 +234,9 @@ def _report(info: cache.CacheInfo, data: cache.TaskData) -> None:
 
 
 def _write_examples(
-    task: seqio.Task, data: cache.TaskData, folder: Path, kept: Path
+    task: seqio.Task, data: cache.TaskData, folder: Path, parts_folder: Path
 ) -> cache.CacheInfo:
-    written = _open_parts(task, data.split, kept)
+    written = _open_parts(task, data.split, parts_folder)
     if not written.are_complete():
         _write_parts(task, data, written, lambda number: True)
     counts = written.join(folder / cache.EXAMPLES)
@@ -258,7 +257,7 @@ def _write_examples(
 
 
 def _open_parts(task: seqio.Task, split: str, folder: Path) -> Parts:
-    # Described before they are read: a change in the middle makes the cache out of date.
+    # Hashed before they are read, so that a file that changes meanwhile makes the cache stale.
     raw_files = [dataclasses.asdict(raw) for raw in _raw_files(task, split)]
     identity = {"raw_files": raw_files, "seqio_version": cache.seqio_version() or "", "size": PART}
     return Parts(folder, identity)
@@ -267,8 +266,8 @@ def _open_parts(task: seqio.Task, split: str, folder: Path) -> Parts:
 def _write_parts(
     task: seqio.Task, data: cache.TaskData, written: Parts, is_ours: Callable[[int], bool]
 ) -> None:
-    """Writes those parts that are missing and ours; reads past the others."""
-    made = {feature: Column(task, feature, data) for feature in _FEATURES}
+    """Writes the missing parts that `is_ours` accepts; the examples of others are only read."""
+    tokenizers = {feature: FeatureTokenizer(task, feature, data) for feature in _FEATURES}
     lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
     rows = task_rows.rows(task_rows.dataset(task, data.split, lengths))
     progress = _Progress(f"{data.task} {data.split}", task.num_input_examples(data.split))
@@ -280,7 +279,7 @@ def _write_parts(
         block = itertools.chain([first], itertools.islice(rows, PART - 1))
         if written.counts(number) is None and is_ours(number):
             counts = Counts()
-            written.write(number, _records(block, data, made, counts, progress, seen), counts)
+            written.write(number, _records(block, data, tokenizers, counts, progress, seen), counts)
             seen += counts.num_examples
         else:
             seen += sum(1 for _ in block)
@@ -291,41 +290,41 @@ def _write_parts(
 def _records(
     rows: Iterator[dict[str, Any]],
     data: cache.TaskData,
-    made: Mapping[str, Column],
+    tokenizers: Mapping[str, FeatureTokenizer],
     counts: Counts,
     progress: "_Progress",
     seen: int,
 ) -> Iterator[bytes]:
-    """Yields the rows' records, and counts them."""
+    """Yields the records of rows, and adds them to `counts`; `seen` examples came before."""
     dtype = records.token_dtype(data.vocabulary.vocab_size)
     has_texts = _has_texts(data)
     for row in rows:
         if "exemplars" in row:
-            counts.num_dropped_exemplars += fit_exemplars(row, made["inputs"])
-        tokens = {}
-        for feature, column in made.items():
-            tokens[feature] = column.tokens(row)
-            counts.feature(feature, column.length, len(tokens[feature]))
-        texts = columns.texts(row, tokens, data.vocabulary) if has_texts else None
-        yield records.encode(tokens["inputs"], tokens["targets"], dtype, texts)
+            counts.num_dropped_exemplars += fit_exemplars(row, tokenizers["inputs"])
+        features = {name: tokenize(row) for name, tokenize in tokenizers.items()}
+        for name, tokenized in features.items():
+            counts.feature(name, tokenized.length, len(tokenized.ids))
+        texts = tokenization.texts(row, features, data.vocabulary) if has_texts else None
+        yield records.encode(features["inputs"].ids, features["targets"].ids, dtype, texts)
         counts.num_examples += 1
         progress(seen + counts.num_examples)
 
 
 def _has_texts(data: cache.TaskData) -> bool:
+    # Training reads ids alone, and most of a cache would be texts.
     return not data.split.startswith("train")
 
 
-def fit_exemplars(example: dict[str, Any], inputs: Column) -> int:
-    """Leaves those exemplars in `inputs` that fit; returns how many do not."""
+def fit_exemplars(example: dict[str, Any], tokenizer: FeatureTokenizer) -> int:
+    """Replaces a k-shot example's inputs by those with the exemplars that fit; returns the rest."""
     exemplars = [text.decode("utf-8") for text in example["exemplars"].tolist()]
-    text, kept = derived.fit(exemplars, example["query"].decode("utf-8"), inputs.fits)
+    text, kept = derived.fit(exemplars, example["query"].decode("utf-8"), tokenizer.fits)
     example["inputs"] = text.encode("utf-8")
     return len(exemplars) - len(kept)
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Returns the name to find a metric or postprocessor by when seqio is not there."""
+    """Returns the name of a metric or postprocessor in `info.json`, which is read without seqio."""
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
@@ -335,68 +334,13 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _raw_files(task: seqio.Task, split: str) -> tuple[fingerprints.RawFile, ...]:
     if isinstance(task.source, seqio.FunctionDataSource):
-        return ()  # its one "shard" is the name of the split
+        return ()  # it reads no files: its only "shard" is the name of the split
     shards = [os.fspath(shard) for shard in task.source.list_shards(split)]
     return tuple(fingerprints.describe_file(shard) for shard in shards if os.path.isfile(shard))
 
 
-@contextlib.contextmanager
-def _only_one(final: Path) -> Iterator[bool]:
-    """Lets one process of this machine build a folder; another waits and finds it ready.
-
-    Gives whether it is so: where the file system has no locks both build, which costs time only.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.parent / f".{final.name}.lock", "w") as lock:
-        is_alone = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            is_alone = True
-        yield is_alone
-
-
-@contextlib.contextmanager
-def _publishing(final: Path) -> Iterator[Path]:
-    """Gives a new folder to fill; renames it to `final` at the end, replacing what is there."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    owner = f".{final.name}.{socket.gethostname()}"
-    _remove_leftovers(final.parent, owner)
-    folder = Path(tempfile.mkdtemp(prefix=f"{owner}.{os.getpid()}.", dir=final.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp's folders are private, a cache is for all
-        try:
-            folder.rename(final)
-        except OSError:  # there is one
-            if cache.read_info(final) is not None:  # another process was faster: theirs is as good
-                shutil.rmtree(folder)
-                return
-            old = folder.with_name(f"{folder.name}.old")
-            with contextlib.suppress(FileNotFoundError):
-                final.rename(old)
-            with contextlib.suppress(OSError):  # another one has done that meanwhile
-                folder.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _remove_leftovers(parent: Path, owner: str) -> None:
-    """Removes what builds left that were killed on this machine."""
-    for folder in parent.glob(f"{owner}.*"):
-        pid = folder.name[len(owner) + 1 :].split(".")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, PermissionError):
-            pass
-
-
 class _Progress:
-    """Says how far a long build is; silent for those of a few seconds."""
+    """Prints the progress of a long build; builds of a few seconds print nothing."""
 
     def __init__(self, name: str, total: int | None):
         self._name, self._total = name, total
@@ -404,14 +348,14 @@ class _Progress:
 
     def __call__(self, count: int) -> None:
         now = time.monotonic()
-        if count == 1:  # what a task does before its first example says nothing of its rate
+        if count == 1:  # a task's preparations before its first example do not count in its rate
             self._start = self._last = now
         if now - self._last >= _PROGRESS_SECONDS:
             self._last = now
             self._print(count, now)
 
     def done(self, count: int) -> None:
-        """Says that the build is complete, if anything was said before."""
+        """Prints the final count, if anything was printed before."""
         if self._last != self._start:
             self._print(count, time.monotonic())
 

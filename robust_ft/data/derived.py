@@ -1,12 +1,12 @@
-"""k-shot and label-shuffled versions of every seqio task and mixture, made when asked for by name.
+"""k-shot and label-shuffled versions of every seqio task and mixture, registered on first use.
 
 The names are those of `robust_ft.task_names`: `<task>_<k>shot`, `<task>_shuffled` (for ProMoT's
-format gradient), both also with `_seed<n>`. A task registered under such a name is itself.
+format gradient), both also with `_seed<n>`. A task registered under such a name takes precedence.
 
-Every example has its own exemplars, in training splits too (ProMoT + 1-shot): different ones,
-never one with the example's own inputs. What is drawn is a function of (seed, example id) and of
-the task's training split alone. Exemplars that do not fit into the run's input length are dropped,
-and counted, when the cache is built, since only then the vocabulary is known: `fit`.
+Every example has its own exemplars, in training splits too (ProMoT + 1-shot): distinct ones, never
+one with the example's own inputs. What is drawn is a function of (seed, example id) and the task's
+training split alone. Exemplars that do not fit into the run's input length are dropped and counted
+when the cache is built (`fit`): the vocabulary is not known earlier.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from robust_ft.errors import UserError
 
 # Sentencepiece vocabularies read this as one space.
 SEPARATOR = "\n\n"
-# Exemplars come from so many first training examples: what fits into memory for any task.
+# Exemplars are drawn from this many first training examples: they are held in memory.
 POOL = 50_000
-# Targets are shuffled within blocks of so many consecutive examples, for the same reason.
+# Targets are shuffled within blocks of this many consecutive examples, for the same reason.
 BLOCK = 100_000
 
 
@@ -38,10 +38,12 @@ class Exemplar(NamedTuple):
 
 
 def find(name: str) -> seqio.Task | seqio.Mixture | None:
-    """Returns the task or mixture called `name`, registered or made now; None if there is none.
+    """Returns the task or mixture called `name`, None if there is none.
+
+    A derived one that is not registered yet is registered now, for a mixture with all its tasks.
 
     Raises:
-        UserError: Its exemplars cannot come from anywhere.
+        UserError: No training split provides its exemplars.
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         return seqio.get_mixture_or_task(name)
@@ -71,7 +73,7 @@ def find(name: str) -> seqio.Task | seqio.Mixture | None:
 
 
 def forget(name: str) -> None:
-    """Removes a task and what was derived from it, so that another can have its name."""
+    """Unregisters a task and all that is derived from it, so that its name is free again."""
     for other in list(seqio.TaskRegistry.names()):
         is_derived = isinstance(seqio.TaskRegistry.get(other).source, _DerivedSource)
         if other == name or (is_derived and other.startswith(f"{name}_")):
@@ -84,11 +86,11 @@ def draw(
     """Returns `shots` exemplars with different inputs, none of them `query`.
 
     Args:
-        pool: What to draw from; it must have enough of them.
-        query: The inputs of the example they are for.
-        shots: How many.
-        seed: Of the run.
-        example_id: Of the example in its split.
+        pool: What to draw from, with at least `shots` distinct inputs other than `query`.
+        query: The inputs of the example that the exemplars are for.
+        shots: Number of exemplars.
+        seed: The seed in the task's name.
+        example_id: Id of the example in its split.
     """
     chosen: dict[str, Exemplar] = {}
     for attempt in itertools.count():
@@ -103,22 +105,22 @@ def draw(
 def fit(
     exemplars: Sequence[str], query: str, fits: Callable[[str], bool]
 ) -> tuple[str, Sequence[str]]:
-    """Returns the input text with the exemplars that fit, and these.
+    """Returns the input text with the exemplars that fit, and these exemplars.
 
-    Where they do not fit together, each in turn is kept if it fits beside those before it.
+    If not all fit together, they are added in turn, each if it fits beside those added before.
 
     Args:
         exemplars: Texts, in their order.
         query: The text of the example itself, which always stays.
-        fits: Whether a text fits.
+        fits: Whether a text fits into the input length.
     """
     if fits(text := _join(exemplars, query)):
         return text, exemplars
-    kept: list[str] = []
+    fitting: list[str] = []
     for exemplar in exemplars:
-        if fits(_join([*kept, exemplar], query)):
-            kept.append(exemplar)
-    return _join(kept, query), kept
+        if fits(_join([*fitting, exemplar], query)):
+            fitting.append(exemplar)
+    return _join(fitting, query), fitting
 
 
 def _join(exemplars: Sequence[str], query: str) -> str:
@@ -144,15 +146,16 @@ class _DerivedSource(seqio.DataSource):
         return False
 
     def num_input_examples(self, split: str) -> int | None:
-        """Returns that of the other task."""
-        return self._base.num_input_examples(split)
+        """Returns the base task's number of examples."""
+        number: int | None = self._base.num_input_examples(split)
+        return number
 
     def list_shards(self, split: str) -> list[str]:
         """Returns the files that the split depends on."""
         return _files(self._base, split)
 
     def _texts(self, split: str) -> tuple[tf.data.Dataset, list[str]]:
-        """Returns the other task's examples and which lists they have."""
+        """Returns the base task's examples, and the names of their fields that are lists."""
         dataset = task_rows.dataset(self._base, split)
         for feature in task_rows.FEATURES:
             if dataset.element_spec[feature].dtype != tf.string:
@@ -165,20 +168,20 @@ class _DerivedSource(seqio.DataSource):
 
 
 class _ShotsSource(_DerivedSource):
-    """Examples behind exemplars: `inputs` is both, `query` and `exemplars` are its parts."""
+    """Examples with exemplars before them: `inputs` joins `exemplars` and `query`."""
 
     def __init__(self, base: seqio.Task, shots: int, seed: int):
         super().__init__(base)
         self._shots, self._seed = shots, seed
-        # What has no training split says whose training split goes with it.
-        owner = getattr(base.source, "exemplars", None) or base.name
-        found = find(owner)
-        if not isinstance(found, seqio.Task) or "train" not in found.splits:
+        # A task without a training split (OOD data) names the task whose exemplars it takes.
+        name = getattr(base.source, "exemplars", None) or base.name
+        owner = find(name)
+        if not isinstance(owner, seqio.Task) or "train" not in owner.splits:
             raise UserError(
                 f"Task '{base.name}' has no {shots}-shot version, since its exemplars would come "
-                f"from '{owner}', which is no task with a split 'train'."
+                f"from '{name}', which is no task with a split 'train'."
             )
-        self._owner = found
+        self._owner = owner
 
     def list_shards(self, split: str) -> list[str]:
         """Returns the files of the split and of the exemplars."""
@@ -216,7 +219,7 @@ class _ShotsSource(_DerivedSource):
 
 
 class _ShuffledSource(_DerivedSource):
-    """Examples whose targets (with their references) belong to others of the same split."""
+    """Examples whose targets, with their references, are permuted within the split."""
 
     def __init__(self, base: seqio.Task, seed: int):
         super().__init__(base)
@@ -233,16 +236,17 @@ class _ShuffledSource(_DerivedSource):
         )
 
     def _examples(self, dataset: tf.data.Dataset, lists: list[str]) -> Iterator[dict[str, Any]]:
-        moving = [name for name in ("targets", "references") if name in ("targets", *lists)]
+        moved = [name for name in ("targets", "references") if name in ("targets", *lists)]
         examples = _numbered(dataset, lists)
         while block := list(itertools.islice(examples, BLOCK)):
-            givers = sorted(block, key=lambda example: _random(self._seed, example["id"]))
-            for taker, giver in zip(block, givers, strict=True):
-                yield {**taker, **{name: giver[name] for name in moving}}
+            # A permutation that is a function of the seed and the examples' ids alone.
+            permuted = sorted(block, key=lambda example: _random(self._seed, example["id"]))
+            for example, other in zip(block, permuted, strict=True):
+                yield {**example, **{name: other[name] for name in moved}}
 
 
 def _numbered(dataset: tf.data.Dataset, lists: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields strings, with the task's own id or else the place in the split."""
+    """Yields examples as strings; `id` is the task's own, else the position in the split."""
     for number, row in enumerate(task_rows.rows(dataset)):
         example: dict[str, Any] = {"id": int(row.get("id", number))}
         for feature in task_rows.FEATURES:
@@ -254,5 +258,5 @@ def _numbered(dataset: tf.data.Dataset, lists: Sequence[str]) -> Iterator[dict[s
 
 def _files(task: seqio.Task, split: str) -> list[str]:
     if isinstance(task.source, seqio.FunctionDataSource):
-        return []  # its one "shard" is the name of the split
+        return []  # it reads no files: its only "shard" is the name of the split
     return list(task.source.list_shards(split))

@@ -1,4 +1,4 @@
-"""A task in a user's own CSV, TSV or JSONL files, as a config describes it."""
+"""A task in a user's own CSV, TSV or JSONL files."""
 
 import dataclasses
 import os
@@ -26,12 +26,12 @@ class FileTask:
         name: Of the task, as MIXTURE_OR_TASK_NAME has it.
         inputs: The input text, with columns in braces: 'Q: {question} A:'. Doubled braces stand for
             themselves.
-        targets: The target text likewise. Where it is one column that holds a list (`.jsonl`), all
-            of the list count as right, and the first is what is learned.
+        targets: The target text likewise. Where it is one column that holds a list (`.jsonl`), the
+            first element is the target, and all elements are references.
         train: File of the training split, None for none.
         validation: File of the validation split.
         test: File of the test split.
-        choices: The targets that are allowed, for classification.
+        choices: The answer choices of a classification task: all targets that it has.
         metrics: Names for `robust_ft.metrics.get`; the first one averages and selects.
         postprocess: Name for `robust_ft.metrics.get_postprocess`.
         exemplars: Name of the task whose training split has the exemplars of k-shot versions; its
@@ -73,11 +73,11 @@ class FileTask:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """All that its examples depend on but the files' content, as JSON can hold it."""
+        """All that its examples depend on except the files' content, as JSON can hold it."""
         return {**dataclasses.asdict(self), **self.files}
 
     def example(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the inputs, targets and references that a file's record gives.
+        """Returns the inputs, targets and references of a file's record.
 
         Raises:
             ValueError: A column is missing, or holds something that is no text.
@@ -97,7 +97,7 @@ class FileTask:
 
 
 def suffix(file: str) -> str:
-    """Returns what a file's name says of its form: one of SUFFIXES if it is one of ours."""
+    """Returns a file's suffix apart from `.gz`: one of SUFFIXES if it can be read."""
     return os.path.splitext(file.removesuffix(".gz"))[1]
 
 

@@ -1,6 +1,6 @@
 """What a task's examples depend on: its Python source files and its raw data files.
 
-Nothing here imports the module it looks at, so that a ready cache is found without tensorflow.
+Nothing here imports a task module, so that a ready cache is found without tensorflow.
 """
 
 import ast
@@ -22,9 +22,9 @@ DATA_DIR_VARIABLE = "ROBUST_FT_DATA_DIR"
 def module_fingerprint(module: str | None) -> str:
     """Returns the SHA-256 (hex) of the source files that `module` (a dotted name) is part of.
 
-    Those are all Python files of the package that holds it; for a module outside any package,
-    itself and the modules beside it that it imports, directly or not. What it imports from other
-    packages is not looked at. Without a module, the fingerprint is "".
+    These are all Python files of the package that holds it. For a module outside any package, they
+    are its own file and those of the sibling modules it imports, directly or not. What it imports
+    from other packages does not count. Without a module, the fingerprint is "".
 
     Raises:
         UserError: If there is no such module.
@@ -44,14 +44,14 @@ def _module_files(module: str) -> list[Path]:
     file, package = _locate(module)
     if package is not None:
         return sorted(package.rglob("*.py"))
-    found: set[Path] = set()
-    todo = [file]
-    while todo:
-        file = todo.pop()
-        if file not in found:
-            found.add(file)
-            todo.extend(_imported_siblings(file))
-    return sorted(found)
+    visited: set[Path] = set()
+    pending = [file]
+    while pending:
+        file = pending.pop()
+        if file not in visited:
+            visited.add(file)
+            pending.extend(_imported_siblings(file))
+    return sorted(visited)
 
 
 def _locate(module: str) -> tuple[Path, Path | None]:
@@ -64,15 +64,15 @@ def _locate(module: str) -> tuple[Path, Path | None]:
         try:
             if parent:
                 spec = importlib.machinery.PathFinder.find_spec(name, path)
-            else:  # goes through every finder (editable installs have their own), imports nothing
+            else:  # asks every finder (editable installs have their own), and imports nothing
                 spec = importlib.util.find_spec(name)
         except ValueError:  # a module without a spec, such as __main__
             spec = None
         if spec is None or (not spec.submodule_search_locations and not spec.has_location):
             siblings = (info.name for info in pkgutil.iter_modules(path))
-            choices = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
+            names = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
             reason = "" if name == module else f": Python finds no '{name}'"
-            raise UserError(f"There is no task module '{module}'{reason}.{nearest(name, choices)}")
+            raise UserError(f"There is no task module '{module}'{reason}.{nearest(name, names)}")
         path = list(spec.submodule_search_locations or [])
         if not path and name != module:
             raise UserError(f"There is no task module '{module}': '{name}' is not a package.")
@@ -101,7 +101,7 @@ class RawFile:
     Attributes:
         path: Relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
         size: Bytes.
-        mtime_ns: Modification time; equal times save hashing the file again.
+        mtime_ns: Modification time; while it is equal, the file is not hashed again.
         sha256: Hex digest of the content.
     """
 
@@ -125,7 +125,7 @@ def describe_file(path: str | os.PathLike[str]) -> RawFile:
 def has_changed(raw: RawFile) -> bool:
     """Whether the file is there and differs from what was recorded.
 
-    A file that is not there has not changed: a machine with a cache needs no raw data.
+    A missing file counts as unchanged: a machine with a cache needs no raw data.
     """
     file = Path(os.environ.get(DATA_DIR_VARIABLE) or ".", raw.path)
     if not os.path.isabs(raw.path) and not os.environ.get(DATA_DIR_VARIABLE):

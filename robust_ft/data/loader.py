@@ -89,7 +89,9 @@ class BatchSource:
         Without packing, a run with another number of shards can resume from it.
         """
         # Through JSON: a copy of Grain's state, and an error here if it is not JSON.
-        return json.loads(json.dumps({**self._identity, "position": self._open[0].get_state()}))
+        state = {**self._identity, "position": self._open[0].get_state()}
+        copy: dict[str, Any] = json.loads(json.dumps(state))
+        return copy
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Resumes at a position from `get_state`.

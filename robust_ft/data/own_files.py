@@ -19,7 +19,7 @@ _registered: dict[str, dict[str, Any]] = {}
 
 
 def register(task: FileTask) -> None:
-    """Makes a task known; one of the same name that another config described is replaced.
+    """Registers a task with seqio, in place of a different `FileTask` of the same name.
 
     Raises:
         UserError: The name is taken by a task that is no `FileTask`, or there is no such metric.

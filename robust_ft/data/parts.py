@@ -1,7 +1,8 @@
-"""A split in parts, each written at once: what a build that is killed has done already.
+"""A split in parts, each written atomically: the checkpoint of a build.
 
-A part is some thousand consecutive examples: a file of records, and the counts that make it count.
-Processes may write different parts of one folder at the same time.
+A part is a file of records of some thousand consecutive examples, and a JSON file of their counts,
+which is written last and marks the part as complete. Processes may write different parts of one
+folder at the same time.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from robust_ft.files import read_json, write_json
 
-_COPIED = 4096  # records that are copied at once
+_COPIED = 4096  # records in memory while parts are joined
 _IDENTITY = "identity.json"
 _END = "end.json"
 # group_size 1: the loader reads examples one by one, in random order.
@@ -26,14 +27,14 @@ _OPTIONS = "group_size:1"
 
 @dataclass
 class Counts:
-    """What is counted over examples; by feature ('inputs', 'targets') where it says so.
+    """Statistics of examples; some for each feature ('inputs', 'targets').
 
     Attributes:
-        num_examples: How many there are.
-        num_dropped_exemplars: Exemplars that did not fit.
-        num_truncated: Examples that were cut, by feature.
-        max_length: Tokens of the longest example before cutting, by feature.
-        num_tokens: Tokens kept, by feature.
+        num_examples: Number of examples.
+        num_dropped_exemplars: Exemplars that did not fit into the inputs.
+        num_truncated: Number of truncated examples, by feature.
+        max_length: Tokens of the longest example before truncation, by feature.
+        num_tokens: Tokens after truncation, by feature.
     """
 
     num_examples: int = 0
@@ -43,7 +44,7 @@ class Counts:
     num_tokens: dict[str, int] = field(default_factory=dict)
 
     def feature(self, name: str, before: int, after: int) -> None:
-        """Counts one example's feature, by its numbers of tokens before and after cutting."""
+        """Counts one example's feature, by its numbers of tokens before and after truncation."""
         self.num_truncated[name] = self.num_truncated.get(name, 0) + (after < before)
         self.max_length[name] = max(self.max_length.get(name, 0), before)
         self.num_tokens[name] = self.num_tokens.get(name, 0) + after
@@ -66,7 +67,8 @@ class Parts:
 
         Args:
             folder: Where the parts are.
-            identity: What they depend on, as JSON has it; parts of another one are removed.
+            identity: All that the parts depend on, as JSON has it. Parts with another identity are
+                removed.
         """
         self.folder = folder
         self.identity = identity
@@ -77,8 +79,8 @@ class Parts:
 
     def counts(self, number: int) -> Counts | None:
         """Returns the counts of a part, None if it is not complete."""
-        found = read_json(self._json(number), default=None)
-        return None if found is None else Counts(**found)
+        fields = read_json(self._json(number), default=None)
+        return None if fields is None else Counts(**fields)
 
     def write(self, number: int, records: Iterator[bytes], counts: Counts) -> None:
         """Writes a part; `counts` are those of its records once all have been taken."""
@@ -92,16 +94,16 @@ class Parts:
         write_json(self._json(number), dataclasses.asdict(counts))
 
     def end(self, number: int) -> None:
-        """Says how many parts there are."""
+        """Records how many parts the split has, once its end is reached."""
         write_json(self.folder / _END, {"parts": number})
 
     def are_complete(self) -> bool:
-        """Whether all parts are there."""
+        """Whether the number of parts is known and all of them are complete."""
         end = read_json(self.folder / _END, default=None)
         return end is not None and all(self._json(n).is_file() for n in range(end["parts"]))
 
     def join(self, output: Path) -> Counts:
-        """Makes one file of all parts, which must be complete; returns the counts of all."""
+        """Joins all parts, which must be complete, into one file; returns their total counts."""
         end = read_json(self.folder / _END, default=None) or {"parts": 0}
         total = Counts()
         for number in range(end["parts"]):
@@ -109,7 +111,7 @@ class Parts:
             assert counts is not None, f"part {number} is not complete"
             total.add(counts)
         if end["parts"] == 1:
-            self._json(0).unlink()  # so that a build that is killed now does not count it
+            self._json(0).unlink()  # first: a build killed in between must not find it complete
             self._file(0).replace(output)
             return total
         writer = ArrayRecordWriter(str(output), _OPTIONS)
@@ -131,11 +133,11 @@ class Parts:
 
 
 def folder_of(final: Path) -> Path:
-    """Returns the folder of the parts of what will be in the folder `final`."""
+    """Returns the folder for the parts of the cache that will be in the folder `final`."""
     return final.parent / f".{final.name}.parts"
 
 
 def num_done(folder: Path) -> int:
     """Returns how many examples are in the complete parts of a folder, which need not exist."""
-    found = [read_json(file, default=None) for file in folder.glob("examples-*[0-9].json")]
-    return sum(counts["num_examples"] for counts in found if counts is not None)
+    parts = [read_json(file, default=None) for file in folder.glob("examples-*[0-9].json")]
+    return sum(counts["num_examples"] for counts in parts if counts is not None)

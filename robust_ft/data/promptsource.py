@@ -28,7 +28,7 @@ _GENERATOR = "__generator"
 
 
 class Prompt(NamedTuple):
-    """What a template makes of a record; no answer choices if it has none."""
+    """A record rendered by a template; without answer choices if the template has none."""
 
     inputs: str
     targets: str
@@ -42,7 +42,7 @@ class Template:
     Attributes:
         name: As promptsource has it.
         jinja: The text of inputs and targets, with `|||` between them.
-        answer_choices: The text of the possible targets, with `|||` between them; None for none.
+        answer_choices: The text of the answer choices, with `|||` between them; None for none.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Template:
     answer_choices: str | None = None
 
     def apply(self, record: Mapping[str, Any], seed: str) -> Prompt | None:
-        """Returns the prompt of a record, None if the template says nothing of it.
+        """Returns the prompt of a record, None if the template renders no inputs or no targets.
 
         Args:
             record: Columns as the dataset has them on the Hub.
-            seed: What random draws are a function of.
+            seed: Seed of the template's random draws.
 
         Raises:
             ValueError: A column is missing, or the template fails on the record.

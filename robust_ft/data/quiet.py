@@ -6,20 +6,20 @@ import re
 import tempfile
 from collections.abc import Iterator
 
-# Lines of its C++ log; TF_CPP_MIN_LOG_LEVEL no longer stops those written while it is imported.
+# Lines of its C++ log. TF_CPP_MIN_LOG_LEVEL no longer suppresses those written during its import.
 _LOG_LINE = re.compile(rb"WARNING: All log messages before absl::|[IWE]\d{4} \d\d:\d\d:")
 
 
 @contextlib.contextmanager
 def without_native_log() -> Iterator[None]:
-    """Drops the C++ log lines that are written to stderr meanwhile; other lines come out after.
+    """Drops C++ log lines written to stderr within the context; other lines come out after it.
 
-    Warnings of what is imported meanwhile stay off for good: for an exception in a task's Python
-    code, whose sentence we show, tensorflow would write its traceback several times.
+    Warnings of a tensorflow that is imported within the context stay off for good: for an exception
+    in a task's Python code, whose sentence we show, it would write the traceback several times.
 
-    The log goes to the process's file descriptor 2, past `sys.stderr`, so that is redirected.
+    The log goes to file descriptor 2, past `sys.stderr`, so the descriptor is redirected.
     """
-    # JAX sets it to 1 for itself, so what is set says nothing of what the user wants.
+    # Whatever is set already: JAX sets it to 1 for itself, so it is no wish of the user's.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)

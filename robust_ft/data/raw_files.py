@@ -1,6 +1,6 @@
-"""Official raw files, as they are published, to records that say where they stand.
+"""Readers of official raw files, as they are published.
 
-Every reader yields (place, record): a place is `<file>, line <n>`, for messages about that record.
+Every reader yields `Row`s. A row's place is `<file>, line <n>`, for messages about its record.
 """
 
 import csv
@@ -17,7 +17,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class Row(NamedTuple):
-    """One record of a raw file: its fields, and where it stands."""
+    """One record of a raw file: its fields, and its place in the file."""
 
     place: str
     record: dict[str, Any]
@@ -150,13 +150,14 @@ def aligned(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
     streams = [lines(file) for file in files]
     while True:
         group = [next(stream, None) for stream in streams]
-        found = [pair for pair in group if pair is not None]
-        if not found:
+        row = [pair for pair in group if pair is not None]
+        if not row:
             return
-        if len(found) < len(group):
+        place = row[0][0]
+        if len(row) < len(group):
             ended = files[group.index(None)]
-            raise UserError(f"{found[0][0]}: it has no counterpart, {ended} ends before it.")
-        yield Row(found[0][0], dict(zip(columns, (text for _, text in found), strict=True)))
+            raise UserError(f"{place}: it has no counterpart, {ended} ends before it.")
+        yield Row(place, dict(zip(columns, (text for _, text in row), strict=True)))
 
 
 def _row(place: str, names: Sequence[str], fields: Sequence[str]) -> Row:
@@ -176,9 +177,10 @@ def text(record: Mapping[str, Any], name: str) -> str:
     """
     if name not in record:
         raise ValueError(f"no field '{name}'.{nearest(name, record)}")
-    if not isinstance(record[name], str):
-        raise ValueError(f"field '{name}' is not a string but {record[name]!r}")
-    return record[name]
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"field '{name}' is not a string but {value!r}")
+    return value
 
 
 def texts(record: Mapping[str, Any], name: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""One example as bytes: token ids first, so that a batch is read with a few numpy calls.
+"""Examples as records of bytes, and as padded or packed batches of arrays.
 
-A record is two little-endian uint32 lengths (inputs, targets), the ids of both, and, for splits
-that are evaluated, a msgpack map of texts.
+A record is two little-endian uint32 lengths (inputs, targets), the token ids of both, and, for
+evaluation splits, a msgpack map of texts. The ids come first, so that a batch is decoded with a few
+numpy calls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Returns the numpy name of the smallest type that holds every id."""
+    """Returns the numpy name of the smallest dtype that holds every token id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
@@ -33,7 +34,7 @@ def encode(
     Args:
         inputs: Token ids, EOS included.
         targets: Token ids, EOS included.
-        dtype: What `token_dtype` said for the vocabulary.
+        dtype: The vocabulary's `token_dtype`.
         texts: Strings and lists of strings by name, or None to keep none.
     """
     head = np.array([len(inputs), len(targets)], _HEADER).tobytes()
@@ -61,7 +62,7 @@ def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:
 def pad_right(
     sequences: Sequence[np.ndarray], length: int, rows: int = 0, pad_id: int = 0
 ) -> Int32[np.ndarray, "rows length"]:
-    """Returns `sequences` under each other, filled up with `pad_id` to `length` and `rows` rows.
+    """Returns `sequences` as rows, padded with `pad_id` to `length` and to at least `rows` rows.
 
     Raises:
         ValueError: If a sequence is longer than `length`; nothing is cut silently.
@@ -71,7 +72,8 @@ def pad_right(
         raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into {length}")
     out = np.full((max(rows, len(sequences)), length), pad_id, np.int32)
     if lengths.size:
-        # One masked assignment fills row after row, in the order of `concatenate`.
+        # One assignment for all rows: the mask [sequences, length] is filled in row-major order,
+        # which is the order of `concatenate`.
         out[: len(sequences)][np.arange(length) < lengths[:, None]] = np.concatenate(sequences)
     return out
 
@@ -85,23 +87,23 @@ def model_batch(
     pad_id: int = 0,
     start_id: int = 0,
 ) -> Arrays:
-    """Returns t5x's features for token ids without padding, one row an example.
+    """Returns t5x's features for examples without padding, one a row.
 
-    Decoder inputs are the targets shifted right by one, first `start_id`. The loss weights are 0
-    exactly where a row's targets have ended: they tell padding by its place, so that a model may
-    pad with a token that it also uses, such as EOS.
+    Decoder inputs are the targets shifted right by one, behind `start_id`. Loss weights are 0 after
+    the end of a row's targets. They go by position and not by id, since the padding of some models
+    is a token that they also use, such as EOS.
 
     Args:
-        inputs: Ids of each example.
-        targets: Ids of each example.
-        inputs_length: Length of the rows of inputs.
-        targets_length: Length of the rows of targets.
-        rows: Fewest rows; those without an example are all padding.
-        pad_id: The vocabulary's.
-        start_id: The model's.
+        inputs: Token ids of each example.
+        targets: Token ids of each example.
+        inputs_length: Encoder tokens of each row.
+        targets_length: Decoder tokens of each row.
+        rows: Smallest number of rows; those without an example are all padding.
+        pad_id: The vocabulary's padding.
+        start_id: The model's first token of all decoder inputs.
 
     Raises:
-        ValueError: If an example is longer than its length.
+        ValueError: An example is longer than its length.
     """
     padded = pad_right(targets, targets_length, rows, pad_id)
     lengths = np.zeros(len(padded), np.int64)

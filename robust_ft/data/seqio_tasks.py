@@ -1,9 +1,9 @@
-"""What our seqio tasks are made of: text features without a vocabulary, and sources of texts.
+"""Building blocks of our seqio tasks: text features without a vocabulary, and sources of texts.
 
 A task here says what an example *is*: its preprocessors end in the strings `inputs` and `targets`
-(and, for evaluation, `references`, `id`, `choices`, `answer_choices`). Which vocabulary turns them
-into ids is known only to the run, so the cache does that (`build`). A seqio task that tokenizes by
-itself works too.
+(and, for evaluation, `references`, `id`, `choices`, `answer_choices`). Only the run knows the
+vocabulary, so tokenizing is left to the cache (`build`). A seqio task that tokenizes by itself
+works too.
 """
 
 import glob
@@ -54,8 +54,8 @@ def from_python(
 ) -> tf.data.Dataset:
     """Returns a dataset of the mappings that `examples()` yields.
 
-    What `tf.data.Dataset.from_generator` does, several times faster: the way out of Python costs
-    the same for one example as for hundreds, so hundreds take it together.
+    As `tf.data.Dataset.from_generator`, but several times faster: a call into Python costs the same
+    for one example as for hundreds, so they are handed over in chunks.
 
     Args:
         examples: Called for each pass over the dataset.
@@ -101,22 +101,22 @@ class Files:
 
     def find(self) -> list[Path] | None:
         """Returns the files, None if a path has none."""
-        found: list[Path] = []
-        for path in self.paths:
-            if not os.path.isabs(path):
+        paths: list[Path] = []
+        for pattern in self.paths:
+            if not os.path.isabs(pattern):
                 if not os.environ.get(DATA_DIR_VARIABLE):
                     return None
-                path = os.path.join(glob.escape(os.environ[DATA_DIR_VARIABLE]), path)
-            files = sorted(glob.glob(path))
-            if not files:
+                pattern = os.path.join(glob.escape(os.environ[DATA_DIR_VARIABLE]), pattern)
+            matches = sorted(glob.glob(pattern))
+            if not matches:
                 return None
-            found += map(Path, files)
-        return found
+            paths += map(Path, matches)
+        return paths
 
 
 @dataclass(frozen=True)
 class Tfds:
-    """A split of a dataset of TFDS, which prepares it or finds it prepared in $TFDS_DATA_DIR.
+    """A split of a TFDS dataset, which TFDS prepares unless $TFDS_DATA_DIR has it already.
 
     Attributes:
         name: With its version, such as 'super_glue/rte:1.0.2'.
@@ -151,10 +151,10 @@ Splits = dict[str, list[Origin]]
 
 
 class TextSource(seqio.DataSource):
-    """A seqio source of texts: each split read from official files where they are, else from TFDS.
+    """A seqio source of texts: reads a split from its official files if they exist, else from TFDS.
 
-    Which of the two is decided when a split is read, so that importing a task looks at nothing. Its
-    examples have `inputs`, `targets`, `id` (a count from 0) and, where the task has them,
+    Which of the two is decided when a split is read: importing a task touches no file. Examples
+    have `inputs`, `targets`, `id` (a count from 0) and, where the task has them,
     `references`, `choices` and `answer_choices`.
     """
 
@@ -172,13 +172,13 @@ class TextSource(seqio.DataSource):
 
         Args:
             task: Its name, for messages.
-            splits: For each, where it may come from; the first that is there is taken, and TFDS
-                counts as being there.
+            splits: The origins of each split, of which the first that exists is read; TFDS counts
+                as existing.
             example: From a record to `inputs` and `targets`; None leaves the record out. Raises
                 KeyError or ValueError with a sentence for a record that it does not accept.
             references: Whether `example` also gives `references`, a list of all that counts as
                 right.
-            choices: The answers that a classification task allows.
+            choices: The answer choices of a classification task: all targets that it has.
             exemplars: The task whose training split has this task's exemplars, by default itself.
             answer_choices: Whether `example` also gives `answer_choices`, a list of the answers
                 that a model ranks (none where the example has none).
@@ -268,7 +268,7 @@ class TextSource(seqio.DataSource):
         return self._origins[split]
 
     def _nothing(self, split: str, tfds: str = "") -> UserError:
-        """Says what would provide a split that is not there."""
+        """Returns the error for a split that no origin has: it says what would provide it."""
         start = f"Task '{self._task}', split '{split}', "
         files = [", ".join(o.paths) for o in self._origins_of(split) if isinstance(o, Files)]
         if not files:
@@ -312,7 +312,7 @@ def add(
 
 
 def _is_offline() -> bool:
-    """Whether this machine can look up no name; TFDS would try for minutes."""
+    """Whether this machine cannot resolve host names; TFDS would try for minutes."""
     if urllib.request.getproxies():
         return False
     try:
@@ -323,7 +323,7 @@ def _is_offline() -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Turns what TFDS gives into what JSON would: strings, numbers, lists and dicts."""
+    """Turns TFDS's arrays and bytes into what JSON holds: strings, numbers, lists and dicts."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Our vocabularies for seqio, so that one of ours can stand in a task's `output_features`."""
+"""Our vocabularies as seqio's, for the `output_features` of a seqio task."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ class SeqioVocabulary(seqio.Vocabulary):
 
     @property
     def unk_id(self) -> int | None:
-        """What the vocabulary does not know."""
+        """The unknown token, None if the vocabulary has none."""
         return self.vocabulary.unk_id
 
     @property

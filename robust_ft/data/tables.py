@@ -1,4 +1,4 @@
-"""Tables in the forms of the Hugging Face Hub, to records that say where they stand."""
+"""Readers of the table formats of the Hugging Face Hub; see `raw_files`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,10 @@ _CHUNK = 256
 def dataset(
     task: seqio.Task, split: str, lengths: Mapping[str, int] | None = None
 ) -> tf.data.Dataset:
-    """Returns the split of a task: the two features and what is kept beside them.
+    """Returns the split of a task: the two features and the fields that caches keep beside them.
 
-    `Task.get_dataset` would also trim, uncounted, and reject the text features of our tasks. The
-    seed makes preprocessors that draw random numbers repeatable.
+    `Task.get_dataset` would also trim, without counting, and reject the text features of our tasks.
+    The fixed seed makes preprocessors that draw random numbers repeatable.
 
     Args:
         task: The task.
@@ -42,25 +42,25 @@ def dataset(
         UserError: The task makes no inputs or no targets.
     """
     with explained():
-        found = task.source.get_dataset(split=split, shuffle=False, seed=None)
-        found = task.preprocess_precache(found, seed=0)
-        found = task.preprocess_postcache(found, sequence_length=lengths, seed=0)
-    missing = [f"'{feature}'" for feature in FEATURES if feature not in found.element_spec]
+        examples = task.source.get_dataset(split=split, shuffle=False, seed=None)
+        examples = task.preprocess_precache(examples, seed=0)
+        examples = task.preprocess_postcache(examples, sequence_length=lengths, seed=0)
+    missing = [f"'{feature}'" for feature in FEATURES if feature not in examples.element_spec]
     if missing:
         raise UserError(f"Task '{task.name}' makes no feature {' and '.join(missing)}.")
-    kept = [name for name in (*FEATURES, *_TEXTS, *_EXEMPLARS) if name in found.element_spec]
-    return found.map(lambda example: {name: _ranked(name, example[name]) for name in kept})
+    fields = [name for name in (*FEATURES, *_TEXTS, *_EXEMPLARS) if name in examples.element_spec]
+    return examples.map(lambda example: {name: _ranked(name, example[name]) for name in fields})
 
 
-def rows(found: tf.data.Dataset) -> Iterator[dict[str, Any]]:
+def rows(examples: tf.data.Dataset) -> Iterator[dict[str, Any]]:
     """Yields the examples of `dataset`: bytes, numbers, or arrays of them by name.
 
     Raises:
         UserError: One that Python code inside the task raised.
     """
     with explained():
-        # Many at once: tensorflow takes as long to hand out one example as a batch of them.
-        for batch in found.ragged_batch(_CHUNK).prefetch(1):
+        # In batches: tensorflow takes as long to hand out one example as a batch of them.
+        for batch in examples.ragged_batch(_CHUNK).prefetch(1):
             columns = {name: _split(column) for name, column in batch.items()}
             for row in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, row, strict=True))
@@ -68,9 +68,9 @@ def rows(found: tf.data.Dataset) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Lets a UserError from Python code inside tensorflow come out as itself.
+    """Raises a UserError from Python code inside tensorflow again as itself.
 
-    tensorflow passes it on as text, with its traceback.
+    tensorflow passes it on as an error of its own, with the sentence and a traceback as text.
     """
     try:
         yield
@@ -82,16 +82,17 @@ def explained() -> Iterator[None]:
 
 
 def _ranked(name: str, value: tf.Tensor) -> tf.Tensor:
-    """Says how many axes a value has where Python code inside the task left that open."""
+    """Sets the rank of a value, which a task's Python code may leave open; batching needs it."""
     if value.shape.rank is not None:
         return value
     is_list = name in _LISTS or (name in FEATURES and value.dtype != tf.string)
     return tf.ensure_shape(value, [None] if is_list else [])
 
 
-def _split(column: tf.Tensor | tf.RaggedTensor) -> Sequence[Any]:
-    """Returns a batch's values one by one."""
+def _split(column: tf.Tensor | tf.RaggedTensor) -> Iterable[Any]:
+    """Returns the values of a batch, one for each example."""
     if isinstance(column, tf.RaggedTensor):
         splits = column.row_splits.numpy()[1:-1]
         return np.split(column.values.numpy(), splits)
-    return column.numpy()
+    values: np.ndarray = column.numpy()
+    return values

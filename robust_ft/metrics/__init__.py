@@ -1,15 +1,15 @@
-"""Metrics and postprocessors, found by name. Strings and numpy only.
+"""Metrics and postprocessors by name. Strings and numpy only.
 
-A metric is a function (targets, predictions) -> {name: value}, as seqio calls it: one text or
-several for each example, and what was predicted. Its first value is the one that averages and
-selects. Values go from 0 to 100, more is better, but for `nist` and `cider`, which have scales of
-their own, and `ter`, which counts errors. Libraries that are slow to import are imported when a
-metric is called.
+A metric is a function (targets, predictions) -> {name: value}, as in seqio: one reference or
+several for each example, and its prediction. The first value is averaged over tasks and selects
+checkpoints. Values go from 0 to 100 and more is better, except for `nist` and `cider`, which have
+scales of their own, and `ter`, which counts errors. Libraries that are slow to import are imported
+when a metric is called.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.metrics import postprocess
@@ -39,6 +39,7 @@ from robust_ft.metrics.rouge import rouge, rouge_parts, rouge_stemmed, rouge_ste
 
 Metric = Callable[..., dict[str, float]]
 Postprocess = Callable[..., str]
+_Function = TypeVar("_Function", Metric, Postprocess)
 
 METRICS: Mapping[str, Metric] = {
     metric.__name__: metric
@@ -63,7 +64,7 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 LESS_IS_BETTER = ("ter",)
-# The same scores first, and then what they are made of.
+# The same score first, and then its components.
 PARTS: Mapping[str, Metric] = {
     "bleu": bleu_parts,
     "multi_bleu": multi_bleu_parts,
@@ -83,16 +84,16 @@ def get(name: str) -> Metric:
     """Returns the metric called `name`, or "module:function" for one defined elsewhere.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such metric.
     """
     return _get("metric", METRICS, name)
 
 
 def get_parts(name: str) -> Metric:
-    """Returns the metric called `name` in the form that also tells the parts of its score.
+    """Returns the metric called `name` in the form that also returns its score's components.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such metric.
     """
     return PARTS.get(name) or get(name)
 
@@ -101,26 +102,26 @@ def get_postprocess(name: str) -> Postprocess:
     """Returns the postprocessor called `name` (as in `get`), `identity` for "".
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such postprocessor.
     """
     return _get("postprocessor", POSTPROCESSORS, name or "identity")
 
 
-def _get(kind: str, choices: Mapping[str, Any], name: str) -> Any:
-    if name in choices:
-        return choices[name]
-    module, separator, function = name.partition(":")
+def _get(kind: str, known: Mapping[str, _Function], name: str) -> _Function:
+    if name in known:
+        return known[name]
+    module, separator, attribute = name.partition(":")
     if not separator:
         raise UserError(
-            f"There is no {kind} '{name}', only {', '.join(choices)}.{nearest(name, choices)}"
+            f"There is no {kind} '{name}', only {', '.join(known)}.{nearest(name, known)}"
         )
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        function: _Function | None = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise UserError(f"The {kind} '{name}' cannot be imported: {error}.") from error
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"The {kind} '{name}' is not a function of the module {module}.")
-    return found
+    return function
 
 
 __all__ = [

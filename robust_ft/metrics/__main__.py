@@ -5,7 +5,7 @@ REFERENCES file, and so on. Where an example has fewer references than others, i
 last files are blank; only multi_bleu and webnlg_bleu count blank lines as references (of length
 0), because multi-bleu.perl does.
 
-Prints JSON: the score, how many examples it is of, and the parts that it is made of.
+Prints JSON: the score, the number of examples, and the components of the score.
 """
 
 import argparse
@@ -34,12 +34,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "metric", metavar="METRIC", help="a name from below, or module:function for your own"
     )
-    parser.add_argument("predictions", metavar="PREDICTIONS", help="what a model said")
+    parser.add_argument("predictions", metavar="PREDICTIONS", help="the model's outputs")
     parser.add_argument(
         "references",
         metavar="REFERENCES",
         nargs="+",
-        help="what it should say; several files for several references",
+        help="the right outputs; several files for several references",
     )
     arguments = parser.parse_args(argv)
     metric = metrics.get_parts(arguments.metric)

@@ -44,13 +44,13 @@ def average_relative_gain(
         UserError: No accuracies, one that is not from 0 to 100, or a dataset without a baseline.
     """
     weights = relative_gain_weights(
-        {dataset: len(found) for dataset, found in accuracies.items()}, baselines, by_dataset
+        {dataset: len(values) for dataset, values in accuracies.items()}, baselines, by_dataset
     )
     gain = 0.0
-    for dataset, found in accuracies.items():
-        if not all(0 <= accuracy <= 100 for accuracy in found):  # also false for NaN
+    for dataset, values in accuracies.items():
+        if not all(0 <= accuracy <= 100 for accuracy in values):  # also false for NaN
             raise UserError(f"ARG: accuracies must be from 0 to 100, not those of '{dataset}'.")
-        gain += weights[dataset] * float(np.sum(np.asarray(found) - baselines[dataset]))
+        gain += weights[dataset] * float(np.sum(np.asarray(values) - baselines[dataset]))
     return gain
 
 

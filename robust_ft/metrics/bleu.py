@@ -1,7 +1,7 @@
 """BLEU (Papineni et al. 2002), of whole corpora: sacrebleu's, and that of the WebNLG challenge.
 
 `bleu` is for plain text. `webnlg_bleu` gives the number that the WebNLG challenge of 2017 and the
-papers on its data report. The functions ending in `_parts` also say what a score is made of.
+papers on its data report. The functions ending in `_parts` also return a score's components.
 """
 
 import math
@@ -42,8 +42,8 @@ def bleu(targets: References, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def bleu_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `bleu` does and its parts, named as in `multi_bleu_parts`."""
-    from sacrebleu.metrics import BLEU
+    """Returns the score of `bleu` and its components, named as in `multi_bleu_parts`."""
+    from sacrebleu.metrics.bleu import BLEU
 
     examples = pairs("bleu", targets, predictions)
     # Forced: it would only warn of tokenized text, which WebNLG's is.
@@ -73,7 +73,7 @@ def multi_bleu(targets: References, predictions: Sequence[str]) -> dict[str, flo
 
 
 def multi_bleu_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `multi_bleu` does and its parts.
+    """Returns the score of `multi_bleu` and its components.
 
     Returns:
         {"multi_bleu": 0..100, "precision_1".."precision_4": 0..100, "brevity_penalty": 0..1,
@@ -85,7 +85,7 @@ def multi_bleu_parts(targets: References, predictions: Sequence[str]) -> dict[st
 def multi_bleu_counts(
     targets: References, predictions: Sequence[str]
 ) -> Int[np.ndarray, "examples 10"]:
-    """Returns what `multi_bleu` adds up over examples.
+    """Returns the sufficient statistics of `multi_bleu`, which are summed over examples.
 
     Returns:
         For each example its length and that of the closest reference, in tokens, and the matching
@@ -128,7 +128,7 @@ def webnlg_bleu(targets: References, predictions: Sequence[str]) -> dict[str, fl
 
 
 def webnlg_bleu_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `webnlg_bleu` does and its parts, named as in `multi_bleu_parts`."""
+    """Returns the score of `webnlg_bleu` and its components, named as in `multi_bleu_parts`."""
     parts = _multi_bleu_of(webnlg_bleu_counts(targets, predictions).sum(axis=0))
     return {"webnlg_bleu": parts.pop("multi_bleu"), **parts}
 
@@ -136,37 +136,37 @@ def webnlg_bleu_parts(targets: References, predictions: Sequence[str]) -> dict[s
 def webnlg_bleu_counts(
     targets: References, predictions: Sequence[str]
 ) -> Int[np.ndarray, "examples 10"]:
-    """Returns what `webnlg_bleu` adds up over examples, as `multi_bleu_counts` does."""
+    """Returns the sufficient statistics of `webnlg_bleu`, as `multi_bleu_counts`."""
     examples = pairs("webnlg_bleu", targets, predictions)
-    references = [list(map(webnlg_text, found[:WEBNLG_REFERENCES])) for found, _ in examples]
+    references = [list(map(webnlg_text, texts[:WEBNLG_REFERENCES])) for texts, _ in examples]
     return multi_bleu_counts(references, [webnlg_text(text) for text in predictions])
 
 
 def bleu_counts(targets: References, predictions: Sequence[str]) -> Int[np.ndarray, "examples 10"]:
-    """Returns what `bleu` adds up over examples, as `multi_bleu_counts` does."""
-    from sacrebleu.metrics import BLEU
+    """Returns the sufficient statistics of `bleu`, as `multi_bleu_counts`."""
+    from sacrebleu.metrics.bleu import BLEU
 
     # The effective order changes a sentence's score, which is not used, and no count.
     scorer = BLEU(force=True, effective_order=True)
-    found = [
+    scores = [
         scorer.sentence_score(prediction, references)
         for references, prediction in pairs("bleu", targets, predictions)
     ]
-    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in found], np.int64)
+    return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], np.int64)
 
 
 def bleu_of_counts(total: Int[np.ndarray, "10"]) -> float:
-    """Returns `bleu` of counts that are added up."""
-    from sacrebleu.metrics import BLEU
+    """Returns `bleu` from summed counts."""
+    from sacrebleu.metrics.bleu import BLEU
 
-    length, reference_length, *ngrams_found = (int(count) for count in total)
-    matching, everything = ngrams_found[:_ORDER], ngrams_found[_ORDER:]
-    result = BLEU.compute_bleu(matching, everything, length, reference_length, smooth_method="exp")
+    length, reference_length, *ngrams_counted = (int(count) for count in total)
+    matching, predicted = ngrams_counted[:_ORDER], ngrams_counted[_ORDER:]
+    result = BLEU.compute_bleu(matching, predicted, length, reference_length, smooth_method="exp")
     return min(result.score, 100.0)
 
 
 def multi_bleu_of_counts(total: Int[np.ndarray, "10"]) -> float:
-    """Returns `multi_bleu`, and `webnlg_bleu`, of counts that are added up."""
+    """Returns `multi_bleu` (or `webnlg_bleu`) from summed counts."""
     return _multi_bleu_of(total)["multi_bleu"]
 
 
@@ -184,7 +184,7 @@ def webnlg_text(text: str) -> str:
 def _counts(prediction: str, references: Sequence[str]) -> Int[np.ndarray, "10"]:
     """Returns length, closest reference length, matching n-grams (1 to 4) and all n-grams."""
     words = prediction.lower().split()
-    found = ngrams(words, _ORDER)
+    predicted = ngrams(words, _ORDER)
     allowed: Counter[Ngram] = Counter()
     lengths = []
     for reference in references:
@@ -194,12 +194,19 @@ def _counts(prediction: str, references: Sequence[str]) -> Int[np.ndarray, "10"]
     # Of two equally close references the shorter one counts.
     closest = min(lengths, key=lambda length: (abs(length - len(words)), length))
     sums = np.zeros((2, _ORDER), np.int64)
-    for ngram, count in found.items():
+    for ngram, count in predicted.items():
         sums[:, len(ngram) - 1] += min(count, allowed[ngram]), count
     return np.concatenate([[len(words), closest], *sums])
 
 
-def _parts(name, score, precisions, penalty, length, reference_length) -> dict[str, float]:
+def _parts(
+    name: str,
+    score: float,
+    precisions: Sequence[float] | np.ndarray,
+    penalty: float,
+    length: int,
+    reference_length: int,
+) -> dict[str, float]:
     return {
         name: min(score, 100.0),  # a perfect one may be rounded up
         **{f"precision_{n}": float(value) for n, value in enumerate(precisions, 1)},

@@ -1,4 +1,4 @@
-"""CIDEr (Vedantam et al. 2015): cosine of n-gram counts, weighted by how rare an n-gram is."""
+"""CIDEr (Vedantam et al. 2015): cosine similarity of TF-IDF weighted n-gram counts."""
 
 import math
 from collections import Counter
@@ -44,20 +44,21 @@ def cider(targets: References, predictions: Sequence[str]) -> dict[str, float]:
         for references, prediction in pairs("cider", targets, predictions)
     ]
     seen_in = Counter(ngram for references, _ in examples for ngram in set().union(*references))
-    rarity = {ngram: math.log(len(examples) / number) for ngram, number in seen_in.items()}
+    # Inverse document frequency; the references of an example are one document.
+    idf = {ngram: math.log(len(examples) / number) for ngram, number in seen_in.items()}
     unseen = math.log(len(examples))
     scores = []
     for references, prediction in examples:
-        vector = _Vector(prediction, rarity, unseen)
-        scores.append(np.mean([vector.similarity(_Vector(r, rarity, unseen)) for r in references]))
+        vector = _Vector(prediction, idf, unseen)
+        scores.append(np.mean([vector.similarity(_Vector(r, idf, unseen)) for r in references]))
     return {"cider": 10 * float(np.mean(scores))}
 
 
 class _Vector:
-    """A text as weighted counts of its n-grams, with a norm for each n."""
+    """A text as TF-IDF weights of its n-grams, with a norm for each n."""
 
-    def __init__(self, counts: Counter[Ngram], rarity: Mapping[Ngram, float], unseen: float):
-        self.weights = {n: count * rarity.get(n, unseen) for n, count in counts.items()}
+    def __init__(self, counts: Counter[Ngram], idf: Mapping[Ngram, float], unseen: float):
+        self.weights = {n: count * idf.get(n, unseen) for n, count in counts.items()}
         squares = np.zeros(_ORDER)
         for ngram, weight in self.weights.items():
             squares[len(ngram) - 1] += weight**2
@@ -65,8 +66,8 @@ class _Vector:
         self.length = sum(count for ngram, count in counts.items() if len(ngram) == 1)
 
     def similarity(self, reference: "_Vector") -> float:
-        """Returns the mean over n of the cosine with clipped weights, less for other lengths."""
-        products = np.zeros(_ORDER)
+        """Returns the mean over n of the cosine with clipped weights, with a penalty for length."""
+        products = np.zeros(_ORDER)  # [n]
         for ngram, weight in self.weights.items():
             other = reference.weights.get(ngram, 0.0)
             products[len(ngram) - 1] += min(weight, other) * other

@@ -1,4 +1,4 @@
-"""Labels: accuracy and F1. A label is a short text, compared as it is, space at its ends apart."""
+"""Accuracy and F1 of labels: short texts, compared exactly except for white space at their ends."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from robust_ft.errors import UserError
 from robust_ft.metrics.pairs import References, pairs
 
 POSITIVE = ("True", "true", "yes", "Yes", "1", "equivalent", "duplicate", "entailment")
-"""What tasks with two labels call the one that `binary_f1` is about."""
+"""Names of the positive label in tasks with two labels."""
 
 
 def accuracy(targets: References, predictions: Sequence[str]) -> dict[str, float]:
@@ -73,7 +73,7 @@ def macro_f1(targets: References, predictions: Sequence[str]) -> dict[str, float
     return {"macro_f1": 100 * float(np.mean(scores))}
 
 
-def _labels(name, targets, predictions) -> list[tuple[str, str]]:
+def _labels(name: str, targets: References, predictions: Sequence[str]) -> list[tuple[str, str]]:
     """Returns (label, prediction) of each example; of several labels the predicted one counts."""
     result = []
     for references, prediction in pairs(name, targets, predictions):
@@ -83,7 +83,7 @@ def _labels(name, targets, predictions) -> list[tuple[str, str]]:
 
 
 def _f1(labels: Sequence[tuple[str, str]], positive: str) -> float:
-    hits = sum(label == given == positive for label, given in labels)
-    said = sum(given == positive for _, given in labels)
-    true = sum(label == positive for label, _ in labels)
-    return 2 * hits / (said + true) if said + true else 0.0
+    hits = sum(label == predicted == positive for label, predicted in labels)
+    num_predicted = sum(predicted == positive for _, predicted in labels)
+    num_true = sum(label == positive for label, _ in labels)
+    return 2 * hits / (num_predicted + num_true) if num_predicted + num_true else 0.0

@@ -18,7 +18,7 @@ def chrf(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     Raises:
         UserError: No examples, or not as many targets as predictions.
     """
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     examples = pairs("chrf", targets, predictions)
     result = CHRF().corpus_score(list(predictions), streams(examples))
@@ -32,8 +32,8 @@ def ter(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     are lower-cased; an edit inserts, deletes or replaces a word or moves several.
 
     Args:
-        targets: The reference of each example, or several, of which the closest one counts; their
-            mean length is what edits are a share of.
+        targets: The reference of each example, or several, of which the closest one counts; edits
+            are a share of their mean length.
         predictions: The predicted texts.
 
     Returns:
@@ -46,8 +46,8 @@ def ter(targets: References, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def ter_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `ter` does, and its "edits" and "reference_length" in words."""
-    from sacrebleu.metrics import TER
+    """Returns the score of `ter`, and its "edits" and "reference_length" in words."""
+    from sacrebleu.metrics.ter import TER
 
     examples = pairs("ter", targets, predictions)
     result = TER().corpus_score(list(predictions), streams(examples))

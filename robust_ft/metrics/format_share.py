@@ -1,4 +1,4 @@
-"""How many outputs look like the finetuned task's: the measure of format specialization."""
+"""The share of outputs in the finetuned task's format: the measure of format specialization."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ def format_share(outputs: Sequence[str], pattern: str) -> float:
     """Share of outputs that match the finetuned task's output format (ProMoT, section 3).
 
     Args:
-        outputs: What a model answered, to any task.
+        outputs: A model's outputs on any task.
         pattern: A regular expression for a whole output, space at its ends apart; for RTE
             "True|False".
 

@@ -43,20 +43,21 @@ def nist(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     def information(ngram: Ngram) -> float:
         return math.log2(occurrences[ngram[:-1]] / occurrences[ngram])
 
-    found, possible = np.zeros(_ORDER), np.zeros(_ORDER)
-    length = wanted = 0.0
+    # [order]: information of the matching n-grams, and number of predicted n-grams.
+    matched, predicted = np.zeros(_ORDER), np.zeros(_ORDER)
+    length = reference_length = 0.0
     for references, prediction in examples:
         allowed: Counter[Ngram] = Counter()
         for reference in references:
             allowed |= ngrams(reference, _ORDER)
-        said = ngrams(prediction, _ORDER)
-        for ngram, count in said.items():
-            possible[len(ngram) - 1] += count
-        for ngram, count in (said & allowed).items():
-            found[len(ngram) - 1] += count * information(ngram)
+        counts = ngrams(prediction, _ORDER)
+        for ngram, count in counts.items():
+            predicted[len(ngram) - 1] += count
+        for ngram, count in (counts & allowed).items():
+            matched[len(ngram) - 1] += count * information(ngram)
         length += len(prediction)
-        wanted += float(np.mean([len(reference) for reference in references]))
-    if not length or not wanted:
+        reference_length += float(np.mean([len(reference) for reference in references]))
+    if not length or not reference_length:
         return {"nist": 0.0}
-    penalty = math.exp(_BETA * math.log(min(1.0, length / wanted)) ** 2)
-    return {"nist": penalty * float((found / np.maximum(possible, 1)).sum())}
+    penalty = math.exp(_BETA * math.log(min(1.0, length / reference_length)) ** 2)
+    return {"nist": penalty * float((matched / np.maximum(predicted, 1)).sum())}

@@ -1,4 +1,4 @@
-"""Predictions side by side with their references, in one checked form."""
+"""References and predictions of each example, checked and in one form."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -22,8 +22,9 @@ def identity(output: str, example: Any = None, is_target: bool = False) -> str:
 def promot(output: str, example: Any = None, is_target: bool = False) -> str:
     """Extracts the answer as ProMoT does for every task.
 
-    The paper: "we first extract the text after `<extra_id_0>` and before `<extra_id_1>`, then trim the
-    text by locating and remove the text after the second prefix token (Q:, Translate, Article:)".
+    The paper: "we first extract the text after `<extra_id_0>` and before `<extra_id_1>`, then trim
+    the text by locating and remove the text after the second prefix token (Q:, Translate,
+    Article:)".
     Read here as:
 
     - Pretrained T5 models answer in the format of span corruption. Without `<extra_id_0>` the text

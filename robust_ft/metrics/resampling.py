@@ -1,7 +1,7 @@
-"""Scores of test sets drawn anew from a test set, without scoring any text twice.
+"""Scores of bootstrap resamples of a test set, without scoring any text twice.
 
-A score of a whole test set is a function of sums over its examples: of n-gram counts for BLEU, of
-the examples' own scores for metrics that are means. So a draw needs only each example's summands.
+A score of a test set is a function of sums over its examples: of n-gram counts for BLEU, of the
+examples' own scores for metrics that are means. A draw needs only each example's summands.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,18 +51,20 @@ def resampled_scores(
         counts: How often each draw has each example.
 
     Raises:
-        KeyError: The value is of no metric that is known to be a function of sums (`known`).
+        KeyError: The value is not `known`.
     """
     if value in _SUMS:
         summands, score = _SUMS[value]
+        # [draws, examples] @ [examples, summands], in floats: rounded back to integers.
         sums = np.rint(counts @ summands(targets, predictions)).astype(np.int64)
         return np.array([score(row) for row in sums])
     metric = metrics.get(_MEANS[value])
     pairs = zip(targets, predictions, strict=True)
-    scores = np.array([metric([target], [text])[value] for target, text in pairs])
-    return counts @ scores / counts.sum(axis=1)
+    scores = np.array([metric([target], [text])[value] for target, text in pairs])  # [examples]
+    means: np.ndarray = counts @ scores / counts.sum(axis=1)  # [draws]
+    return means
 
 
 def known(value: str) -> bool:
-    """Whether `resampled_scores` knows a metric's value."""
+    """Whether a metric's value is known to be a function of sums over examples."""
     return value in _SUMS or value in _MEANS

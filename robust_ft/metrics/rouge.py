@@ -47,25 +47,27 @@ def rouge_stemmed(targets: References, predictions: Sequence[str]) -> dict[str, 
 
 
 def rouge_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `rouge` does, and "..._precision" and "..._recall" of each, 0..100."""
+    """Returns the scores of `rouge`, and "..._precision" and "..._recall" of each, 0..100."""
     return _rouge("rouge", "", targets, predictions)
 
 
 def rouge_stemmed_parts(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Returns what `rouge_stemmed` does, and "..._precision" and "..._recall" of each, 0..100."""
+    """Returns the scores of `rouge_stemmed`, and "..._precision" and "..._recall" of each."""
     return _rouge("rouge_stemmed", "_stemmed", targets, predictions)
 
 
-def _rouge(name, suffix, targets, predictions) -> dict[str, float]:
+def _rouge(
+    name: str, suffix: str, targets: References, predictions: Sequence[str]
+) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(_TYPES, use_stemmer=bool(suffix))
-    found = [
+    scores = [
         scorer.score_multi(references, prediction)
         for references, prediction in pairs(name, targets, predictions)
     ]
     means = {
-        kind + suffix: 100 * np.mean([scores[kind] for scores in found], axis=0) for kind in _TYPES
+        kind + suffix: 100 * np.mean([score[kind] for score in scores], axis=0) for kind in _TYPES
     }
     return {
         **{kind: float(f1) for kind, (_, _, f1) in means.items()},

@@ -41,7 +41,7 @@ def welch_t_test(first: Sequence[float], second: Sequence[float]) -> WelchTest:
 
     Args:
         first: At least two scores.
-        second: At least two scores; as many as of the first or not, with the same variance or not.
+        second: At least two scores; neither their number nor their variance need be equal.
 
     Raises:
         UserError: A side has fewer than two scores.
@@ -74,7 +74,7 @@ class Bootstrap:
     """A paired bootstrap.
 
     Attributes:
-        difference: Of the first minus the second, on the examples as they are.
+        difference: First minus second, on the test set itself.
         low: 2.5th percentile of the difference over draws.
         high: 97.5th percentile.
         p_value: Share of draws in which the first is not better than the second (one-sided).
@@ -89,13 +89,13 @@ class Bootstrap:
 def paired_bootstrap(first: Scores, second: Scores, draws: int = 1000, seed: int = 0) -> Bootstrap:
     """Compares the mean scores of two models on one test set.
 
-    In each draw as many examples as there are are taken with replacement, the same for both.
+    Each draw takes as many examples as the test set has, with replacement, the same for both.
 
     Args:
         first: Scores of one model.
         second: Scores of the other on the same examples, in any order.
-        draws: How often.
-        seed: Of the draws.
+        draws: Number of draws.
+        seed: Seed of the draws.
 
     Raises:
         UserError: No examples, or not the same ones on both sides.
@@ -120,14 +120,15 @@ def paired_bootstrap_arg(
         second: Of the other model, under the same templates in the same order.
         baselines: See `robust_ft.metrics.arg.average_relative_gain`.
         by_dataset: See `robust_ft.metrics.arg.average_relative_gain`.
-        draws: How often.
-        seed: Of the draws.
+        draws: Number of draws.
+        seed: Seed of the draws.
 
     Raises:
         UserError: Datasets, templates or examples are not the same on both sides, or there are
             none.
     """
-    numbers = [{dataset: len(found) for dataset, found in side.items()} for side in (first, second)]
+    sides = (first, second)
+    numbers = [{dataset: len(scores) for dataset, scores in side.items()} for side in sides]
     if numbers[0] != numbers[1]:
         raise UserError(
             f"A paired bootstrap needs the same templates on both sides, not {numbers[0]} and "
@@ -170,11 +171,11 @@ def _resampled_means(
 
 
 def summary_of_draws(difference: float, resampled: Float[np.ndarray, "draws"]) -> Bootstrap:
-    """Returns what a paired bootstrap found.
+    """Summarizes the draws of a paired bootstrap.
 
     Args:
-        difference: Of the two models on the examples as they are.
-        resampled: Of the two models in each draw.
+        difference: Difference of the two models on the test set itself.
+        resampled: Difference of the two models in each draw.
     """
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Bootstrap(difference, float(low), float(high), float(np.mean(resampled <= 0)))

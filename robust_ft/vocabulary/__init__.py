@@ -1,11 +1,11 @@
 """Text to token ids and back, without tensorflow: bytes, SentencePiece, `tokenizers`.
 
-Every vocabulary is a frozen, hashable dataclass that says where its files lie and reads them on
-first use; `vocabulary_from_directory` makes the right one for a Hugging Face model directory.
+Every vocabulary is a frozen, hashable dataclass that holds the paths of its files and reads them on
+first use; `vocabulary_from_directory` returns the right one for a Hugging Face model directory.
 `robust_ft.data.seqio_vocabulary` wraps one for seqio.
 
-What a model reads for a text is `encode_inputs(vocabulary, text, length)`, what it learns to write
-`encode_targets(vocabulary, text, length)`: caches, evaluation and `Predictor` all use these.
+`encode_inputs(vocabulary, text, length)` gives a model's input ids for a text and `encode_targets`
+its target ids: caches, evaluation and `Predictor` all use these.
 """
 
 from robust_ft.vocabulary.base import Vocabulary, cut, encode_inputs, encode_targets

@@ -1,4 +1,4 @@
-"""What the rest of the library asks of a vocabulary, and what it puts around a text."""
+"""The protocol of vocabularies, and the special ids that they put around a text."""
 
 import hashlib
 from collections.abc import Container, Iterable, Sequence
@@ -19,7 +19,7 @@ class Vocabulary(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """Id of padding. It may be another token's id: padding is told by length, not by id."""
+        """Id of padding. It may be another token's: positions of padding follow from lengths."""
 
     @property
     def eos_id(self) -> int:
@@ -27,7 +27,7 @@ class Vocabulary(Protocol):
 
     @property
     def unk_id(self) -> int | None:
-        """Id of what the vocabulary does not know, None if it knows everything."""
+        """Id of the unknown token, None if every text can be encoded without one."""
 
     @property
     def vocab_size(self) -> int:
@@ -35,7 +35,7 @@ class Vocabulary(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the content and the settings: what a cache of token ids depends on."""
+        """SHA-256 (hex) of content and settings: equal ones give equal token ids."""
 
     @property
     def input_prefix_ids(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Vocabulary(Protocol):
 
     @property
     def target_prefix_ids(self) -> tuple[int, ...]:
-        """Ids before every target, learned like the rest: `<s>` for BART. Targets end in EOS."""
+        """Ids before every target, trained like the others: `<s>` for BART. Targets end in EOS."""
         return ()
 
     def encode(self, text: str) -> list[int]:
@@ -60,13 +60,12 @@ class Vocabulary(Protocol):
 
 
 def encode_inputs(vocabulary: Vocabulary, text: str, length: int | None = None) -> list[int]:
-    """Returns what a model reads for `text`: with the vocabulary's prefix and suffix.
+    """Returns a model's input ids for `text`, with the vocabulary's prefix and suffix.
 
     Args:
-        vocabulary: Whose ids.
-        text: Without special tokens.
-        length: Most ids to return, None for all; a text that is too long loses its end, not the
-            suffix.
+        vocabulary: Encodes the text.
+        text: The text, without special tokens.
+        length: Maximum number of ids, None for no limit. Truncation keeps the suffix.
     """
     suffix = vocabulary.input_suffix_ids
     ids = [*vocabulary.input_prefix_ids, *vocabulary.encode(text), *suffix]
@@ -74,14 +73,14 @@ def encode_inputs(vocabulary: Vocabulary, text: str, length: int | None = None) 
 
 
 def encode_targets(vocabulary: Vocabulary, text: str, length: int | None = None) -> list[int]:
-    """Returns what a model learns to write for `text`, EOS included; as `encode_inputs`."""
+    """Returns a model's target ids for `text`, EOS included; see `encode_inputs`."""
     suffix = (vocabulary.eos_id,)
     ids = [*vocabulary.target_prefix_ids, *vocabulary.encode(text), *suffix]
     return cut(ids, length, suffix)
 
 
 def cut(ids: list[int], length: int | None, suffix: Sequence[int]) -> list[int]:
-    """Returns the first `length` of `ids`, the last of them replaced by `suffix` if it was cut."""
+    """Returns `ids` truncated to `length`; what is truncated ends in `suffix` again."""
     if length is None or len(ids) <= length:
         return ids
     return [*ids[: max(0, length - len(suffix))], *suffix]
@@ -89,18 +88,18 @@ def cut(ids: list[int], length: int | None, suffix: Sequence[int]) -> list[int]:
 
 def until_eos(ids: Iterable[int], eos_id: int, dropped: Container[int | None]) -> list[int]:
     """Returns `ids` up to the first EOS, without those that are `dropped`."""
-    kept = []
+    tokens = []
     for i in ids:
         token = int(i)
         if token == eos_id:
             break
         if token not in dropped:
-            kept.append(token)
-    return kept
+            tokens.append(token)
+    return tokens
 
 
 def read(path: str, kind: str) -> bytes:
-    """Returns a file's content; `path` may be an `asset:`. A missing one is a `UserError`."""
+    """Returns a file's content; `path` may be an `asset:`. Raises a UserError if it is missing."""
     file = Path(assets.resolve(path)).expanduser()
     if not file.is_file():
         folder = file.parent

@@ -46,6 +46,6 @@ class ByteVocabulary(Vocabulary):
         return [byte + 3 for byte in text.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Vocabulary`; bytes that are no UTF-8 are dropped."""
-        kept = (i - 3 for i in until_eos(ids, self.eos_id, (self.pad_id,)) if 3 <= i < 259)
-        return bytes(kept).decode("utf-8", errors="ignore")
+        """See `Vocabulary`; invalid UTF-8 is dropped."""
+        tokens = until_eos(ids, self.eos_id, (self.pad_id,))
+        return bytes(i - 3 for i in tokens if 3 <= i < 259).decode("utf-8", errors="ignore")

@@ -15,7 +15,7 @@ from robust_ft.vocabulary.byte import ByteVocabulary
 from robust_ft.vocabulary.hub import BART_TOKENS, BpeVocabulary, TokenizersVocabulary
 from robust_ft.vocabulary.sentence_piece import SentencePieceVocabulary
 
-# Sets of files that are a vocabulary each, and the families that they may be of, the better first.
+# Sets of files that each define a vocabulary, and those of each family, in order of preference.
 _TOKENIZER = ("tokenizer.json",)
 _BPE = ("vocab.json", "merges.txt")
 _OPENAI = ("encoder.json", "vocab.bpe")
@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gpt2": (_TOKENIZER, _BPE, _OPENAI),
     "bart": (_TOKENIZER, _BPE, _FAIRSEQ),
     "llama": (_TOKENIZER, _LLAMA),
-    "qwen": (_TOKENIZER,),  # splits words in its own way, which plain files do not say
+    "qwen": (_TOKENIZER,),  # its own pre-tokenization is in no other file
 }
 _SETTINGS = (
     "tokenizer_config.json",
@@ -91,14 +91,14 @@ def vocabulary_from_directory(
         vocabulary = _plain(folder, family, files, settings)
     else:
         vocabulary = _hub(folder, family, files, settings, added_tokens, pad_token)
-    # Read now, so that what is wrong is said by the one who named the directory.
+    # Read now rather than on first use, so that errors come where the directory is named.
     for name in ("pad_id", "eos_id", "input_prefix_ids", "input_suffix_ids", "target_prefix_ids"):
         getattr(vocabulary, name)
     return vocabulary
 
 
 def vocabulary_files(directory: str | Path) -> tuple[str, ...]:
-    """Returns the names of the files in `directory` that say what its vocabulary is.
+    """Returns the names of the files in `directory` that define its vocabulary.
 
     A copy of them (with config.json, if `tokenizer_class` stands there) gives the same vocabulary.
     """
@@ -108,7 +108,7 @@ def vocabulary_files(directory: str | Path) -> tuple[str, ...]:
 
 
 def vocabulary_settings(vocabulary: Vocabulary) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Returns what makes a vocabulary again, for a JSON file beside copies of its files.
+    """Returns settings that define a vocabulary, for a JSON file beside copies of its files.
 
     Returns:
         {'kind': name of its class, and its fields}, with files by their names alone; and the files.
@@ -125,7 +125,7 @@ def vocabulary_settings(vocabulary: Vocabulary) -> tuple[dict[str, Any], tuple[P
 
 
 class _Settings:
-    """What the JSON files of a directory say of its tokenizer."""
+    """The settings of a tokenizer in the JSON files of a directory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -139,7 +139,7 @@ class _Settings:
         return self._tokenizer.get(name)
 
     def source(self) -> tuple[str, str]:
-        """Returns the name of the tokenizer's class or the model's type, and where it stands."""
+        """Returns the name of the tokenizer's class or the model's type, and the file it is in."""
         classes = (
             (self._tokenizer.get("tokenizer_class"), "tokenizer_config.json"),
             (self._model.get("tokenizer_class"), "config.json"),
@@ -167,19 +167,19 @@ class _Settings:
 
     def added_tokens(self) -> dict[str, int]:
         """Returns the added tokens that the settings declare, by id."""
-        found = {token: i for token, i in self._added.items() if isinstance(i, int)}
+        ids = {token: i for token, i in self._added.items() if isinstance(i, int)}
         try:
             for key, value in (self._tokenizer.get("added_tokens_decoder") or {}).items():
-                found[value["content"] if isinstance(value, dict) else str(value)] = int(key)
+                ids[value["content"] if isinstance(value, dict) else str(value)] = int(key)
         except (AttributeError, KeyError, ValueError) as error:
             raise UserError(
                 f"'{self.folder / 'tokenizer_config.json'}' has an added_tokens_decoder that is "
                 "not tokens by their ids."
             ) from error
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
 
     def sentinels(self) -> int | None:
-        """Returns how many sentinels the settings declare, None if they say nothing of them."""
+        """Returns how many sentinels the settings declare, None if they declare nothing."""
         extra_ids = self._tokenizer.get("extra_ids")
         if isinstance(extra_ids, int) and extra_ids > 0:
             return extra_ids
@@ -221,7 +221,7 @@ def _guess(folder: Path, present: set[str], source: str) -> tuple[str, tuple[str
     complete = [kind for kind in kinds if present.issuperset(kind)]
     if _FAIRSEQ in complete:
         complete.remove(_OPENAI)
-    if source and _TOKENIZER in complete:  # of a class that we do not know: the file says it all
+    if source and _TOKENIZER in complete:  # a class that we do not know; the file is complete
         return "", _TOKENIZER
     if not complete or source:
         named = f", and its tokenizer '{source}' is not one that is supported" if source else ""
@@ -266,7 +266,7 @@ def _hub(
     kind: Any = TokenizersVocabulary if files == _TOKENIZER else BpeVocabulary
     make = functools.partial(kind, *(str(folder / name) for name in files))
     bare = make()
-    _ = bare.vocab_size  # what is wrong with the files goes before what the settings lack
+    _ = bare.vocab_size  # reads the files: their errors come before those of the settings
     declared = settings.added_tokens()
     missing = [token for token in declared if bare.token_id(token) is None]
     tokens = _special_tokens(folder, family, settings, bare)
@@ -275,7 +275,9 @@ def _hub(
     around = _around(folder, family, settings, bare, tokens)
     more = BART_TOKENS["added_tokens"] if family == "bart" and kind is BpeVocabulary else ()
     everything = tuple(dict.fromkeys([*more, *missing, *added_tokens]))
-    vocabulary = make(**tokens, **around, added_tokens=everything)
+    vocabulary: TokenizersVocabulary | BpeVocabulary = make(
+        **tokens, **around, added_tokens=everything
+    )
     for token, token_id in declared.items():
         if vocabulary.token_id(token) != token_id:
             raise UserError(
@@ -315,7 +317,7 @@ def _around(
     bare: TokenizersVocabulary | BpeVocabulary,
     tokens: Mapping[str, Any],
 ) -> dict[str, tuple[str, ...]]:
-    """Returns what stands around inputs and before targets, as the hub's tokenizer has it."""
+    """Returns the tokens around inputs and before targets, as in the hub's tokenizer."""
     bos, eos = tokens["bos_token"], tokens["eos_token"]
     if family == "bart":
         start = (bos,) if bos is not None else ()
@@ -323,7 +325,7 @@ def _around(
     if family == "t5":
         return {"input_suffix": (eos,)}
     flags = settings.get("add_bos_token"), settings.get("add_eos_token")
-    if any(flag is not None for flag in flags):  # the hub lets them take the template's place
+    if any(flag is not None for flag in flags):  # in the hub they override the template
         if flags[0] and bos is None:
             raise UserError(f"'{folder}' has add_bos_token, but no bos_token.")
         return {

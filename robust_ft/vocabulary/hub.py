@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import parse_json
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, read, until_eos
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 class _HubVocabulary(Vocabulary):
-    """What both kinds share; a subclass declares these as fields and makes `_make_tokenizer`.
+    """What both kinds share; a subclass declares these as fields and defines `_make_tokenizer`.
 
     Attributes:
         pad_token: None where the model has none; padding is then the EOS id, as is usual.
@@ -22,8 +25,8 @@ class _HubVocabulary(Vocabulary):
         input_prefix: Tokens before every input.
         input_suffix: Tokens after every input, None for EOS.
         target_prefix: Tokens before every target.
-        added_tokens: Further tokens that are one id wherever a text has them; those that the files
-            lack get the next ids, in this order.
+        added_tokens: Further tokens that are never split; those that the files lack get the next
+            ids, in this order.
     """
 
     _PATHS: ClassVar[tuple[str, ...]]  # names of the fields that are paths
@@ -32,14 +35,14 @@ class _HubVocabulary(Vocabulary):
     eos_token: str
     unk_token: str | None
     bos_token: str | None
-    input_prefix: tuple[str, ...]
-    input_suffix: tuple[str, ...] | None
-    target_prefix: tuple[str, ...]
-    added_tokens: tuple[str, ...]
+    input_prefix: Sequence[str]
+    input_suffix: Sequence[str] | None
+    target_prefix: Sequence[str]
+    added_tokens: Sequence[str]
 
     def __post_init__(self) -> None:
         for name in ("input_prefix", "input_suffix", "target_prefix", "added_tokens"):
-            if (value := getattr(self, name)) is not None:  # a config may give a list
+            if (value := getattr(self, name)) is not None:  # configs have lists, which do not hash
                 object.__setattr__(self, name, tuple(value))
 
     @functools.cached_property
@@ -91,7 +94,7 @@ class _HubVocabulary(Vocabulary):
         values = {field.name: getattr(self, field.name) for field in fields}
         paths = [values.pop(name) for name in self._PATHS]
         contents = [b"" if path is None else read(path, "tokenizer") for path in paths]
-        # With their sizes, so that what moves from one file to the next is seen.
+        # With their sizes: the contents are hashed one after the other, without borders.
         settings = (*values.items(), [len(content) for content in contents])
         return fingerprint(type(self).__name__, settings, *contents)
 
@@ -102,8 +105,8 @@ class _HubVocabulary(Vocabulary):
     def decode(self, ids: Iterable[int]) -> str:
         """See `Vocabulary`. Sentinels such as `<extra_id_0>` stay: post-processing needs them."""
         dropped = (self.pad_id, self.bos_id, *self.target_prefix_ids)
-        kept = until_eos(ids, self.eos_id, dropped)
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        tokens = until_eos(ids, self.eos_id, dropped)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """Id of a token as the files spell it, None if there is none."""
@@ -122,7 +125,7 @@ class _HubVocabulary(Vocabulary):
         return token_id
 
     @functools.cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> "Tokenizer":
         import tokenizers
 
         tokenizer = self._make_tokenizer()
@@ -134,7 +137,7 @@ class _HubVocabulary(Vocabulary):
         )
         return tokenizer
 
-    def _make_tokenizer(self) -> Any:
+    def _make_tokenizer(self) -> "Tokenizer":
         raise NotImplementedError
 
 
@@ -154,10 +157,10 @@ class TokenizersVocabulary(_HubVocabulary):
     eos_token: str = "</s>"
     unk_token: str | None = "<unk>"
     bos_token: str | None = None
-    input_prefix: tuple[str, ...] = ()
-    input_suffix: tuple[str, ...] | None = None
-    target_prefix: tuple[str, ...] = ()
-    added_tokens: tuple[str, ...] = ()
+    input_prefix: Sequence[str] = ()
+    input_suffix: Sequence[str] | None = None
+    target_prefix: Sequence[str] = ()
+    added_tokens: Sequence[str] = ()
 
     def template(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the tokens that the file's own template puts before and after one text."""
@@ -168,7 +171,7 @@ class TokenizersVocabulary(_HubVocabulary):
                 return tuple(full.tokens[:start]), tuple(full.tokens[start + len(plain) :])
         raise UserError(f"The template of the tokenizer '{self.path}' does not keep its text.")
 
-    def _make_tokenizer(self) -> Any:
+    def _make_tokenizer(self) -> "Tokenizer":
         import tokenizers
 
         data = read(self.path, "tokenizer")
@@ -206,10 +209,10 @@ class BpeVocabulary(_HubVocabulary):
     eos_token: str = "<|endoftext|>"
     unk_token: str | None = None
     bos_token: str | None = None
-    input_prefix: tuple[str, ...] = ()
-    input_suffix: tuple[str, ...] | None = ()
-    target_prefix: tuple[str, ...] = ()
-    added_tokens: tuple[str, ...] = ()
+    input_prefix: Sequence[str] = ()
+    input_suffix: Sequence[str] | None = ()
+    target_prefix: Sequence[str] = ()
+    added_tokens: Sequence[str] = ()
 
     @classmethod
     def bart(
@@ -221,7 +224,7 @@ class BpeVocabulary(_HubVocabulary):
         """
         return cls(vocab_path, merges_path, dict_path, **BART_TOKENS)
 
-    def _make_tokenizer(self) -> Any:
+    def _make_tokenizer(self) -> "Tokenizer":
         import tokenizers
 
         vocab = _read_vocab(self.vocab_path)
@@ -237,7 +240,7 @@ class BpeVocabulary(_HubVocabulary):
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        # Those that the files lack are left out: whoever asks for their id is told so.
+        # Those that the files lack are left out: asking for their id is an error (`_special`).
         named = (self.bos_token, self.pad_token, self.eos_token, self.unk_token)
         tokenizer.add_special_tokens([token for token in named if token in vocab])
         return tokenizer
@@ -286,7 +289,7 @@ def _fairseq_vocab(gpt2: dict[str, int], vocab_path: str, dict_path: str) -> dic
         if not line:
             continue
         name = line.rsplit(" ", 1)[0]
-        # Those fill the size up; they stand for nothing.
+        # They pad the vocabulary to a multiple of 8; no text has them.
         is_filler = name.startswith("madeupword")
         if not is_filler and (not name.isdecimal() or int(name) not in tokens):
             raise UserError(

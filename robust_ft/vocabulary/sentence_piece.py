@@ -39,17 +39,19 @@ class SentencePieceVocabulary(Vocabulary):
     @property
     def eos_id(self) -> int:
         """The model's `</s>`."""
-        return self._processor.eos_id()
+        eos: int = self._processor.eos_id()
+        return eos
 
     @property
     def unk_id(self) -> int:
         """The model's `<unk>`."""
-        return self._processor.unk_id()
+        unk: int = self._processor.unk_id()
+        return unk
 
     @property
     def bos_id(self) -> int | None:
         """The model's `<s>`, None if it has none (T5)."""
-        bos = self._processor.bos_id()
+        bos: int = self._processor.bos_id()
         return bos if bos >= 0 else None
 
     @property
@@ -65,7 +67,8 @@ class SentencePieceVocabulary(Vocabulary):
     @property
     def vocab_size(self) -> int:
         """Pieces of the model and the extra ids."""
-        return self._processor.get_piece_size()
+        size: int = self._processor.get_piece_size()
+        return size
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -75,18 +78,21 @@ class SentencePieceVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`. `<extra_id_N>` is one id where a word can start, as in seqio."""
-        return self._processor.encode(text, out_type=int)
+        ids: list[int] = self._processor.encode(text, out_type=int)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Vocabulary`. Ids past the end (a rounded-up embedding) read as unknown."""
         size, unk = self.vocab_size, self.unk_id
-        kept = until_eos(ids, self.eos_id, (self.pad_id,))
-        return self._processor.decode([i if i < size else unk for i in kept])
+        tokens = until_eos(ids, self.eos_id, (self.pad_id,))
+        text: str = self._processor.decode([i if i < size else unk for i in tokens])
+        return text
 
     def token_id(self, token: str) -> int | None:
         """Id of a piece as the model spells it (`▁` for a space), None if it has none."""
-        found = self._processor.piece_to_id(token)
-        return found if self._processor.id_to_piece(found) == token else None
+        # An unknown piece has the id of `<unk>`, which is another piece.
+        piece_id: int = self._processor.piece_to_id(token)
+        return piece_id if self._processor.id_to_piece(piece_id) == token else None
 
     @functools.cached_property
     def _processor(self) -> Any:

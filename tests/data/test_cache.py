@@ -316,7 +316,7 @@ def forget(module):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_builds_at_once(toy, tmp_path, monkeypatch, locks):
-    from robust_ft.data import build
+    from robust_ft.data import build, publishing
 
     data = toy("toy_b", cache_dir=str(tmp_path))
     builds = []
@@ -333,7 +333,7 @@ def test_two_builds_at_once(toy, tmp_path, monkeypatch, locks):
 
     monkeypatch.setattr(build, "_write_examples", counted)
     if not locks:
-        monkeypatch.setattr(build.fcntl, "flock", no_locks)
+        monkeypatch.setattr(publishing.fcntl, "flock", no_locks)
     found = []
     threads = [threading.Thread(target=lambda: found.append(cache.ensure(data))) for _ in range(2)]
     for thread in threads:

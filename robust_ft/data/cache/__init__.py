@@ -1,9 +1,9 @@
-"""Which tokenized examples a run reads, and where they lie; building them is in `build`.
+"""Finds the tokenized cache of a task or mixture; `build` builds it.
 
-A cache is a folder named after its task, its split and a key over everything that could change its
+A cache is a folder named after its task, its split and a hash of everything that could change its
 content: the task's source files, the lengths, the vocabulary. It appears under that name only when
-it is complete. A mixture's folder holds the rates and names its tasks. What cannot be in a key
-(raw files, seqio's version) is written down in `info.json`; a cache that disagrees is built anew.
+it is complete. A mixture's folder holds the rates and names its tasks. What cannot be in the hash
+(raw files, seqio's version) is recorded in `info.json`; a cache that disagrees is built again.
 
 The key is computed without seqio or tensorflow, so neither is imported where a cache is ready.
 """
@@ -24,12 +24,12 @@ from robust_ft.errors import UserError
 from robust_ft.files import read_json
 from robust_ft.vocabulary import Vocabulary
 
-# Counted up when records, info.json or the tokenization change, so that old caches are left alone.
+# Incremented when records, info.json or the tokenization change: then no old cache is read.
 FORMAT = 1
 EXAMPLES = "examples.array_record"
 INFO = "info.json"
 MIXTURE = "mixture.json"
-BUILDS = 3  # attempts at a cache that is out of date as soon as it is there
+BUILDS = 3  # attempts at a cache that is out of date as soon as it is built
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class TaskData:
         module: Python module that registers it when imported, such as 'tasks.superglue'; None
             where all is in `file_tasks`.
         split: Name of one of its splits.
-        inputs_length: Maximum number of input tokens, EOS included; longer inputs are cut.
+        inputs_length: Maximum number of input tokens, EOS included; longer inputs are truncated.
         targets_length: The same for targets.
         vocabulary: Turns the task's texts into ids.
         cache_dir: Folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft.
-        file_tasks: Tasks in files of one's own, which are known beside those of the module.
+        file_tasks: Tasks in a user's own files, known beside those of the module.
     """
 
     task: str
@@ -69,22 +69,22 @@ class TaskData:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What `info.json` says of one task's cache.
+    """The content of `info.json` of one task's cache.
 
     Attributes:
         task: seqio's name.
         split: Name of the split.
         num_examples: Records in the cache.
-        num_truncated: Examples cut to the maximum length, by feature ('inputs', 'targets').
-        max_length: Tokens of the longest example before cutting, by feature.
-        num_tokens: Tokens kept in all, EOS included, by feature.
+        num_truncated: Examples truncated to the maximum length, by feature ('inputs', 'targets').
+        max_length: Tokens of the longest example before truncation, by feature.
+        num_tokens: Tokens of all examples after truncation, EOS included, by feature.
         metrics: Names for `robust_ft.metrics.get`; of functions from elsewhere 'module:name'.
         postprocess: Name of the postprocessing function likewise, '' if there is none.
         token_dtype: numpy type of ids in the records.
         has_texts: Whether the records keep the texts, as all splits but training ones do.
-        raw_files: What the examples were read from, as far as the task's source says.
-        seqio_version: Of the seqio that ran the task.
-        num_dropped_exemplars: Of a k-shot task, those that did not fit into the inputs' length.
+        raw_files: Files that the examples were read from, as far as the task's source names them.
+        seqio_version: Version of the seqio that ran the task.
+        num_dropped_exemplars: Exemplars of a k-shot task that did not fit into the inputs.
     """
 
     task: str
@@ -137,8 +137,8 @@ def ensure(data: TaskData) -> list[CachedTask]:
                     f"{directory(data)}, and {error.name}, which builds it, is not installed."
                 ) from error
 
-        # Again if raw files changed meanwhile, or, where files cannot be locked, if another process
-        # was just replacing the cache with its own.
+        # Repeated if raw files changed during the build, or if another process, where files cannot
+        # be locked, was just replacing the cache with its own.
         for _ in range(BUILDS):
             build.build(data)
             if (ready := load(data)) is not None:
@@ -170,12 +170,12 @@ def directory(data: TaskData, source: str | None = None) -> Path:
 
     Args:
         data: What to read.
-        source: What `fingerprints.module_fingerprint` says of the module, if that is known already.
+        source: The module's `fingerprints.module_fingerprint`, if it is known already.
 
     Raises:
         UserError: If there is no such module or vocabulary file.
     """
-    parts = {
+    dependencies = {
         "format": FORMAT,
         "task": data.task,
         "split": data.split,
@@ -184,10 +184,10 @@ def directory(data: TaskData, source: str | None = None) -> Path:
         "vocabulary": data.vocabulary.fingerprint,
         "source": source or fingerprints.module_fingerprint(data.module),
     }
-    # Names of derived tasks (`derived`) begin with the task's.
+    # Of derived tasks too, whose names begin with the task's (`task_names`).
     if any(f"{data.task}_".startswith(f"{task.name}_") for task in data.file_tasks):
-        parts["files"] = [task.definition for task in data.file_tasks]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        dependencies["files"] = [task.definition for task in data.file_tasks]
+    key = hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^\w.]+", "_", f"{data.task}-{data.split}").strip("_")
     return root(data.cache_dir) / f"{name}-{key[:16]}"
 
@@ -212,7 +212,7 @@ def read_info(folder: Path) -> CacheInfo | None:
 def seqio_version() -> str | None:
     """Returns the version of the installed seqio without importing it, None if there is none.
 
-    A machine without seqio takes a cache as it is.
+    A machine without seqio accepts a cache of any version.
     """
     try:
         return importlib.metadata.version("seqio")

@@ -1,8 +1,8 @@
 """Builds caches ahead of a run: python -m robust_ft.data.cache --gin_file=RECIPE [--task=NAME]
 
-Tokenizes all that the recipe trains and is evaluated on, or only what is called NAME, on all cores.
-Without a recipe, --task, --vocabulary and the lengths say what the run will ask for. What is there
-already is left alone, and a build that was killed goes on where it was.
+Tokenizes all that the recipe trains and is evaluated on, or only the task NAME, on all cores.
+Without a recipe, --task, --vocabulary and the lengths say what the run will read. Ready caches are
+left alone, and a build that was killed continues where it was.
 
 Several machines with a common cache folder share the work: each runs the command with its own
 --share=1/3, 2/3, 3/3; afterwards one runs it without.
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
         help="processes that tokenize; by default one a core",
     )
     parser.add_argument("--share", metavar="I/N", help="build the I-th of N shares and stop")
-    # A process of ours ends with the one that started it, which holds its standard input.
+    # For workers: they end with the process that started them, which holds their standard input.
     parser.add_argument("--with_parent", action="store_true", help=argparse.SUPPRESS)
     arguments = command_line.parse_gin(parser, argv)
-    found = command_line.task_data(arguments)
+    datas = command_line.task_data(arguments)
     if not arguments.gin_file and not arguments.vocabulary:
         raise UserError(
             "A cache is made for a vocabulary; name the recipe with --gin_file=FILE, or a model's "
@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
         console.configure(enabled=False)
     from robust_ft.data import cache
 
-    missing = [data for data in found if cache.load(data) is None]
+    missing = [data for data in datas if cache.load(data) is None]
     if arguments.share is not None:
         _build_share(missing, arguments.share)
         return 0
     if missing and arguments.processes > 1:
         _build_together(missing, arguments.processes, argv)
     rows = []
-    for data in found:
+    for data in datas:
         for task in cache.ensure(data):
             info = task.info
             cut = [f"{info.num_truncated[name]} {name}" for name in ("inputs", "targets")]
@@ -85,7 +85,7 @@ def _build_share(missing: "Sequence[TaskData]", share: str) -> None:
 
 
 def _build_together(missing: "Sequence[TaskData]", count: int, argv: Sequence[str]) -> None:
-    """Builds one share in each of `count` processes; shows how far they are."""
+    """Builds one share in each of `count` processes, and shows their progress."""
     command = [sys.executable, "-m", "robust_ft.data.cache", *argv, "--with_parent"]
     workers = [
         subprocess.Popen(
@@ -116,7 +116,7 @@ def _build_together(missing: "Sequence[TaskData]", count: int, argv: Sequence[st
 
 
 class _Errors:
-    """Reads what a process says of its errors, so that it never waits for us."""
+    """Reads a worker's standard error in a thread: on a full pipe the worker would block."""
 
     def __init__(self, process: "subprocess.Popen[str]"):
         self._process = process
@@ -138,7 +138,7 @@ class _Errors:
 
 
 class _Progress:
-    """Says how many examples there are, at most every few seconds."""
+    """Prints how many examples of all tasks are tokenized."""
 
     def __init__(self, missing: "Sequence[TaskData]"):
         from robust_ft.data import cache, quiet
@@ -156,7 +156,7 @@ class _Progress:
         self._shown = 0
 
     def show(self) -> None:
-        """Prints a line if there is something new."""
+        """Prints a line if the number has changed."""
         done, ready = self._count()
         if done == self._shown:
             return

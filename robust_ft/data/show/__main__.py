@@ -75,8 +75,8 @@ def _show(data: "TaskData", count: int, limit: int) -> None:
             _show_example(data, measured, example)
         measured += 1
         dropped += example.num_dropped_exemplars
-        for feature, length in example.lengths.items():
-            lengths[feature][length] += 1
+        for feature, tokenized in example.features.items():
+            lengths[feature][tokenized.length] += 1
     if not measured:
         raise UserError(f"Task '{data.task}' has no examples in its split '{data.split}'.")
     is_all = next(examples, None) is None
@@ -90,8 +90,8 @@ def _show(data: "TaskData", count: int, limit: int) -> None:
 def _show_example(data: "TaskData", number: int, example: "Preview") -> None:
     console.print_line()
     console.print_line(f"example {example.texts.get('id', number)}", style="bold")
-    for feature, ids in example.tokens.items():
-        cut = example.lengths[feature] - len(ids)
+    for feature, (ids, length) in example.features.items():
+        cut = length - len(ids)
         note = f", {cut} more are cut" if cut else ""
         console.print_line(f"  {feature} ({len(ids)} tokens{note})", style="bold")
         for line in example.texts[feature].splitlines() or [""]:

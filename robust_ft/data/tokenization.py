@@ -1,7 +1,7 @@
-"""One feature of a task's examples, from what the task gives to token ids, with what is cut."""
+"""From one feature of a task's example, a text or token ids, to the token ids of a run."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import seqio
@@ -12,12 +12,20 @@ from robust_ft.errors import UserError
 from robust_ft.vocabulary import Vocabulary, cut
 
 
-class Column:
-    """Turns one feature of a task's examples into token ids.
+class Tokenized(NamedTuple):
+    """One feature of one example.
 
     Attributes:
-        length: Tokens of the last example before it was cut.
+        ids: Token ids, int64[tokens], truncated to the feature's length.
+        length: Number of tokens before truncation.
     """
+
+    ids: np.ndarray
+    length: int
+
+
+class FeatureTokenizer:
+    """Turns one feature ('inputs' or 'targets') of a task's examples into token ids."""
 
     def __init__(self, task: seqio.Task, feature: str, data: TaskData):
         self._where = f"Task '{task.name}', feature '{feature}'"
@@ -29,7 +37,7 @@ class Column:
         self._prefix: tuple[int, ...] = ours.target_prefix_ids
         self._suffix: tuple[int, ...] = (ours.eos_id,)
         if feature == "inputs":
-            # A task says whether its inputs have an end, the vocabulary what that looks like.
+            # The task says whether its inputs end in EOS, the vocabulary which ids that takes.
             has_end = declared is None or declared.add_eos
             self._prefix = ours.input_prefix_ids
             self._suffix = ours.input_suffix_ids if has_end else ()
@@ -40,10 +48,15 @@ class Column:
             )
         self._declared = declared.vocabulary if declared is not None else None
         self._checked = False
-        self.length = 0
 
-    def tokens(self, example: Mapping[str, Any]) -> np.ndarray:
-        """Returns the ids, cut on the right; a text's EOS is kept, as `append_eos_after_trim`."""
+    def __call__(self, example: Mapping[str, Any]) -> Tokenized:
+        """Tokenizes the feature of an example, truncated on the right.
+
+        A text keeps its EOS, as with seqio's `append_eos_after_trim`.
+
+        Raises:
+            UserError: The task tokenizes by itself, and not with the run's vocabulary.
+        """
         value = example[self._feature]
         suffix: tuple[int, ...] = ()
         if isinstance(value, bytes):
@@ -52,11 +65,11 @@ class Column:
         else:
             self._check(value)
             tokens = value.tolist()
-        self.length = len(tokens)
-        return np.asarray(cut(tokens, self._length, suffix), np.int64)
+        ids = np.asarray(cut(tokens, self._length, suffix), np.int64)
+        return Tokenized(ids, len(tokens))
 
     def fits(self, text: str) -> bool:
-        """Whether a text needs no cutting."""
+        """Whether a text needs no truncation."""
         around = len(self._prefix) + len(self._suffix)
         return around + len(self._vocabulary.encode(text)) <= self._length
 
@@ -81,21 +94,31 @@ class Column:
 
 
 def _differ(ours: Vocabulary, theirs: seqio.Vocabulary) -> bool:
+    # Two vocabularies cannot be compared in general: a text with most of what differs tells.
     probe = "Is it true or false? The 12 tests of Zürich. <extra_id_0> question: answer:"
     same_ids = (ours.eos_id, ours.pad_id) == (theirs.eos_id, theirs.pad_id)
-    # Ours may have more extra ids; what both know must be the same.
+    # Ours may have more extra ids.
     smaller = theirs.vocab_size <= ours.vocab_size
     return not (same_ids and smaller and list(theirs.encode(probe)) == ours.encode(probe))
 
 
 def texts(
-    example: Mapping[str, Any], tokens: Mapping[str, np.ndarray], vocabulary: Vocabulary
-) -> dict:
+    example: Mapping[str, Any], features: Mapping[str, Tokenized], vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """Returns what the cache of an evaluation split keeps beside the token ids.
+
+    Args:
+        example: The task's example.
+        features: Its features, which are decoded where the task gives token ids and no text.
+        vocabulary: Decodes them.
+    """
     texts: dict[str, Any] = {}
     for feature in FEATURES:
         value = example.get(f"{feature}_pretokenized", example[feature])
-        is_text = isinstance(value, bytes)
-        texts[feature] = value.decode("utf-8") if is_text else vocabulary.decode(tokens[feature])
+        if isinstance(value, bytes):
+            texts[feature] = value.decode("utf-8")
+        else:
+            texts[feature] = vocabulary.decode(features[feature].ids.tolist())
     for name in ("references", "choices", "answer_choices"):
         if name in example:
             texts[name] = [text.decode("utf-8") for text in np.atleast_1d(example[name]).tolist()]
