@@ -38,8 +38,8 @@ def claim(recipe: Recipe) -> None:
         for field in ("name", "seed"):
             if owner.get(field) != facts[field]:
                 raise UserError(
-                    f"MODEL_DIR={recipe.model_dir} belongs to a run with {field} "
-                    f"{owner.get(field)!r}, not {facts[field]!r}; choose another MODEL_DIR."
+                    f"Recipe.model_dir={recipe.model_dir} belongs to a run with {field} "
+                    f"{owner.get(field)!r}, not {facts[field]!r}; choose another."
                 )
         if multihost.is_first():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,12 @@ def claim(recipe: Recipe) -> None:
         multihost.barrier()
         if not file.exists():
             raise UserError(
-                f"MODEL_DIR={recipe.model_dir} is not one folder for all processes; put it on a "
-                "file system that they share."
+                f"Recipe.model_dir={recipe.model_dir} is not one folder for all processes; put it "
+                "on a file system that they share."
             )
     except OSError as error:
         raise UserError(
-            f"MODEL_DIR={recipe.model_dir} cannot be written: {error.strerror}."
+            f"Recipe.model_dir={recipe.model_dir} cannot be written: {error.strerror}."
         ) from None
 
 
@@ -98,8 +98,10 @@ def _check_packing(stage: Stage, model: Model) -> None:
 def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     partitioner, config = recipe.partitioner, stage.model.config
     for evaluation in _evaluations(stage):
-        partitioner.check_batch(evaluation.batch_size, f"the evaluation on '{evaluation.task}'")
-    partitioner.check_batch(stage.batch_size, f"stage '{stage.name}'", stage.microbatches)
+        owner = f"the evaluation on '{evaluation.task}'"
+        partitioner.check_batch("Evaluation.batch_size", evaluation.batch_size, owner)
+    owner = f"stage '{stage.name}'"
+    partitioner.check_batch("Stage.batch_size", stage.batch_size, owner, stage.microbatches)
     if partitioner.mesh.size == 1:
         return
     # The shapes of parameters tell only heads times head_dim.

@@ -56,7 +56,8 @@ def task_data(
     """
     if set(feature_lengths) != {"inputs", "targets"}:
         raise UserError(
-            f"TASK_FEATURE_LENGTHS={dict(feature_lengths)} needs exactly 'inputs' and 'targets'."
+            f"TaskData.feature_lengths={dict(feature_lengths)} needs exactly 'inputs' and "
+            "'targets'."
         )
     return TaskData(
         task=task_names.with_shots(task, shots),

@@ -206,19 +206,20 @@ class Partitioner:
         """Places a global batch that all processes have; each keeps its shard."""
         return {name: multihost.put(rows, self.batch_sharding) for name, rows in batch.items()}
 
-    def check_batch(self, batch_size: int, whose: str, microbatches: int = 1) -> None:
+    def check_batch(self, field: str, batch_size: int, owner: str, microbatches: int = 1) -> None:
         """Raises a UserError unless a batch, or each of its microbatches, shards evenly.
 
         Args:
+            field: What the batch size is called, for the error message.
             batch_size: Number of examples.
-            whose: What has the batch size, for the error message.
+            owner: What has the batch size, for the error message.
             microbatches: Number of microbatches.
         """
         shards = self.batch_shards
         if batch_size % (shards * microbatches):
             in_microbatches = f" in {microbatches} microbatches" if microbatches > 1 else ""
             raise UserError(
-                f"batch_size={batch_size} of {whose}{in_microbatches} does not divide over the "
+                f"{field}={batch_size} of {owner}{in_microbatches} does not divide over the "
                 f"{shards} devices that split batches; choose a multiple of "
                 f"{shards * microbatches}."
             )

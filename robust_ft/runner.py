@@ -101,7 +101,7 @@ def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:
     elif [candidate.weight for candidate in selected.candidates] != list(selection.weights):
         raise UserError(
             f"'{selection.name}' was chosen among other weights in {recipe.model_dir}; choose "
-            "another MODEL_DIR, or delete its folder there to choose again."
+            "another Recipe.model_dir, or delete its folder there to choose again."
         )
     console.print_line(
         f"[{selection.name}] lambda {selected.weight:g} was chosen; its validation score is "
@@ -124,8 +124,8 @@ def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
     if outcome.steps != stage.steps:
         raise UserError(
             f"Stage '{stage.name}' has finished in {recipe.model_dir} after {outcome.steps} steps, "
-            f"not {stage.steps}; choose another MODEL_DIR, or delete the stage's folder and those "
-            "of the stages after it to train them again."
+            f"not {stage.steps}; choose another Recipe.model_dir, or delete the stage's folder and "
+            "those of the stages after it to train them again."
         )
 
 

@@ -83,22 +83,22 @@ class Stage:
         for field in ("trainable", "evaluations", "final_evaluations"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.trainable:
-            raise UserError(f"Stage '{self.name}' trains nothing; give trainable a pattern.")
+            raise UserError(f"Stage '{self.name}' trains nothing; give Stage.trainable a pattern.")
         for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
             if getattr(self, field) < 1:
                 value = getattr(self, field)
-                raise UserError(f"{field}={value} of stage '{self.name}' must be at least 1.")
+                raise UserError(f"Stage.{field}={value} of stage '{self.name}' must be at least 1.")
         if self.batch_size % self.microbatches:
             raise UserError(
-                f"microbatches={self.microbatches} of stage '{self.name}' does not divide its "
-                f"batch_size={self.batch_size}."
+                f"Stage.microbatches={self.microbatches} of stage '{self.name}' does not divide "
+                f"its batch_size={self.batch_size}."
             )
         for field in ("gradient_dtype", "teacher_dtype"):
             dtype = getattr(self, field)
             if dtype is not None and dtype not in TYPES:
                 raise UserError(
-                    f"{field}='{dtype}' of stage '{self.name}' must be one of {', '.join(TYPES)}."
-                    + nearest(dtype, TYPES)
+                    f"Stage.{field}='{dtype}' of stage '{self.name}' must be one of "
+                    f"{', '.join(TYPES)}." + nearest(dtype, TYPES)
                 )
         objective = type(self.objective).__name__
         if self.objective.takes_teacher and self.teacher is None:

@@ -51,7 +51,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         if state.step > stage.steps:
             raise UserError(
                 f"{directory} holds a checkpoint of step {state.step}, but stage '{stage.name}' "
-                f"has steps={stage.steps}; raise them or choose another MODEL_DIR."
+                f"has only Stage.steps={stage.steps}; raise it or choose another Recipe.model_dir."
             )
         batches.set_state(data_position)
     with MetricWriter(directory, multihost.is_first()) as writer:

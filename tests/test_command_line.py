@@ -48,7 +48,7 @@ MISTAKES = {
     "misspelt reference": ("--gin.OPTIMIZER=@AdanW()", "'AdanW'", "mean 'AdamW'"),
     "misspelt parameter": ("--gin.Stage.stpes=3", "Stage", "'stpes'", "mean 'steps'"),
     "misspelt scope": ("--gin.modle/Stage.steps=3", "'modle/'", "mean 'model'"),
-    "steps=0": ("--gin.TRAIN_STEPS=0", "steps=0", "'model'"),
+    "steps=0": ("--gin.TRAIN_STEPS=0", "Stage.steps=0", "'model'", "(in the config: TRAIN_STEPS)"),
     "wrong type": (
         "--gin.TRAIN_STEPS=ten",
         "Stage.steps='ten'",
@@ -65,6 +65,7 @@ MISTAKES = {
     "restore": ("--gin.model/Stage.restore=stage:promt", "'stage:promt'", "mean 'prompt'"),
     "pattern": ("--gin.model/Stage.trainable=['decodr/.*']", "'decodr/.*'", "none of the"),
     "regex": ("--gin.model/Stage.trainable=['(']", "'('", "no valid regex"),
+    "packing": ("--gin.PACKING=True", "set Stage.packing", "(in the config: PACKING)"),
     "devices": ("--gin.MODEL_PARALLEL=3", "model_parallel=3", "choose one of"),
     "missing checkpoint": ("--gin.INITIAL_CHECKPOINT_PATH=/no/model", "'/no/model'"),
     "missing asset": ("--gin.INITIAL_CHECKPOINT_PATH=asset:mini/x", "'asset:mini/x'"),
@@ -72,7 +73,10 @@ MISTAKES = {
     "task": ("--gin.MIXTURE_OR_TASK_NAME=toyy", "'toyy'", "mean 'toy'"),
     "split": ("--gin.train/TaskData.split=trian", "'trian'", "mean 'train'"),
     "evaluation's split": ("--gin.EVAL_SPLIT=validate", "'validate'", "mean 'validation'"),
-    "lengths": ("--gin.TASK_FEATURE_LENGTHS={'inputs': 8}", "'inputs' and 'targets'"),
+    "lengths": (
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}",
+        "'inputs' and 'targets' (in the config: ",
+    ),
 }
 
 
@@ -136,7 +140,9 @@ def test_a_folder_of_another_recipe_keeps_all_it_has(tmp_path, capsys):
 def test_a_file_where_the_folder_should_be(tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path / 'run'}") == command_line.USER_ERROR
-    assert_one_sentence(capsys.readouterr().err, "MODEL_DIR=", "cannot be written")
+    assert_one_sentence(
+        capsys.readouterr().err, "Recipe.model_dir=", "cannot be written", "MODEL_DIR)"
+    )
     assert (tmp_path / "run").read_text() == "mine"
 
 

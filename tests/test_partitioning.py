@@ -149,15 +149,15 @@ def test_processes_that_share_parameters_read_their_own_shards():
 
 def test_batches_have_to_divide_over_the_devices_that_split_them():
     partitioner = Partitioner(fully_sharded=2, model_parallel=2).on(devices(8))
-    partitioner.check_batch(8, "stage")
-    partitioner.check_batch(8, "stage", microbatches=2)
+    partitioner.check_batch("Stage.batch_size", 8, "stage")
+    partitioner.check_batch("Stage.batch_size", 8, "stage", microbatches=2)
     for size in (6, 2):
         with pytest.raises(
             UserError, match=f"batch_size={size} of stage .* 4 devices .* multiple of 4"
         ):
-            partitioner.check_batch(size, "stage")
+            partitioner.check_batch("Stage.batch_size", size, "stage")
     with pytest.raises(UserError, match=r"size=12 of stage in 2 microbatches .* multiple of 8"):
-        partitioner.check_batch(12, "stage", parts=2)
+        partitioner.check_batch("Stage.batch_size", 12, "stage", microbatches=2)
 
 
 def test_sizes_have_to_divide_over_the_devices_that_split_them():

@@ -122,7 +122,7 @@ def stopped(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 1}, "checkpoint of step 2, but stage 'prompt' has steps=1"),
+        ({"steps": 1}, "checkpoint of step 2, but stage 'prompt' has only Stage.steps=1"),
         ({"batch_size": 8}, "batch_size is 4, but this run's is 8"),
         ({"trainable": [".*"]}, "other trainable parameters"),
         ({"optimizer": Adafactor(Schedule(0.1))}, "another optimizer"),

@@ -60,26 +60,26 @@ class Decoder:
         object.__setattr__(self, "banned_tokens", tuple(self.banned_tokens))
         if self.max_decode_len < 1:
             raise UserError(
-                f"decoding: max_decode_len must be at least 1, not {self.max_decode_len}."
+                f"Decoder.max_decode_len must be at least 1, not {self.max_decode_len}."
             )
         if not 0 <= self.min_decode_len < self.max_decode_len:
             raise UserError(
-                f"decoding: min_decode_len must be from 0 to below max_decode_len "
+                f"Decoder.min_decode_len must be from 0 to below max_decode_len "
                 f"({self.max_decode_len}), not {self.min_decode_len}."
             )
         if self.no_repeat_ngram_size < 0:
             raise UserError(
-                "decoding: no_repeat_ngram_size must be 0 (no limit) or more, not "
+                "Decoder.no_repeat_ngram_size must be 0 (no limit) or more, not "
                 f"{self.no_repeat_ngram_size}."
             )
         for name in ("forced_first_token", "forced_last_token"):
             if getattr(self, name) in self.banned_tokens:
                 raise UserError(
-                    f"decoding: {name}={getattr(self, name)} is one of the banned_tokens."
+                    f"Decoder.{name}={getattr(self, name)} is one of the banned_tokens."
                 )
         if self.temperature == 0:
             if self.top_k or self.top_p != 1:
-                raise UserError("decoding: top_k and top_p need a temperature above 0.")
+                raise UserError("Decoder.top_k and top_p need a temperature above 0.")
             check_beam_settings(
                 self.beam_size, self.length_penalty, self.num_return, self.early_stopping
             )
@@ -87,11 +87,11 @@ class Decoder:
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.beam_size != 1:
             raise UserError(
-                f"decoding: sampling (temperature {self.temperature}) works with beam_size 1, "
-                f"not {self.beam_size}."
+                f"Decoder.temperature={self.temperature}: sampling works with "
+                f"Decoder.beam_size=1, not {self.beam_size}."
             )
         if self.num_return < 1:
-            raise UserError(f"decoding: num_return must be at least 1, not {self.num_return}.")
+            raise UserError(f"Decoder.num_return must be at least 1, not {self.num_return}.")
 
     def __call__(
         self,
@@ -126,7 +126,7 @@ class Decoder:
         shared = (step_fn, cache, start_tokens, self.max_decode_len, eos_id)
         if self.temperature > 0:
             if rng is None:
-                raise UserError("decoding: sampling (temperature above 0) needs a random key.")
+                raise UserError("Decoder: sampling (temperature above 0) needs a random key.")
             return sample(
                 *shared,
                 rng,

@@ -109,7 +109,7 @@ class Prompt(Peft):
         if self.initialization in ("class_labels", "text") and self.vocabulary is None:
             raise UserError(
                 f"Prompt.initialization='{self.initialization}' needs Prompt.vocabulary, the "
-                "model's; in a config, Prompt.vocabulary = %VOCABULARY."
+                "model's."
             )
         if len(self.labels) > self.length:
             raise UserError(
