@@ -1,6 +1,6 @@
-"""What the benchmarks on GPUs share: flags, models' sizes, processes, timing and what is printed.
+"""Shared by the GPU benchmarks: flags, model sizes, a process for each measurement, timing, tables.
 
-Needs nothing but jax, flax and optax; PyTorch only where a peer is measured.
+Needs only jax, flax and optax; PyTorch where the peer (Hugging Face) is measured.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import optional_jaxtyping  # noqa: F401, before robust_ft
 
 from robust_ft import xla_flags
 from robust_ft.errors import UserError
+from robust_ft.files import write_json
 from robust_ft.models.attention_kernels import CHOICES
 from robust_ft.models.gpt2 import GPT2Config
 from robust_ft.models.model import ModelConfig
@@ -44,8 +44,8 @@ MODELS: dict[str, ModelConfig] = {
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(emb_dim=1024, num_heads=16, mlp_dim=4096, num_layers=24),
 }
-# Dense products with two bytes a number (float16 where there is no bfloat16), in 1e12 a second, as
-# the makers state them; the first name that the device's own has as a word counts.
+# Dense bfloat16 TFLOP/s (float16 where a GPU has no bfloat16) from the data sheets. The first entry
+# whose name is a word of the device's name counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100": 989,
@@ -71,11 +71,11 @@ class Measured:
     Attributes:
         method: Such as "lora", or "beam4".
         who: "ours" or "theirs".
-        seconds: Of a step, the median over rounds; None if there is nothing to measure.
-        tokens: That a step goes through, or makes.
-        flops: That a step needs, in matrix products.
-        peak_bytes: Most memory in use on the device; None if it does not say.
-        device: Its name.
+        seconds: Per step, the median over rounds; None if nothing was measured.
+        tokens: Number of tokens that a step trains on, or generates.
+        flops: FLOPs of a step's matrix products.
+        peak_bytes: Peak memory on the device; None if it is not reported.
+        device: The device's name.
         reason: Why nothing was measured.
     """
 
@@ -94,27 +94,27 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
 
     Args:
         description: The benchmark's docstring.
-        methods: What it can measure, all by default.
+        methods: What it can measure; all of them by default.
     """
     methods = tuple(methods)
-    made = argparse.ArgumentParser(
+    flags = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--model", choices=MODELS, default="t5-base")
-    made.add_argument("--method", nargs="+", choices=methods, default=list(methods))
-    made.add_argument("--batch", type=int, default=16)
-    made.add_argument("--input_length", type=int, default=512, help="tokens")
-    made.add_argument("--target_length", type=int, default=128, help="tokens")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations")
-    made.add_argument("--attention", choices=CHOICES, default="auto")
-    made.add_argument("--layers", type=int, help="of encoder and decoder each; the model's")
-    made.add_argument("--rounds", type=int, default=5, help="the median of which counts")
-    made.add_argument("--peer", choices=("auto", "yes", "no"), default="auto", help="Hugging Face")
-    made.add_argument("--peak_tflops", type=float, help="the device's; see PEAK_TFLOPS")
-    made.add_argument("--xla_flags", choices=("gpu",), help="as in robust_ft.train")
-    made.add_argument("--json", metavar="FILE", help="writes the figures too")
-    made.add_argument("--alone", nargs=2, metavar=("WHO", "METHOD"), help=argparse.SUPPRESS)
-    return made
+    flags.add_argument("--model", choices=MODELS, default="t5-base")
+    flags.add_argument("--method", nargs="+", choices=methods, default=list(methods))
+    flags.add_argument("--batch", type=int, default=16)
+    flags.add_argument("--input_length", type=int, default=512, help="tokens")
+    flags.add_argument("--target_length", type=int, default=128, help="tokens")
+    flags.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations")
+    flags.add_argument("--attention", choices=CHOICES, default="auto")
+    flags.add_argument("--layers", type=int, help="of encoder and decoder each; the model's")
+    flags.add_argument("--rounds", type=int, default=5, help="their median is reported")
+    flags.add_argument("--peer", choices=("auto", "yes", "no"), default="auto", help="Hugging Face")
+    flags.add_argument("--peak_tflops", type=float, help="the device's; see PEAK_TFLOPS")
+    flags.add_argument("--xla_flags", choices=("gpu",), help="as in robust_ft.train")
+    flags.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    flags.add_argument("--alone", nargs=2, metavar=("WHO", "METHOD"), help=argparse.SUPPRESS)
+    return flags
 
 
 def config_of(arguments: argparse.Namespace, **changes: Any) -> Any:
@@ -128,23 +128,23 @@ def config_of(arguments: argparse.Namespace, **changes: Any) -> Any:
 
 
 def run(
-    made: argparse.ArgumentParser,
+    flags: argparse.ArgumentParser,
     measures: dict[str, Callable[[argparse.Namespace, str], Measured]],
     argv: Sequence[str],
 ) -> None:
-    """Measures everything that the flags ask for, prints a table and writes --json.
+    """Measures what the command line asks for, prints a table and writes --json.
 
-    Ends the process with status 1 if something of ours could not be measured.
+    Each measurement has its own process: peak memory is reported per process, and JAX preallocates
+    most of the device's memory.
 
-    Each measurement has a process of its own: a device says only the most memory that was ever in
-    use, and JAX takes most of it for itself.
+    Ends with status 1 if something of ours could not be measured.
 
     Args:
-        made: The parser, as `parser` makes it.
-        measures: From "ours" and "theirs" to what measures a method.
-        argv: The flags.
+        flags: The parser, from `parser`.
+        measures: {"ours" or "theirs": function that measures a method}.
+        argv: The command line.
     """
-    arguments = made.parse_args(argv)
+    arguments = flags.parse_args(argv)
     if arguments.alone:
         who, method = arguments.alone
         if arguments.xla_flags and who == "ours":
@@ -167,7 +167,7 @@ def run(
         flops = 0
         for who in peers:
             row = _alone(argv, who, method)
-            flops = row.flops or flops  # what ours needs is what counts for both
+            flops = row.flops or flops  # counted in our program, for both
             rows.append(dataclasses.replace(row, flops=flops))
             print(_line(rows[-1], arguments.peak_tflops), flush=True)
     devices = {
@@ -180,8 +180,7 @@ def run(
             dataclasses.asdict(row) | {"mfu": mfu(row, arguments.peak_tflops)} for row in rows
         ]
         settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "alone")}
-        text = json.dumps({"settings": settings, "measured": record}, indent=2) + "\n"
-        Path(arguments.json).write_text(text, encoding="utf-8")
+        write_json(arguments.json, {"settings": settings, "measured": record})
     if any(row.seconds is None for row in rows if row.who == "ours"):
         sys.exit(1)
 
@@ -207,7 +206,7 @@ def _line(row: Measured, peak: float | None) -> str:
 
 
 def mfu(row: Measured, peak: float | None = None) -> float | None:
-    """Returns model FLOPs utilization, a share of 1; None if the device's peak is unknown."""
+    """Returns the model FLOPs utilization, at most 1; None if the device's peak is unknown."""
     peak = peak or peak_tflops(row.device)
     if peak is None or row.seconds is None:
         return None
@@ -215,7 +214,7 @@ def mfu(row: Measured, peak: float | None = None) -> float | None:
 
 
 def peak_tflops(device: str) -> float | None:
-    """Returns what a device of this name could compute, None if it is not in the table."""
+    """Returns the peak TFLOP/s of a device of this name, None if it is not in the table."""
     for name, peak in PEAK_TFLOPS.items():
         if re.search(rf"(^|\W){re.escape(name)}(\W|$)", device):
             return peak
@@ -223,36 +222,36 @@ def peak_tflops(device: str) -> float | None:
 
 
 def seconds_a_step(step: Callable[[], Any], wait: Callable[[Any], Any], rounds: int) -> float:
-    """Returns the median over rounds of the mean time of a step.
+    """Returns the median over rounds of a step's mean time.
 
-    Within a round nothing waits for the device, as in training. A round takes at least a second or
-    three steps; what compiles in the first two steps does not count.
+    Two steps for compilation come first. A round is as many steps as take a second, at least three;
+    it waits for the device only at its end, as training does.
     """
     for _ in range(2):
         wait(step())
     begin = time.perf_counter()
     wait(step())
     steps = max(3, round(1 / (time.perf_counter() - begin)))
-    found = []
+    means = []
     for _ in range(rounds):
         begin = time.perf_counter()
         for _ in range(steps):
             last = step()
         wait(last)
-        found.append((time.perf_counter() - begin) / steps)
-    return statistics.median(found)
+        means.append((time.perf_counter() - begin) / steps)
+    return statistics.median(means)
 
 
 def peak_bytes() -> int | None:
-    """Returns the most memory that JAX had in use on its first device."""
+    """Returns JAX's peak memory on its first device."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def torch_device(arguments: argparse.Namespace, *packages: str) -> str:
-    """Returns where PyTorch is to compute.
+    """Returns the device for PyTorch, "cuda" or "cpu".
 
     Raises:
-        UserError: It is not to, or a package is not installed.
+        UserError: A package is not installed, or there is no GPU and --peer is "auto".
     """
     for name in ("torch", "transformers", *packages):
         if importlib.util.find_spec(name) is None:
@@ -276,7 +275,7 @@ def torch_wait(_: Any) -> None:
 
 
 def torch_measured(method: str, seconds: float, tokens: int, device: str) -> Measured:
-    """Returns a row of the peer's."""
+    """Returns the peer's row."""
     import torch
 
     if device == "cpu":
@@ -290,7 +289,7 @@ def their_model(config: Any, device: str) -> Any:
     import torch
     import transformers
 
-    # Imported here: ours does not need it.
+    # Imported here, as measuring ours does not need it.
     from robust_ft.checkpoints_io import families
 
     family = families.get("t5" if isinstance(config, T5Config) else "gpt2")

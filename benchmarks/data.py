@@ -1,12 +1,12 @@
-"""What the data costs: the cached loader against plain seqio, and how long training waits for it.
+"""Input pipeline: the cached loader against plain seqio, and how long training waits for it.
 
     python benchmarks/data.py
 
-Both read the same mixture of the mini world in one process, in turn, for some rounds: seqio
-tokenizes, shuffles, mixes, pads and batches texts that lie in memory; the loader does what a run
-does. Counted are examples per CPU-second of the whole process, since what runs beside a training
-step takes its cores. Then a recipe trains for some steps, and the time that its loop spends in
-asking for the next batch is set against the loop's, once warm.
+Both read the same mixture of the mini world in one process, alternately, for some rounds: seqio
+tokenizes, shuffles, mixes, pads and batches texts from memory; the loader does what it does in a
+run. The unit is examples per CPU-second of the whole process, since an input pipeline competes with
+the training step for cores. Then a recipe trains for some steps, and the benchmark reports the
+share of the warmed-up loop's time that is spent waiting for the next batch.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WARM_STEPS = 20
 def seqio_batches(
     data: cache.TaskData, vocabulary: seqio.Vocabulary, batch_size: int
 ) -> Iterator[Any]:
-    """Returns seqio's batches of the mixture, as its documentation makes them."""
+    """Returns seqio's batches of the mixture, built as in its documentation."""
     feature = seqio.Feature(vocabulary, add_eos=True)
     for name in TASKS:
         task = build.find_task(dataclasses.replace(data, task=name))
@@ -100,10 +100,11 @@ def throughput(batch_size: int, count: int, rounds: int, spiece: str | None) -> 
             for name, batches in sources.items():
                 rates[name].append(per_cpu_second(batches, batch_size, count))
     rows = [
-        (name, statistics.median(found), min(found), max(found)) for name, found in rates.items()
+        (name, statistics.median(values), min(values), max(values))
+        for name, values in rates.items()
     ]
     console.print_table(
-        f"Examples per CPU-second, batches of {batch_size}, {rounds} rounds in turn",
+        f"Examples per CPU-second, batches of {batch_size}, {rounds} alternating rounds",
         ["", "median", "least", "most"],
         rows,
     )
@@ -112,7 +113,7 @@ def throughput(batch_size: int, count: int, rounds: int, spiece: str | None) -> 
 
 
 def input_wait(recipe: str, steps: int) -> None:
-    """Prints the share of a warm training loop that it spends in asking for a batch."""
+    """Prints the share of a warmed-up training loop that is spent waiting for a batch."""
     calls: list[tuple[float, float]] = []
     make: Callable[..., loader.BatchSource] = loader.train_batches
 
@@ -151,7 +152,7 @@ def input_wait(recipe: str, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=200, help="a round")
+    parser.add_argument("--batches", type=int, default=200, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--spiece", metavar="FILE", help="a SentencePiece model; bytes without it")
     parser.add_argument("--recipe", default="full_rte")

@@ -1,12 +1,11 @@
-"""CPU-seconds of decoding: ours and Hugging Face's `generate`, in turn, on the same weights.
+"""CPU-seconds of decoding: ours and Hugging Face's `generate`, alternately, on the same weights.
 
     python benchmarks/decode.py
 
 A T5 small with random weights decodes 32 new tokens for a batch of 8, greedily and with 4 beams.
-Both give the same tokens, or the benchmark stops. Compiling does not count. CPU-seconds of all
-threads, so that other processes disturb little; PyTorch gets one thread, for several wait for each
-other by spinning, which would count against it. Prints medians and the median ratio. Needs the
-extra [parity].
+The benchmark stops unless both give the same tokens. Compile time does not count. CPU-seconds are
+those of all threads, so other processes disturb little; PyTorch gets one thread, as several would
+spin while they wait for each other. Prints medians and the median ratio. Needs the extra [parity].
 """
 
 import argparse
@@ -29,7 +28,7 @@ VOCAB, END = 32128, 1
 
 
 def reference() -> Any:
-    """Returns a T5 small whose weights say something else for each input, and never the end."""
+    """Returns a T5 small whose outputs differ for each input and never end."""
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **SIZES)
     model: Any = transformers.T5ForConditionalGeneration(config).eval()
@@ -42,7 +41,7 @@ def reference() -> Any:
 
 
 def cpu_seconds(decode: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Returns what one call costs, and the tokens."""
+    """Returns the CPU-seconds of one call, and the tokens."""
     begin = time.process_time()
     tokens = decode()
     return time.process_time() - begin, tokens
@@ -56,34 +55,37 @@ def compare(model: Any, beams: int, source: int, repeats: int) -> str:
         predictor = robust_ft.load(folder, vocabulary=ByteVocabulary())
 
     def ours() -> np.ndarray:
-        found = predictor.generate(
+        generated = predictor.generate(
             {"encoder_input_tokens": tokens},
             max_decode_len=TOKENS,
             beam_size=beams,
             alpha=1.0,
             length_penalty="hf",
         )
-        return np.asarray(found.tokens)[:, 0]
+        return np.asarray(generated.tokens)[:, 0]  # [batch, token] of the best beam
 
     def theirs() -> np.ndarray:
         with torch.inference_mode():
-            given = torch.from_numpy(tokens).long()
-            found = model.generate(
-                given, max_new_tokens=TOKENS, num_beams=beams, do_sample=False, length_penalty=1.0
+            generated = model.generate(
+                torch.from_numpy(tokens).long(),
+                max_new_tokens=TOKENS,
+                num_beams=beams,
+                do_sample=False,
+                length_penalty=1.0,
             )
-        return found[:, 1:].numpy()
+        return generated[:, 1:].numpy()  # without the start token
 
     for decode in (ours, theirs, ours):
         decode()
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(repeats):
         for name, decode in (("theirs", theirs), ("ours", ours)):
-            took, said = cpu_seconds(decode)
+            took, outputs = cpu_seconds(decode)
             seconds[name].append(took)
             if name == "theirs":
-                expected = said
-        np.testing.assert_array_equal(said, expected)
-        assert said.shape == (BATCH, TOKENS) and not np.any(said == END)
+                expected = outputs
+        np.testing.assert_array_equal(outputs, expected)
+        assert outputs.shape == (BATCH, TOKENS) and not np.any(outputs == END)
     pairs = zip(seconds["ours"], seconds["theirs"], strict=True)
     ratio = statistics.median(mine / other for mine, other in pairs)
     mine, other = (statistics.median(seconds[name]) for name in ("ours", "theirs"))

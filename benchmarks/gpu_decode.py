@@ -3,12 +3,12 @@
     python benchmarks/gpu_decode.py --model=t5-base --method greedy beam4
     python benchmarks/gpu_decode.py --model=gpt2 --batch=32 --input_length=256 --json=gpt2.json
 
-Random weights in --dtype and random inputs without padding; every sequence gets all of its
---target_length new tokens, since none is the end. A step is a whole batch, from its inputs to its
-outputs; tokens are the new ones. Theirs is what `generate` does by default; by default it is
-measured where PyTorch sees a GPU. Each measurement has a process of its own, and the median over
-rounds counts. MFU is the share of the device's peak that goes into matrix products, counted in our
-traced program; theirs is charged with as much.
+Random weights in --dtype and random inputs without padding; every sequence gets all --target_length
+new tokens, as none of them is the end-of-sequence token. A step is prefill and all decode steps of
+one batch; its tokens are the new ones. Theirs is `generate` with its defaults, by default measured
+only where PyTorch sees a GPU. Each measurement has its own process; figures are medians over
+rounds. MFU is the share of the device's peak FLOP/s that goes into matrix products, whose FLOPs are
+counted in our traced program, for theirs too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from robust_ft.predictor import decode
 from robust_ft.preflight import flops
 
 BEAMS = {"greedy": 1, "beam4": 4}
-# No token has it: nothing is padding, and nothing ends.
+# An id that no token has: nothing is padding, and no sequence ends.
 NONE = -1
 
 
@@ -55,6 +55,7 @@ def ours(arguments: argparse.Namespace, method: str) -> Measured:
 
     seconds = common.seconds_a_step(step, jax.block_until_ready, arguments.rounds)
     peak = common.peak_bytes()
+    # FLOPs are counted with attention in plain XLA: custom kernels would count as nothing.
     counted = Model(
         common.config_of(arguments, param_dtype=arguments.dtype, attention="xla"),
         pad_id=NONE,
@@ -93,8 +94,10 @@ def theirs(arguments: argparse.Namespace, method: str) -> Measured:
                 do_sample=False,
             )
 
-    made = step().shape[1] - (arguments.input_length if arguments.model.startswith("gpt2") else 1)
-    assert made == arguments.target_length, made
+    # GPT-2's outputs begin with the inputs, T5's with the start token.
+    skipped = arguments.input_length if arguments.model.startswith("gpt2") else 1
+    new_tokens = step().shape[1] - skipped
+    assert new_tokens == arguments.target_length, new_tokens
     seconds = common.seconds_a_step(step, common.torch_wait, arguments.rounds)
     return common.torch_measured(method, seconds, arguments.batch * arguments.target_length, device)
 

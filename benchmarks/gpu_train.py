@@ -5,13 +5,13 @@
 
 Random weights and tokens, no padding, AdamW, float32 parameters (--param_dtype) and activations in
 bfloat16 (--dtype). Theirs is transformers' model with PEFT, torch.compile, torch.autocast (without
-it where parameters are not float32) and fused AdamW; by default it is measured where PyTorch sees a
-GPU. Each measurement has a process of its own. A round makes as many steps as fit into a second,
-and waits once; the median over rounds counts.
+it where parameters are not float32) and fused AdamW, by default measured only where PyTorch sees a
+GPU. Each measurement has its own process. A round is as many steps as fit into a second; figures
+are medians over rounds.
 
-Tokens are those of inputs and targets. MFU is the share of the device's peak that goes into the
-step's matrix products, counted in our traced program without what is computed a second time to save
-memory; theirs is charged with as much. (Theirs may do more: in GPT-2 it has logits of inputs too.)
+Tokens are those of inputs and targets. MFU is the share of the device's peak FLOP/s that goes into
+the step's matrix products, whose FLOPs are counted in our traced program without rematerialization,
+for theirs too. (Theirs may compute more: GPT-2's logits of inputs, for example.)
 """
 
 import argparse
@@ -41,14 +41,14 @@ METHODS = ("full", "prompt", "lora")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = common.parser(__doc__ or "", METHODS)
-    made.add_argument("--param_dtype", choices=DTYPES, default="float32")
-    made.add_argument("--remat", choices=REMAT_POLICIES, default="none", help="ours")
-    made.add_argument("--dropout", type=float, default=0.0)
-    made.add_argument("--prompt_length", type=int, default=100)
-    made.add_argument("--lora_rank", type=int, default=8)
-    made.add_argument("--no_compile", action="store_true", help="theirs without torch.compile")
-    return made
+    flags = common.parser(__doc__ or "", METHODS)
+    flags.add_argument("--param_dtype", choices=DTYPES, default="float32")
+    flags.add_argument("--remat", choices=REMAT_POLICIES, default="none", help="ours")
+    flags.add_argument("--dropout", type=float, default=0.0)
+    flags.add_argument("--prompt_length", type=int, default=100)
+    flags.add_argument("--lora_rank", type=int, default=8)
+    flags.add_argument("--no_compile", action="store_true", help="theirs without torch.compile")
+    return flags
 
 
 def config_of(arguments: argparse.Namespace, **changes: Any) -> Any:
@@ -69,7 +69,7 @@ def our_model(arguments: argparse.Namespace, method: str, **changes: Any) -> Mod
 
 
 def split(model: Model, params: Any) -> tuple[Any, Any]:
-    """Returns what trains and what does not."""
+    """Returns the trainable and the frozen parameters."""
     paths = trainable.flatten(params)
     return trainable.split(
         params, frozenset(p for p in paths if model.peft_owns(p) or not model.peft)
@@ -96,7 +96,11 @@ def our_batch(arguments: argparse.Namespace) -> Batch:
 
 
 def step_flops(arguments: argparse.Namespace, method: str, batch: Batch) -> int:
-    """Returns what a step's products need, from one example's: so no loss is made in blocks."""
+    """Returns the FLOPs of a step's matrix products.
+
+    They are counted for one example, whose loss is not chunked: a chunked one computes products
+    again.
+    """
     model = our_model(arguments, method, attention="xla", remat="none")
     trained, frozen = split(model, model.shapes())
     optimizer = AdamW(Schedule(RATE))
@@ -169,7 +173,7 @@ def their_batch(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     start = torch.full_like(targets[:, :1], common.START)
     tokens = torch.cat([inputs, start, targets], 1)[:, :-1]
     ignored = torch.full_like(inputs, -100)
-    # A label stands where its token is read, one behind what predicts it.
+    # transformers shifts the labels itself: each is at its own token's position.
     labels = torch.cat([ignored, torch.full_like(start, -100), targets[:, :-1]], 1)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 

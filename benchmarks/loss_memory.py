@@ -1,11 +1,11 @@
-"""Memory of the loss: all logits at once against chunks of the vocabulary.
+"""Memory of the loss: all logits at once against the chunked cross-entropy.
 
     python benchmarks/loss_memory.py [--batch=64] [--length=128] [--vocab=250112] [--embed=512]
 
-Compiles, without running it, value and gradient of the cross entropy by hidden states and output
-head (a head of its own, as mT5 has; embed=512 is mT5-small's), and of the cocktail loss with a
-teacher of the same size in bfloat16. Prints the temporary memory that each needs (arguments and
-results are the same for both) and the chunked loss's share of the unchunked one's.
+Compiles, without running them, the value and gradient of the cross-entropy with respect to hidden
+states and output head (untied, as mT5's; its small model has --embed=512), and of the cocktail loss
+with a teacher of the same size in bfloat16. Prints the temporary memory of each (arguments and
+results are the same for both) and the ratio.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Lets robust_ft be imported where jaxtyping, of which it has shapes in signatures, is missing."""
+"""Lets robust_ft be imported where jaxtyping, which annotates shapes, is not installed."""
 
 import importlib.util
 import sys

@@ -2,12 +2,12 @@
 
     python benchmarks/startup.py [--repeats=1] [--without_evaluations]
 
-Each run is a process of its own, "cold" with empty JAX_COMPILATION_CACHE_DIR and
-ROBUST_FT_CACHE_DIR, "warm" with what the cold run put there. The recipe evaluates the pretrained
-model before its first step; --without_evaluations leaves that out. Metrics are written for every
-step, when the device has computed them and the next step has begun: the first line of a training
-step in metrics.jsonl ends the measurement, and the process. CPU-seconds, of user and system, are
-those of the process and of all that it waited for. Prints medians.
+Each run is its own process: "cold" with empty JAX_COMPILATION_CACHE_DIR and ROBUST_FT_CACHE_DIR,
+"warm" with the caches of the cold run. The recipe evaluates the pretrained model before its first
+step; --without_evaluations skips that. Metrics of a step are written when the device has computed
+them and the next step has begun: the first line of a training step in metrics.jsonl ends the
+measurement, and the process. CPU-seconds (user and system) are those of the process and its
+children. Prints medians.
 """
 
 import argparse
@@ -32,9 +32,10 @@ def seconds(flags: list[str], caches: Path, metrics: Path | None) -> tuple[float
     """Returns wall and CPU seconds of one process.
 
     Args:
-        flags: Of the command.
-        caches: What its caches are below.
-        metrics: The process is ended when a training step is in this file; None: it ends itself.
+        flags: The command's flags.
+        caches: The folder for its caches.
+        metrics: The process is killed once this file has a line of a training step; None if it
+            exits by itself.
     """
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(caches / "xla"),
@@ -50,7 +51,8 @@ def seconds(flags: list[str], caches: Path, metrics: Path | None) -> tuple[float
             time.sleep(POLL_SECONDS)
         took = time.perf_counter() - begin
         if metrics is not None:
-            os.kill(process.pid, signal.SIGKILL)  # `process.kill` may reap it
+            # `process.kill` may reap it, which loses its resource usage.
+            os.kill(process.pid, signal.SIGKILL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if metrics is None:
@@ -62,12 +64,12 @@ def seconds(flags: list[str], caches: Path, metrics: Path | None) -> tuple[float
 
 
 def _runs(pid: int) -> bool:
-    # Without reaping it, so that `os.wait4` still finds what it used.
+    # Without reaping it, so that `os.wait4` still gets its resource usage.
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _has_step(metrics: Path) -> bool:
-    """Whether a whole line of the file is of a training step; others are of evaluations."""
+    """Returns whether a complete line of the file is of a training step, not of an evaluation."""
     if not metrics.exists():
         return False
     *lines, _ = metrics.read_text(encoding="utf-8").split("\n")
@@ -75,13 +77,14 @@ def _has_step(metrics: Path) -> bool:
 
 
 def runs(flags: list[str]) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Yields what was run and its (wall, CPU) seconds: cold, warm, --help."""
+    """Yields "cold", "warm" and "--help", each with its (wall, CPU) seconds."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ("cold", "warm"):
             output = folder / kind
-            given = ["--gin_file=gin_configs/promot_rte.gin", f"--gin.MODEL_DIR={output}", *flags]
-            yield kind, seconds(given, folder / "caches", output / STAGE / "metrics.jsonl")
+            recipe = ["--gin_file=gin_configs/promot_rte.gin", f"--gin.MODEL_DIR={output}"]
+            metrics = output / STAGE / "metrics.jsonl"
+            yield kind, seconds([*recipe, *flags], folder / "caches", metrics)
         yield "--help", seconds(["--help"], folder / "caches", None)
 
 
@@ -93,14 +96,14 @@ def main() -> None:
     flags = ["--gin.Stage.log_period=1"]
     if arguments.without_evaluations:
         flags += ["--gin.Stage.evaluations=[]", "--gin.Stage.final_evaluations=[]"]
-    found: dict[str, list[tuple[float, float]]] = {}
+    measured: dict[str, list[tuple[float, float]]] = {}
     for _ in range(arguments.repeats):
         for kind, took in runs(flags):
-            found.setdefault(kind, []).append(took)
+            measured.setdefault(kind, []).append(took)
             print(f"{kind:7} {took[0]:7.2f} s wall {took[1]:7.2f} CPU-s", flush=True)
     if arguments.repeats > 1:
         print("medians")
-        for kind, each in found.items():
+        for kind, each in measured.items():
             wall, cpu = (statistics.median(column) for column in zip(*each, strict=True))
             print(f"{kind:7} {wall:7.2f} s wall {cpu:7.2f} CPU-s")
 

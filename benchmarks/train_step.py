@@ -1,16 +1,15 @@
-"""CPU-seconds of a training step: ours and Hugging Face's (with PEFT), in turn.
+"""CPU-seconds of a training step: ours and Hugging Face's (with PEFT), alternately.
 
     python benchmarks/train_step.py [--only full lora] [--repeats=7]
 
 A T5 small with random weights, 8 examples of 128 tokens in and 32 out, float32, no dropout. Full
-finetuning, a prompt of 20 and of 100 vectors, LoRA of rank 8 on queries and values: all with
+finetuning, prompts of 20 and of 100 vectors, LoRA of rank 8 on queries and values: all with
 Adafactor, theirs being the one in transformers. Both start from the same weights; the benchmark
-stops unless their first losses and gradient norms agree. Compiling does not count. CPU-seconds, of
-user and system, are those of all threads, so that other processes disturb little; PyTorch gets one
-thread, for several wait for each other by spinning, which would count against it. Each side has a
-process of its own, set up as its users have it (ours: robust_ft/cpu_settings.py).
-Settings of malloc in GLIBC_TUNABLES are for both. Prints medians and the median ratio. Needs the
-extra [parity].
+stops unless their first losses and gradient norms agree. Compile time does not count. CPU-seconds
+(user and system) are those of all threads, so other processes disturb little; PyTorch gets one
+thread, as several would spin while they wait for each other. Each side has its own process, with
+the settings that its users have (ours: robust_ft/cpu_settings.py); malloc settings in
+GLIBC_TUNABLES apply to both. Prints medians and the median ratio. Needs the extra [parity].
 """
 
 import argparse
@@ -44,7 +43,7 @@ VOCAB, START = 32128, 0
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "decoder_start_token_id": START}
 RATE = 1e-3
 T5: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM"}
-# A prompt before the encoder's input only, as ours; by default PEFT has one for the decoder too.
+# A prompt in the encoder only, as ours; by default PEFT adds one in the decoder.
 PROMPT = T5 | {"num_transformer_submodules": 1}
 METHODS: dict[str, Callable[[], peft.PeftConfig | None]] = {
     "full": lambda: None,
@@ -54,12 +53,12 @@ METHODS: dict[str, Callable[[], peft.PeftConfig | None]] = {
 }
 ENVIRONMENTS = {"theirs": {}, "ours": cpu_settings.missing(os.environ)}
 
-# Makes a step; returns its loss, a mean over targets, and, if asked for it, its gradient's norm.
+# Takes a step; returns its loss (a mean over targets) and, for True, its gradient norm.
 Step = Callable[[bool], list[float]]
 
 
 def their_model(method: str, folder: Path) -> Any:
-    """Returns their model, written to a folder: its base, and what the method adds to it."""
+    """Returns their model, and saves its base and adapter in a folder."""
     torch.manual_seed(0)
     config = transformers.T5Config(dropout_rate=0.0, **TOKENS, **SIZES)
     model: Any = transformers.T5ForConditionalGeneration(config)
@@ -93,12 +92,12 @@ def their_step(method: str, folder: Path) -> Step:
         optimizer.zero_grad()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        found = [float(loss.detach())]
+        figures = [float(loss.detach())]
         if norm:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            found.append(float(torch.nn.utils.get_total_norm(gradients)))
+            figures.append(float(torch.nn.utils.get_total_norm(gradients)))
         optimizer.step()
-        return found
+        return figures
 
     return step
 
@@ -128,48 +127,48 @@ def our_step(method: str, folder: Path) -> Step:
         nonlocal state
         with predictor.partitioner.activate():
             state, sums = jax.block_until_ready(train_step(state, frozen, None, batch, rng))
-        found = [float(sums["loss"] / sums["weight"])]
-        return [*found, float(sums["grad_norm"])] if norm else found
+        loss = float(sums["loss"] / sums["weight"])
+        return [loss, float(sums["grad_norm"])] if norm else [loss]
 
     return step
 
 
-def serve(who: str, method: str, folder: Path, asks: Connection) -> None:
-    """Makes steps, one each time that it is asked; answers with their CPU-seconds.
+def serve(who: str, method: str, folder: Path, requests: Connection) -> None:
+    """Takes a step for each request and answers with its CPU-seconds.
 
     The first answer is the first step's loss and gradient norm.
     """
     step = {"ours": our_step, "theirs": their_step}[who](method, folder)
-    asks.send(step(True))
-    step(False)  # what is compiled or set up for later steps only does not count either
-    while asks.recv():
+    requests.send(step(True))
+    step(False)  # may still compile or set up something
+    while requests.recv():
         begin = time.process_time()
         step(False)
-        asks.send(time.process_time() - begin)
+        requests.send(time.process_time() - begin)
 
 
 def compare(method: str, repeats: int) -> str:
     """Returns a line of the table."""
     context = multiprocessing.get_context("spawn")
-    asked: dict[str, Connection] = {}
+    connections: dict[str, Connection] = {}
     processes = []
     first = {}
     with tempfile.TemporaryDirectory() as folder:
         for who in ("theirs", "ours"):  # theirs writes the weights that ours reads
-            asked[who], asks = context.Pipe()
-            arguments = (who, method, Path(folder), asks)
+            connections[who], requests = context.Pipe()
+            arguments = (who, method, Path(folder), requests)
             processes.append(context.Process(target=serve, args=arguments, daemon=True))
             with mock.patch.dict(os.environ, ENVIRONMENTS[who]):
                 processes[-1].start()
-            asks.close()
-            first[who] = asked[who].recv()
+            requests.close()
+            first[who] = connections[who].recv()
     np.testing.assert_allclose(first["ours"], first["theirs"], rtol=1e-3)
-    seconds: dict[str, list[float]] = {who: [] for who in asked}
+    seconds: dict[str, list[float]] = {who: [] for who in connections}
     for _ in range(repeats):
-        for who, connection in asked.items():
+        for who, connection in connections.items():
             connection.send(True)
             seconds[who].append(connection.recv())
-    for connection in asked.values():
+    for connection in connections.values():
         connection.send(False)
     for process in processes:
         process.join()
