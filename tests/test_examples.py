@@ -40,3 +40,25 @@ def test_promot(tmp_path):
 def test_own_data(tmp_path):
     printed = start("own_data.py", "100", str(tmp_path / "run"), folder=tmp_path)
     assert printed.endswith("['the clock']\n")
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = read_json(EXAMPLES / "tour.ipynb")["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_tour(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra [docs]")
+    nbclient = pytest.importorskip("nbclient", reason="needs the extra [docs]")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    printed = [
+        output["data"]["text/plain"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output["output_type"] == "execute_result"
+    ]
+    assert "{'with': ['True', 'False'], 'without': ['teacher', 'Brell']}" in printed
