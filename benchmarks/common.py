@@ -21,9 +21,9 @@ import optional_jaxtyping  # noqa: F401, before robust_ft
 from robust_ft import xla_flags
 from robust_ft.errors import UserError
 from robust_ft.files import write_json
-from robust_ft.models.attention_kernels import CHOICES
+from robust_ft.models.attention_kernels import KERNELS
+from robust_ft.models.config import ModelConfig
 from robust_ft.models.gpt2 import GPT2Config
-from robust_ft.models.model import ModelConfig
 from robust_ft.models.options import DTYPES
 from robust_ft.models.t5 import T5Config
 
@@ -106,7 +106,7 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     flags.add_argument("--input_length", type=int, default=512, help="tokens")
     flags.add_argument("--target_length", type=int, default=128, help="tokens")
     flags.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations")
-    flags.add_argument("--attention", choices=CHOICES, default="auto")
+    flags.add_argument("--attention", choices=KERNELS, default="auto")
     flags.add_argument("--layers", type=int, help="of encoder and decoder each; the model's")
     flags.add_argument("--rounds", type=int, default=5, help="their median is reported")
     flags.add_argument("--peer", choices=("auto", "yes", "no"), default="auto", help="Hugging Face")

@@ -29,7 +29,8 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.inference import Inference
 from robust_ft.models import bart, gpt2, llama, t5
-from robust_ft.models.model import Model, ModelConfig
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.model import Model
 from robust_ft.models.peft import METHODS, Peft
 from robust_ft.objectives import gradients
 from robust_ft.partitioning import Partitioner

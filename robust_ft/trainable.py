@@ -12,7 +12,8 @@ from typing import Any
 from flax import traverse_util
 
 from robust_ft.errors import UserError, nearest
-from robust_ft.models.model import Model, ModelConfig
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.model import Model
 from robust_ft.types import Params
 
 

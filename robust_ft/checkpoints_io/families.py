@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from robust_ft.checkpoints_io.names import Name, Redundant
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError, nearest
-from robust_ft.models.model import ModelConfig
+from robust_ft.models.config import ModelConfig
 
 # Hugging Face's model_type -> our family.
 MODEL_TYPES = {

@@ -15,7 +15,7 @@ from robust_ft.checkpoints_io.names import expand, resolve
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.files import read_json_object, write_json
-from robust_ft.models.model import ModelConfig
+from robust_ft.models.config import COMPUTE_FIELDS, ModelConfig
 from robust_ft.vocabulary import (
     Vocabulary,
     vocabulary_files,
@@ -40,7 +40,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 # Fields of our configs that do not say which model it is, only how it is computed and padded.
-_FREE = ("dtype", "param_dtype", "attention", "remat", "dropout_rate", "pad_id")
+_FREE = (*COMPUTE_FIELDS, "pad_id")
 
 
 def is_directory(path: Path) -> bool:
@@ -85,7 +85,7 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         # several.
         ids |= {"pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
         if hasattr(config, "pad_id"):
-            config = dataclasses.replace(config, pad_id=tokenizer.pad_id)  # type: ignore[type-var]
+            config = dataclasses.replace(config, pad_id=tokenizer.pad_id)  # type: ignore[call-arg]
     return Checkpoint(
         source,
         name,

@@ -8,6 +8,7 @@ from robust_ft.checkpoints_io import config_json
 from robust_ft.checkpoints_io.names import Name, Redundant
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
+from robust_ft.models.config import COMPUTE_FIELDS
 from robust_ft.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig
@@ -261,8 +262,7 @@ def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _check_round_trip(config: LlamaConfig, settings: Mapping[str, Any]) -> None:
     """Raises a UserError unless reading the config.json gives the config again."""
     # How to compute is not part of a config.json.
-    computing = ("dtype", "param_dtype", "attention", "remat", "dropout_rate")
-    same = {name: getattr(config, name) for name in computing}
+    same = {name: getattr(config, name) for name in COMPUTE_FIELDS}
     read = dataclasses.replace(config_from_hf(settings, {}), **same)
     differing = [
         f"{field.name}={getattr(config, field.name)}"

@@ -10,7 +10,8 @@ import jax
 
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
-from robust_ft.models.model import Model, ModelConfig
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
 LAYER = "{i}"

@@ -11,7 +11,8 @@ from robust_ft.checkpoints_io.names import misfit, parameter_shapes
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import read_json_object, write_json
-from robust_ft.models.model import Model, ModelConfig
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.model import Model
 from robust_ft.vocabulary import Vocabulary
 
 SETTINGS = "robust_ft.json"

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ft.models.model import ModelConfig
+from robust_ft.models.config import ModelConfig
 
 # Bytes copied at once: enough to keep a disk busy, little against a checkpoint.
 BLOCK_BYTES = 16 * 2**20
@@ -113,7 +113,7 @@ class Checkpoint:
         tensors = {path: tensor.cast(dtype) for path, tensor in self.tensors.items()}
         # float16 is a type to store weights in; models are not trained in it.
         param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
-        config: Any = dataclasses.replace(self.config, param_dtype=param_dtype)  # type: ignore[type-var]
+        config = dataclasses.replace(self.config, param_dtype=param_dtype)
         notes = dict(self.hugging_face)
         if "config" in notes:
             key = "torch_dtype" if "torch_dtype" in notes["config"] else "dtype"

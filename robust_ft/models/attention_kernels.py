@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_ft.errors import UserError
-from robust_ft.models.peft.base import Keys
+from robust_ft.models.peft.base import KeyValues
 from robust_ft.partitioning import constrain, shards
 
-CHOICES = ("auto", "xla", "cudnn")
+KERNELS = ("auto", "xla", "cudnn")
 # Larger heads are for Hopper alone, and none of our models has any.
 MAX_HEAD_DIM = 128
 # Compute capability of Ampere (A100).
@@ -25,17 +25,17 @@ OLDEST_GPU = 8.0
 def uses_cudnn(
     choice: str,
     query: Float[Array, "batch query heads head_dim"],
-    blocks: Sequence[Keys],
+    blocks: Sequence[KeyValues],
     dropped: bool,
 ) -> bool:
     """Returns whether cuDNN computes an attention.
 
     Args:
         choice: A config's `attention`: "auto" takes cuDNN where it applies, "xla" never, "cudnn"
-            insists. A single query, which is all that a step of decoding has, never needs it.
-        query: What attends.
-        blocks: Keys and values in parts, as `layers.attended` gets them.
-        dropped: Whether dropout changes the weights.
+            insists. The single query of a decode step never needs it.
+        query: The queries.
+        blocks: Keys and values, as `attention.attend` gets them.
+        dropped: Whether dropout changes the attention weights.
 
     Raises:
         UserError: "cudnn" where it does not apply.
@@ -66,6 +66,7 @@ def obstacle(query: Any, blocks: Sequence[Any], dropped: bool) -> str | None:
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return f"heads of {head_dim} are not a multiple of 8 up to {MAX_HEAD_DIM}"
     if length % 2 or keys % 2:
+        # The kernel's gradient takes even lengths only.
         return f"{length} queries and {keys} keys are not both even, as its gradient needs them"
     if shards("length") != (1,):
         return "the mesh splits sequences (Partitioner.sequence_parallel)"
@@ -81,29 +82,30 @@ def nvidia_gpu() -> Any:
 
 def fused(
     query: Float[Array, "batch query heads head_dim"],
-    blocks: Sequence[Keys],
+    blocks: Sequence[KeyValues],
     bias: Float[Array, "#batch #heads #query key"],
     scale: float,
     implementation: Any = "cudnn",
 ) -> Float[Array, "batch query joined"]:
-    """Returns the values that attention mixes, heads joined, as `layers.attended` does.
+    """Returns the values that each query attends to, heads joined, as `attention.attend` does.
 
     Args:
-        query: What attends.
-        blocks: {"key", "value"} of what is attended to, each [batch, part, kv_heads, head_dim],
-            where several heads of queries may share one of keys.
+        query: The queries.
+        blocks: Keys and values, each [batch, block, kv_heads, head_dim]; consecutive heads may
+            share keys and values.
         bias: Added to the scores.
         scale: Factor of the scores.
         implementation: "cudnn" or, for comparison anywhere, "xla".
     """
     key, value = (
         jnp.concatenate([block[name] for block in blocks], 1) for name in ("key", "value")
-    )
-    # The kernel is for one device: where the mesh splits its operands it must do so alike.
+    )  # [batch, key, kv_heads, head_dim]
+    # Each device runs the kernel on its own shards, so all operands must be sharded alike.
     query, key, value = (
         constrain(x.astype(query.dtype), "batch", "length", "heads", "kv")
         for x in (query, key, value)
     )
+    # The kernel broadcasts over examples and heads itself, but not over queries.
     bias = jnp.broadcast_to(bias, (*bias.shape[:2], query.shape[1], key.shape[1]))
     axes = (
         axis if size > 1 else None

@@ -12,11 +12,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
-from robust_ft.models import kept_keys, layers
+from robust_ft.models import encoder_decoder, layers
+from robust_ft.models.attention import mask_to_bias, same_segment
 from robust_ft.models.axes import with_axes
-from robust_ft.models.options import ACTIVATIONS, check_choices, rematerialized
-from robust_ft.models.peft.base import Keys, Peft, decoder_slots
-from robust_ft.models.t5 import Cache
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.encoder_decoder import Cache
+from robust_ft.models.options import ACTIVATIONS, rematerialized
+from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -24,8 +26,8 @@ from robust_ft.types import Batch
 OFFSET = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class BartConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BartConfig(ModelConfig):
     """Sizes and switches of a BART; the defaults are BART base.
 
     Attributes:
@@ -35,15 +37,8 @@ class BartConfig:
         final_logits_bias: Whether checkpoints hold something to add to the logits. It never
             trains, and is 0 in the published ones that have it.
         pad_id: Tokens of the input that are masked.
-        dropout_rate: Of embedded tokens and of what sublayers add.
         attention_dropout_rate: Of the attention weights.
         activation_dropout_rate: Of what the MLP's activation gives.
-        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
-            where it applies; see `attention_kernels`.
-        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
-            products with parameters, "full" nothing but the layer's input.
-        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
-        param_dtype: Type in which parameters are drawn and kept.
     """
 
     vocab_size: int = 50265
@@ -57,16 +52,12 @@ class BartConfig:
     scale_embedding: bool = False
     final_logits_bias: bool = False
     pad_id: int = 1
-    dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     activation_dropout_rate: float = 0.0
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_choices(self, activation=tuple(ACTIVATIONS))
+        super().__post_init__()
+        self.check_choice("activation", tuple(ACTIVATIONS))
         if self.emb_dim % self.num_heads:
             raise UserError(
                 f"BartConfig.emb_dim={self.emb_dim} must be a multiple of num_heads="
@@ -92,7 +83,7 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch source embed"],
-        bias: Float[Array, "batch one #source source"],
+        bias: Float[Array, "batch 1 #source source"],
     ) -> Float[Array, "batch source embed"]:
         attention = _attention(self.config, self.peft, "attention")
         y = attention(x, attention.project(x), bias, self.deterministic)
@@ -120,32 +111,24 @@ class Encoder(nn.Module):
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         cfg = self.config
-        valid = batch["encoder_input_tokens"] != cfg.pad_id
-        for method in self.peft:
-            x, valid = method.embed(self, x, valid, batch)
+        x, input_mask = layers.with_prompts(self, x, batch, cfg.pad_id, self.peft)
         _check_length(cfg, x.shape[1], "Inputs, soft prompts included,")
-        allowed, positions = valid[:, None, :], jnp.arange(x.shape[1])[None]
-        if "encoder_segment_ids" in batch:
-            segments = batch["encoder_segment_ids"]
-            if segments.shape != valid.shape:
-                raise UserError("Packed batches cannot be combined with a soft prompt.")
-            allowed = allowed & layers.same_segment(segments, segments)
-            positions = _packed_positions(segments)
+        bias = mask_to_bias(encoder_decoder.encoder_mask(input_mask, batch))
+        positions = _positions(x.shape[1], batch.get("encoder_segment_ids"))
         x = x + _position_embedder(cfg, "position_embedder")(positions + OFFSET)
         x = _norm(cfg, "embedding_layer_norm")(x)
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic)
-        bias = layers.mask_bias(allowed)
         layer_class = rematerialized(EncoderLayer, cfg.remat)
         for i in range(cfg.num_encoder_layers):
             x = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")(x, bias)
-        return x, valid
+        return x, input_mask
 
 
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the encoder's output, and MLP.
 
-    It either runs over all positions of a target at once (`__call__`) or, with kept keys and
-    values, over the positions that follow them (`extend`).
+    It runs over a whole target at once (`__call__`) or, with a KV cache, over the tokens that
+    follow (`extend`).
     """
 
     config: BartConfig
@@ -166,13 +149,13 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "batch target embed"],
         memory: Float[Array, "batch memory embed"],
-        self_bias: Float[Array, "#batch one target target"],
-        memory_bias: Float[Array, "batch one #target memory"],
+        self_bias: Float[Array, "#batch 1 target target"],
+        memory_bias: Float[Array, "batch 1 #target memory"],
     ) -> Float[Array, "batch target embed"]:
         keys, memory_keys = self.self_attention.project(x), self.project_memory(memory)
         return self._sublayers(x, keys, self_bias, memory_keys, memory_bias)
 
-    def project_memory(self, memory: Float[Array, "batch memory embed"]) -> dict[str, jax.Array]:
+    def project_memory(self, memory: Float[Array, "batch memory embed"]) -> KeyValues:
         return self.encoder_decoder_attention.project(memory)
 
     def extend(
@@ -180,20 +163,19 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "batch new embed"],
         cache: Cache,
         positions: Int[Array, "batch new"],
-        self_bias: Float[Array, "batch one new length"],
-        memory_bias: Float[Array, "batch one one memory"],
+        self_bias: Float[Array, "batch 1 new length"],
+        memory_bias: Float[Array, "batch 1 1 memory"],
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
-        kept = kept_keys.remember(cache["self"], self.self_attention.project(x), positions)
-        keys, memory_keys = kept_keys.by_head(kept), kept_keys.by_head(cache["memory"])
-        x = self._sublayers(x, keys, self_bias, memory_keys, memory_bias)
-        return x, {"self": kept, "memory": cache["memory"]}
+        new = self.self_attention.project(x)
+        cache, keys, memory_keys = encoder_decoder.update(cache, new, positions)
+        return self._sublayers(x, keys, self_bias, memory_keys, memory_bias), cache
 
     def _sublayers(
         self,
         x: jax.Array,
-        keys: Keys,
+        keys: KeyValues,
         self_bias: jax.Array,
-        memory_keys: Keys,
+        memory_keys: KeyValues,
         memory_bias: jax.Array,
     ) -> jax.Array:
         y = self.self_attention(x, keys, self_bias, self.deterministic)
@@ -238,19 +220,13 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "batch target embed"],
         memory: Float[Array, "batch memory embed"],
-        memory_valid: Bool[Array, "batch memory"],
+        memory_mask: Bool[Array, "batch memory"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
         _check_length(self.config, x.shape[1], "Targets", decoder_slots(self.peft))
-        positions = jnp.arange(x.shape[1])[None]
-        causal = positions[:, :, None] >= positions[:, None, :]
-        memory_allowed = memory_valid[:, None, :]
-        if "decoder_segment_ids" in batch:
-            segments = batch["decoder_segment_ids"]
-            causal = causal & layers.same_segment(segments, segments)
-            memory_allowed &= layers.same_segment(segments, batch["encoder_segment_ids"])
-            positions = _packed_positions(segments)
-        self_bias, memory_bias = layers.mask_bias(causal), layers.mask_bias(memory_allowed)
+        self_mask, memory_mask = encoder_decoder.decoder_masks(memory_mask, batch)
+        self_bias, memory_bias = mask_to_bias(self_mask), mask_to_bias(memory_mask)
+        positions = _positions(x.shape[1], batch.get("decoder_segment_ids"))
         x = self._with_positions(x, positions)
         for layer in self.layers:
             x = layer(x, memory, self_bias, memory_bias)
@@ -259,40 +235,33 @@ class Decoder(nn.Module):
     def empty_cache(
         self,
         memory: Float[Array, "batch memory embed"],
-        memory_valid: Bool[Array, "batch memory"],
+        memory_mask: Bool[Array, "batch memory"],
         max_length: int,
     ) -> Cache:
         _check_length(self.config, max_length, "Targets", decoder_slots(self.peft))
-        keys = [layer.project_memory(memory) for layer in self.layers]
-        return {
-            "position": jnp.zeros(memory.shape[0], jnp.int32),
-            "memory_valid": memory_valid,
-            "layers": [
-                {"self": kept_keys.room(each, max_length), "memory": kept_keys.keep(each)}
-                for each in keys
-            ],
-        }
+        memory_keys = [layer.project_memory(memory) for layer in self.layers]
+        return encoder_decoder.new_cache(memory_keys, memory_mask, max_length)
 
     def extend(
         self, x: Float[Array, "batch new embed"], cache: Cache
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
-        positions = cache["position"][:, None] + jnp.arange(x.shape[1])  # [batch, new]
-        slots = jnp.arange(cache["layers"][0]["self"]["key"].shape[2])  # [length]
-        self_bias = layers.mask_bias(slots <= positions[:, :, None])
-        memory_bias = layers.mask_bias(cache["memory_valid"][:, None, :])
+        positions = encoder_decoder.next_positions(cache, x.shape[1])
+        key_positions = jnp.arange(encoder_decoder.cached_length(cache))  # [length]
+        self_bias = mask_to_bias(key_positions[None, None] <= positions[:, :, None])
+        memory_bias = mask_to_bias(cache["memory_mask"][:, None, :])
         x, new_layers = self._with_positions(x, positions), []
         for layer, layer_cache in zip(self.layers, cache["layers"], strict=True):
             x, layer_cache = layer.extend(x, layer_cache, positions, self_bias, memory_bias)
             new_layers.append(layer_cache)
-        moved = {"position": cache["position"] + x.shape[1], "layers": new_layers}
-        return x, cache | moved
+        return x, encoder_decoder.advance(cache, new_layers, x.shape[1])
 
     def _with_positions(
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "#batch length"]
     ) -> Float[Array, "batch length embed"]:
         positions = positions + OFFSET + decoder_slots(self.peft)
         x = self.embedding_layer_norm(x + self.position_embedder(positions))
-        return self.dropout(x, deterministic=self.deterministic)
+        x = self.dropout(x, deterministic=self.deterministic)
+        return x
 
 
 class Bart(nn.Module):
@@ -305,23 +274,23 @@ class Bart(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, stddev=0.02
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.param_dtype, stddev=0.02
         )
         self.encoder = Encoder(cfg, self.peft, self.deterministic)
         self.decoder = Decoder(cfg, self.peft, self.deterministic)
 
     def hidden(self, batch: Batch) -> Float[Array, "batch target embed"]:
         """Returns the decoder's last hidden states, what `head` turns into logits."""
-        memory, memory_valid = self._encode(batch)
+        memory, memory_mask = self._encode(batch)
         x = self._embed(batch["decoder_input_tokens"])
-        return self.decoder(x, memory, memory_valid, batch)
+        return self.decoder(x, memory, memory_mask, batch)
 
     def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits of hidden states."""
         logits = self.token_embedder.attend(hidden)
         if self.config.final_logits_bias:
             bias = lax.stop_gradient(self.decoder.final_logits_bias[0])
-            logits = logits + bias.astype(jnp.float32)
+            logits = logits + layers.per_feature(bias, logits).astype(jnp.float32)
         return logits
 
     def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
@@ -337,7 +306,9 @@ class Bart(nn.Module):
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self._embed(tokens), cache)
 
-    def _encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _encode(
+        self, batch: Batch
+    ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         return self.encoder(self._embed(batch["encoder_input_tokens"]), batch)
 
     def _embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
@@ -345,25 +316,26 @@ class Bart(nn.Module):
         return x * self.config.emb_dim**0.5 if self.config.scale_embedding else x
 
 
-def _dtype(cfg: BartConfig) -> jnp.dtype:
-    return jnp.dtype(cfg.dtype)
-
-
 def _norm(cfg: BartConfig, name: str | None = None) -> layers.LayerNorm:
-    return layers.LayerNorm(_dtype(cfg), cfg.param_dtype, name=name)
+    return layers.LayerNorm(cfg.dtype, cfg.param_dtype, name=name)
 
 
 def _position_embedder(cfg: BartConfig, name: str | None = None) -> layers.Embedding:
     rows = cfg.num_positions + OFFSET
     return layers.Embedding(
-        rows, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, "length", 0.02, name=name
+        rows, cfg.emb_dim, cfg.dtype, cfg.param_dtype, "length", 0.02, name=name
     )
 
 
-def _packed_positions(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+def _positions(
+    length: int, segments: Int[Array, "batch length"] | None
+) -> Int[Array, "#batch length"]:
     """Returns positions that start at 0 in every example of a packed row."""
-    before = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
-    return jnp.sum(layers.same_segment(segments, segments) & before, -1) - 1
+    slots = jnp.arange(length)[None]  # [1, length]
+    if segments is None:
+        return slots
+    seen = same_segment(segments, segments) & (slots[:, :, None] >= slots[:, None, :])
+    return jnp.sum(seen, -1) - 1
 
 
 def _check_length(cfg: BartConfig, length: int, what: str, slots: int = 0) -> None:
@@ -384,7 +356,7 @@ def _attention(
         head_dim,
         cfg.emb_dim,
         cfg.attention_dropout_rate,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft,
         use_bias=True,
@@ -400,7 +372,7 @@ def _mlp(cfg: BartConfig, peft: tuple[Peft, ...], name: str | None = "mlp") -> l
         cfg.mlp_dim,
         (cfg.activation,),
         cfg.activation_dropout_rate,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft,
         use_bias=True,

@@ -1,113 +1,92 @@
-"""What decoder-only models share: input and target are one sequence, and the input's keys are kept.
+"""What decoder-only models share: input and target as one sequence, its masks and its KV cache.
 
 The sequence of a row is [prompt; input; target], where the target is `decoder_input_tokens`, whose
 first token separates it from the input. Padding of the input is masked wherever it stands, and
-positions count only what a token may see: so the number and place of padding change nothing.
+positions count only the tokens that a token sees: so the amount and place of padding change
+nothing.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError
-from robust_ft.models import kept_keys, layers
-from robust_ft.models.peft.base import Keys, Peft
+from robust_ft.models import attention, kv_cache
+from robust_ft.models.peft.base import KeyValues
 from robust_ft.types import Batch
 
 Cache = dict[str, Any]
 
 
 class Layout(NamedTuple):
-    """Where tokens stand, and what they may see.
+    """Positions and attention mask of tokens.
 
     Attributes:
-        positions: From 0, without padding.
-        key_positions: The same of the tokens that are attended to.
-        allowed: Which of these a token may see.
+        positions: Of the queries, from 0; padding does not count.
+        key_positions: Of the keys.
+        mask: Which keys a query sees.
     """
 
     positions: Int[Array, "batch query"]
     key_positions: Int[Array, "batch key"]
-    allowed: Bool[Array, "batch query key"]
+    mask: Bool[Array, "batch query key"]
 
-    def bias(self, window: int | None = None) -> Float[Array, "batch one query key"]:
-        """Returns the attention bias; with a window, only the last so many tokens are seen."""
-        allowed = self.allowed
+    def bias(self, window: int | None = None) -> Float[Array, "batch 1 query key"]:
+        """Returns the attention bias; with a window, a query sees only the last `window` tokens."""
+        mask = self.mask
         if window is not None:
             distance = self.positions[:, :, None] - self.key_positions[:, None, :]
-            allowed = allowed & (distance < window)
-        return layers.mask_bias(allowed)
+            mask = mask & (distance < window)  # [batch, query, key]
+        return attention.mask_to_bias(mask)
 
 
-def embedded_input(
-    scope: nn.Module,
-    x: Float[Array, "batch source embed"],
-    batch: Batch,
-    pad_id: int,
-    peft: Sequence[Peft],
-) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
-    """Returns what comes before the target, soft prompts included, and which of it is no padding.
-
-    Args:
-        scope: The module that gets the prompts' parameters, in a compact method.
-        x: The embedded `encoder_input_tokens`; learned positions are added later.
-        batch: Where they come from.
-        pad_id: The token that is padding.
-        peft: The methods whose `embed` is called.
-    """
-    valid = batch["encoder_input_tokens"] != pad_id
-    for method in peft:
-        x, valid = method.embed(scope, x, valid, batch)
-    return x, valid
-
-
-def layout(valid: Bool[Array, "batch input"], batch: Batch | None = None) -> Layout:
+def layout(input_mask: Bool[Array, "batch input"], batch: Batch | None = None) -> Layout:
     """Returns the layout of the input alone or, with a batch, of input and target.
 
     Examples of a packed row see only themselves, and their positions start at 0.
     """
-    segments = None
+    mask, segments = input_mask, None
     if batch is not None:
-        target = jnp.ones(batch["decoder_input_tokens"].shape, bool)
-        if "decoder_segment_ids" in batch:
-            if batch["encoder_segment_ids"].shape != valid.shape:
-                raise UserError("Packed batches cannot be combined with a soft prompt.")
-            segments = jnp.concatenate(
-                [batch["encoder_segment_ids"], batch["decoder_segment_ids"]], 1
-            )
-        valid = jnp.concatenate([valid, target], 1)
-    slots = jnp.arange(valid.shape[1])
-    allowed = (slots[:, None] >= slots[None, :]) & valid[:, None, :]  # [batch, length, length]
+        # Padding at the end of a target is seen by nothing but padding.
+        target_mask = jnp.ones(batch["decoder_input_tokens"].shape, bool)
+        mask = jnp.concatenate([input_mask, target_mask], 1)  # [batch, length]
+        segments = attention.input_segments(batch, input_mask)
+        if segments is not None:
+            segments = jnp.concatenate([segments, batch["decoder_segment_ids"]], 1)
+    slots = jnp.arange(mask.shape[1])[None]  # [1, length]
+    causal = slots[:, :, None] >= slots[:, None, :]
+    seen = causal & mask[:, None, :]  # [batch, length, length]
     if segments is not None:
-        allowed &= layers.same_segment(segments, segments)
-    # A token sees itself and what is before it: their number tells where it stands.
-    positions = jnp.maximum(jnp.sum(allowed, -1) - 1, 0)
-    return Layout(positions, positions, allowed)
+        seen &= attention.same_segment(segments, segments)
+    # A token sees itself and what is before it: their number is its position. Padding may see
+    # nothing; its position only has to be valid.
+    positions = jnp.maximum(jnp.sum(seen, -1) - 1, 0)
+    return Layout(positions, positions, seen)
 
 
 def new_cache(
-    valid: Bool[Array, "batch input"], inputs: Layout, keys: Sequence[Keys], max_length: int
+    input_mask: Bool[Array, "batch input"],
+    inputs: Layout,
+    keys: Sequence[KeyValues],
+    max_length: int,
 ) -> Cache:
-    """Returns the cache of a read input, with room for `max_length` tokens of the target.
+    """Returns the cache after the prefill, with room for `max_length` tokens of the target.
 
     Args:
-        valid: Which of the input is no padding.
+        input_mask: Which of the input is not padding.
         inputs: The input's layout.
-        keys: Each layer's keys and values of the input. Kept apart from the target's, because they
-            never change: decoding need not reorder them.
-        max_length: Most tokens that will be read.
+        keys: Each layer's keys and values of the input. They have a cache of their own, beside the
+            target's: it never changes, so that decoding need not reorder it.
+        max_length: The most tokens that will be read.
     """
-
     return {
-        "position": jnp.sum(valid, -1),  # [batch], of the next token
-        "length": jnp.zeros(valid.shape[0], jnp.int32),  # [batch], of the target so far
-        "input_valid": valid,
+        "position": jnp.sum(input_mask, -1),  # [batch], of the next token
+        "length": jnp.zeros(input_mask.shape[0], jnp.int32),  # [batch], of the target so far
+        "input_mask": input_mask,
         "input_positions": inputs.positions,
         "layers": [
-            {"input": kept_keys.keep(each), "target": kept_keys.room(each, max_length)}
+            {"input": kv_cache.filled(each), "target": kv_cache.empty(each, max_length)}
             for each in keys
         ],
     }
@@ -117,42 +96,48 @@ def next_layout(cache: Cache, count: int) -> Layout:
     """Returns the layout of the next tokens, which see the input and the target up to themselves.
 
     Args:
-        cache: What was read before them.
+        cache: Of what was read before them.
         count: Their number.
     """
-    new = jnp.arange(count)
+    new = jnp.arange(count)[None]
+    # Where the next tokens are in the sequence, and where in the target's cache: [batch, new].
     positions, lengths = (cache[name][:, None] + new for name in ("position", "length"))
-    slots = jnp.arange(cache["layers"][0]["target"]["key"].shape[2])  # [max_length]
-    begin = cache["position"] - cache["length"]
-    valid = cache["input_valid"]
+    slots = jnp.arange(cache["layers"][0]["target"]["key"].shape[2])[None]  # [1, max_length]
+    target_start = cache["position"] - cache["length"]  # [batch]
+    input_mask = cache["input_mask"]
     return Layout(
         positions,
-        jnp.concatenate([cache["input_positions"], begin[:, None] + slots], 1),
+        jnp.concatenate([cache["input_positions"], target_start[:, None] + slots], 1),
         jnp.concatenate(
             [
-                jnp.broadcast_to(valid[:, None], (*positions.shape, valid.shape[1])),
-                slots <= lengths[:, :, None],
+                jnp.broadcast_to(input_mask[:, None], (*positions.shape, input_mask.shape[1])),
+                slots[:, None] <= lengths[:, :, None],
             ],
             2,
-        ),
+        ),  # [batch, new, input + max_length]
     )
 
 
-def remember(layer: Cache, new: Keys, length: Int[Array, "batch"]) -> tuple[Cache, Sequence[Keys]]:
-    """Returns a layer's cache with the keys and values of more tokens, and what they may attend to.
+def update(
+    layer: Cache, new: KeyValues, length: Int[Array, "batch"]
+) -> tuple[Cache, Sequence[KeyValues]]:
+    """Adds the keys and values of more tokens to a layer's cache.
 
     Args:
         layer: The layer's cache.
         new: Keys and values of the target's next tokens, [batch, new, heads, head_dim].
         length: Number of the target's tokens before them.
+
+    Returns:
+        The cache, and the blocks of keys and values that the tokens attend to.
     """
-    lengths = length[:, None] + jnp.arange(new["key"].shape[1])
-    target = kept_keys.remember(layer["target"], new, lengths)
-    blocks = [kept_keys.by_head(layer["input"]), kept_keys.by_head(target)]
+    slots = length[:, None] + jnp.arange(new["key"].shape[1])[None]  # [batch, new]
+    target = kv_cache.update(layer["target"], new, slots)
+    blocks = [kv_cache.swap(layer["input"]), kv_cache.swap(target)]
     return {"input": layer["input"], "target": target}, blocks
 
 
 def advance(cache: Cache, new_layers: Sequence[Cache], count: int) -> Cache:
-    """Returns the cache after `count` tokens that have left the layers' caches like this."""
+    """Returns the cache after `count` more tokens, with the layers' caches that they left."""
     moved = {name: cache[name] + count for name in ("position", "length")}
     return cache | moved | {"layers": list(new_layers)}

@@ -15,15 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
 from robust_ft.models import decoder_only, layers
+from robust_ft.models.attention import active, attend, split_heads
+from robust_ft.models.config import ModelConfig
 from robust_ft.models.decoder_only import Cache
-from robust_ft.models.options import ACTIVATIONS, check_choices, rematerialized
-from robust_ft.models.peft.base import Keys, Peft, decoder_slots
+from robust_ft.models.options import ACTIVATIONS, rematerialized
+from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
 
-@dataclasses.dataclass(frozen=True)
-class GPT2Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config(ModelConfig):
     """Sizes and switches of a GPT-2; the defaults are GPT-2 small.
 
     Attributes:
@@ -34,14 +36,7 @@ class GPT2Config:
         activation: A name in `robust_ft.models.options.ACTIVATIONS`.
         pad_id: Tokens of the input that are masked. GPT-2 has no padding token of its own; its
             end of text serves as one.
-        dropout_rate: Of the embedded sequence and of what sublayers add.
         attention_dropout_rate: Of the attention weights.
-        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
-            where it applies; see `attention_kernels`.
-        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
-            products with parameters, "full" nothing but the layer's input.
-        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
-        param_dtype: Type in which parameters are drawn and kept.
     """
 
     vocab_size: int = 50257
@@ -52,15 +47,11 @@ class GPT2Config:
     num_positions: int = 1024
     activation: str = "gelu"
     pad_id: int = 50256
-    dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_choices(self, activation=tuple(ACTIVATIONS))
+        super().__post_init__()
+        self.check_choice("activation", tuple(ACTIVATIONS))
         if self.emb_dim % self.num_heads:
             raise UserError(
                 f"GPT2Config.emb_dim={self.emb_dim} must be a multiple of num_heads="
@@ -78,7 +69,7 @@ class GPT2Config:
 class SelfAttention(nn.Module):
     """Multi-head attention whose queries, keys and values are one product.
 
-    In two halves, so that decoding can keep keys and values: `project`, then `__call__`.
+    In two halves, between which decoding puts the KV cache: `project`, then `__call__`.
     """
 
     config: GPT2Config
@@ -91,24 +82,24 @@ class SelfAttention(nn.Module):
         self.out = _dense(cfg, self.peft, cfg.emb_dim, ("joined_kv", "embed"))
         self.dropout = nn.Dropout(cfg.attention_dropout_rate)
 
-    def project(self, x: Float[Array, "batch length embed"]) -> tuple[jax.Array, Keys]:
+    def project(self, x: Float[Array, "batch length embed"]) -> tuple[jax.Array, KeyValues]:
         """Returns the queries and {"key", "value"}, each [batch, length, heads, head_dim]."""
-        parts = jnp.split(self.qkv(x), 3, axis=-1)
-        query, key, value = (layers.split_heads(part, self.config.num_heads) for part in parts)
+        joined = jnp.split(self.qkv(x), 3, axis=-1)  # 3 times [batch, length, heads * head_dim]
+        query, key, value = (split_heads(each, self.config.num_heads) for each in joined)
         return query, {"key": key, "value": value}
 
     @nn.compact
     def __call__(
         self,
         query: Float[Array, "batch query heads head_dim"],
-        blocks: Sequence[Keys],
-        bias: Float[Array, "batch one query key"],
+        blocks: Sequence[KeyValues],
+        bias: Float[Array, "batch 1 query key"],
     ) -> Float[Array, "batch query embed"]:
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
-        dropout = layers.active(self.dropout, self.deterministic)
+        dropout = active(self.dropout, self.deterministic)
         scale, kernel = query.shape[-1] ** -0.5, self.config.attention
-        return self.out(layers.attended(query, blocks, bias, dropout, scale, kernel))
+        return self.out(attend(query, blocks, bias, dropout, scale, kernel))
 
 
 class Layer(nn.Module):
@@ -126,7 +117,7 @@ class Layer(nn.Module):
         self.mlp = layers.MLP(
             cfg.mlp_dim,
             (cfg.activation,),
-            dtype=_dtype(cfg),
+            dtype=cfg.dtype,
             param_dtype=cfg.param_dtype,
             peft=self.peft,
             use_bias=True,
@@ -134,14 +125,14 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout_rate)
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch one length length"]
+        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch 1 length length"]
     ) -> Float[Array, "batch length embed"]:
         return self.read(x, bias)[0]
 
     def read(
-        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch one length length"]
-    ) -> tuple[Float[Array, "batch length embed"], Keys]:
-        """Returns the layer's output, and keys and values for those that come later."""
+        self, x: Float[Array, "batch length embed"], bias: Float[Array, "batch 1 length length"]
+    ) -> tuple[Float[Array, "batch length embed"], KeyValues]:
+        """Returns the layer's output, and the keys and values of x for the KV cache."""
         query, keys = self.self_attention.project(self.pre_self_attention_layer_norm(x))
         return self._sublayers(x, query, [keys], bias), keys
 
@@ -150,15 +141,15 @@ class Layer(nn.Module):
         x: Float[Array, "batch new embed"],
         cache: Cache,
         length: Int[Array, "batch"],
-        bias: Float[Array, "batch one new key"],
+        bias: Float[Array, "batch 1 new key"],
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
-        """Reads the target's tokens from number `length` on, which see what the cache has kept."""
+        """Returns the layer's output and cache for the target's tokens from number `length` on."""
         query, new = self.self_attention.project(self.pre_self_attention_layer_norm(x))
-        cache, blocks = decoder_only.remember(cache, new, length)
+        cache, blocks = decoder_only.update(cache, new, length)
         return self._sublayers(x, query, blocks, bias), cache
 
     def _sublayers(
-        self, x: jax.Array, query: jax.Array, blocks: Sequence[Keys], bias: jax.Array
+        self, x: jax.Array, query: jax.Array, blocks: Sequence[KeyValues], bias: jax.Array
     ) -> jax.Array:
         x = x + self._sublayer("self_attention", self.self_attention(query, blocks, bias))
         y = self.mlp(self.pre_mlp_layer_norm(x), self.deterministic)
@@ -183,7 +174,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.position_embedder = layers.Embedding(
-            cfg.num_positions, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, "length", 0.02
+            cfg.num_positions, cfg.emb_dim, cfg.dtype, cfg.param_dtype, "length", 0.02
         )
         layer_class = rematerialized(Layer, cfg.remat)
         self.layers = [
@@ -196,18 +187,18 @@ class Decoder(nn.Module):
     def embedded_input(
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
-        """Returns soft prompts and input, and which of it is no padding."""
-        return decoder_only.embedded_input(self, x, batch, self.config.pad_id, self.peft)
+        """Returns the embedded input with its soft prompts, and which of it is not padding."""
+        return layers.with_prompts(self, x, batch, self.config.pad_id, self.peft)
 
     def __call__(
         self,
         inputs: Float[Array, "batch input embed"],
-        valid: Bool[Array, "batch input"],
+        input_mask: Bool[Array, "batch input"],
         targets: Float[Array, "batch target embed"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
         self._check_length(inputs.shape[1], targets.shape[1])
-        layout = decoder_only.layout(valid, batch)
+        layout = decoder_only.layout(input_mask, batch)
         bias = layout.bias()
         x = self._with_positions(jnp.concatenate([inputs, targets], 1), layout.positions)
         for layer in self.layers:
@@ -217,17 +208,17 @@ class Decoder(nn.Module):
     def prefill(
         self,
         inputs: Float[Array, "batch input embed"],
-        valid: Bool[Array, "batch input"],
+        input_mask: Bool[Array, "batch input"],
         max_length: int,
     ) -> Cache:
         self._check_length(inputs.shape[1], max_length)
-        layout = decoder_only.layout(valid)
+        layout = decoder_only.layout(input_mask)
         bias = layout.bias()
-        x, kept = self._with_positions(inputs, layout.positions), []
+        x, keys = self._with_positions(inputs, layout.positions), []
         for layer in self.layers:
-            x, keys = layer.read(x, bias)
-            kept.append(keys)
-        return decoder_only.new_cache(valid, layout, kept, max_length)
+            x, layer_keys = layer.read(x, bias)
+            keys.append(layer_keys)
+        return decoder_only.new_cache(input_mask, layout, keys, max_length)
 
     def extend(
         self, x: Float[Array, "batch new embed"], cache: Cache
@@ -243,7 +234,8 @@ class Decoder(nn.Module):
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
         x = x + self.position_embedder(positions + decoder_slots(self.peft))
-        return self.dropout(x, deterministic=self.deterministic)
+        x = self.dropout(x, deterministic=self.deterministic)
+        return x
 
     def _check_length(self, inputs: int, targets: int) -> None:
         available, slots = self.config.num_positions, decoder_slots(self.peft)
@@ -265,7 +257,7 @@ class GPT2(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, stddev=0.02
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.param_dtype, stddev=0.02
         )
         self.decoder = Decoder(cfg, self.peft, self.deterministic)
 
@@ -291,20 +283,18 @@ class GPT2(nn.Module):
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)
 
-    def _inputs(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _inputs(
+        self, batch: Batch
+    ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
         x = self.token_embedder(batch["encoder_input_tokens"])
         return self.decoder.embedded_input(x, batch)
 
 
-def _dtype(cfg: GPT2Config) -> jnp.dtype:
-    return jnp.dtype(cfg.dtype)
-
-
 def _norm(cfg: GPT2Config) -> layers.LayerNorm:
-    return layers.LayerNorm(_dtype(cfg), cfg.param_dtype)
+    return layers.LayerNorm(cfg.dtype, cfg.param_dtype)
 
 
 def _dense(
     cfg: GPT2Config, peft: tuple[Peft, ...], features: int, axes: tuple[str, str]
 ) -> layers.Dense:
-    return layers.Dense(features, axes, _dtype(cfg), cfg.param_dtype, peft=peft, use_bias=True)
+    return layers.Dense(features, axes, cfg.dtype, cfg.param_dtype, peft=peft, use_bias=True)

@@ -1,6 +1,5 @@
-"""Layers shared by the models; each calls the PEFT hooks of its site in one line."""
+"""Layers that the families share; each calls the PEFT hooks of its site in one line."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +11,22 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.models import attention_kernels
+from robust_ft.models.attention import active, attend, input_mask, split_heads
 from robust_ft.models.axes import with_axes
 from robust_ft.models.options import ACTIVATIONS
-from robust_ft.models.peft.base import Keys, Peft
+from robust_ft.models.peft.base import KeyValues, Peft
 from robust_ft.models.product import product
 from robust_ft.partitioning import constrain
+from robust_ft.types import Batch
 
 Initializer = Callable[..., jax.Array]
 
-# Large enough to vanish after softmax, small enough to add to scores in bfloat16.
-MASKED = -1e10
-
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def per_feature(vector: Float[Array, "features"], x: jax.Array) -> jax.Array:
+    """Returns a vector with the rank of x, to broadcast along x's last axis."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 class Dense(nn.Module):
@@ -34,8 +36,8 @@ class Dense(nn.Module):
         features: Size of the output.
         axes: Logical axes of the kernel.
         dtype: Type in which the product is computed.
-        output_dtype: Type of the result, by default the inputs'; a wider one loses nothing of
-            what accelerators accumulate.
+        output_dtype: Type of the result, by default the inputs'. A wider one keeps the digits in
+            which accelerators accumulate.
         use_bias: Whether a bias is added.
     """
 
@@ -61,7 +63,8 @@ class Dense(nn.Module):
         y = product(x, kernel.astype(self.dtype), self.output_dtype)
         if self.use_bias:
             init = with_axes(nn.initializers.zeros, self.axes[1])
-            y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+            y = y + per_feature(bias, y).astype(y.dtype)
         for method in self.peft:
             y = method.dense(self, x, y)
         return y
@@ -89,7 +92,8 @@ class RMSNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        # Parameters may be bfloat16: the product is in float32 all the same.
+        return (x * per_feature(scale, x).astype(jnp.float32)).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -109,6 +113,7 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (per_feature(each, x).astype(jnp.float32) for each in (scale, bias))
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -141,12 +146,35 @@ class Embedding(nn.Module):
 
     def attend(self, x: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits: the dot products with every token's embedding."""
-        return jnp.einsum(
+        logits: jax.Array = jnp.einsum(
             "...e,ve->...v",
             x,
             self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        return logits
+
+
+def with_prompts(
+    scope: nn.Module,
+    x: Float[Array, "batch source embed"],
+    batch: Batch,
+    pad_id: int,
+    peft: Sequence[Peft],
+) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
+    """Returns the embedded input with its soft prompts, and which of it is not padding.
+
+    Args:
+        scope: The module that gets the prompts' parameters, in a compact method.
+        x: The embedded `encoder_input_tokens`; learned positions are added later.
+        batch: Where they come from.
+        pad_id: The token that is padding.
+        peft: The methods whose `embed` is called.
+    """
+    mask = input_mask(batch, pad_id)
+    for method in peft:
+        x, mask = method.embed(scope, x, mask, batch)
+    return x, mask
 
 
 class RelativePositionBias(nn.Module):
@@ -176,7 +204,7 @@ class RelativePositionBias(nn.Module):
         buckets = relative_position_bucket(
             distance, self.bidirectional, self.num_buckets, self.max_distance
         )  # [*batch, query, key]
-        bias = jnp.take(table.astype(jnp.float32).T, buckets, axis=0)
+        bias = jnp.take(table.astype(jnp.float32).T, buckets, axis=0)  # [*batch, query, key, heads]
         return jnp.moveaxis(bias, -1, -3)
 
 
@@ -203,25 +231,26 @@ def relative_position_bucket(
 def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     """Returns the buckets of the distances 0 to `max_distance`.
 
-    A table made on the host, because accelerators' logarithms may miss the exact distances at
-    which buckets begin (16, 32 and 64 in T5).
+    The table is computed on the host, because accelerators' logarithms may miss the exact distances
+    at which buckets begin (16, 32 and 64 in T5).
     """
-    exact = num_buckets // 2
+    exact = num_buckets // 2  # as many distances have a bucket each
     distance = np.arange(max_distance + 1)
     share = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
+    # Without the small number, a share of exactly k buckets may be rounded to just below k.
     logarithmic = exact + (share * (num_buckets - exact) + 1e-9).astype(np.int32)
     buckets = np.where(distance < exact, distance, np.minimum(logarithmic, num_buckets - 1))
     return buckets.astype(np.int32)
 
 
 class Attention(nn.Module):
-    """Multi-head attention in two halves, so that decoding can keep keys and values.
+    """Multi-head attention in two halves, between which decoding puts the KV cache.
 
-    `project` makes keys and values of the attended sequence, `__call__` attends to them.
+    `project` computes the keys and values of a sequence, `__call__` attends to them.
 
     Attributes:
         use_bias: Whether the four projections have a bias.
-        scale: Factor of the scores; where it is 1, as in T5, and not head_dim^-0.5, the query
+        scale: Factor of the scores. Where it is 1, as in T5, and not head_dim^-0.5, the query
             kernel is initialized smaller instead.
         dropout_dims: Axes of the attention weights along which one dropout mask is shared.
         kernel: What computes it, a config's `attention`.
@@ -261,7 +290,7 @@ class Attention(nn.Module):
         self.out = projection(self.embed_dim, ("joined_kv", "embed"), fan_in_normal)
         self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=self.dropout_dims)
 
-    def project(self, x: Float[Array, "batch key embed"]) -> dict[str, jax.Array]:
+    def project(self, x: Float[Array, "batch key embed"]) -> KeyValues:
         """Returns {"key", "value"}, each [batch, key, heads, head_dim]."""
         return {"key": self._split(self.key(x)), "value": self._split(self.value(x))}
 
@@ -269,79 +298,27 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch query embed"],
-        keys: Keys,
-        bias: Float[Array, "#batch #heads query key"],
+        keys: KeyValues,
+        bias: Float[Array, "#batch #heads #query key"],
         deterministic: bool,
     ) -> Float[Array, "batch query embed"]:
         query = self._split(self.query(x))
-        blocks: Sequence[Keys] = [keys]
+        blocks: Sequence[KeyValues] = [keys]
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
         dropout = active(self.dropout, deterministic)
-        return self.out(attended(query, blocks, bias, dropout, self.scale, self.kernel))
+        return self.out(attend(query, blocks, bias, dropout, self.scale, self.kernel))
 
     def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
         return split_heads(x, self.num_heads)
 
 
-def split_heads(
-    x: Float[Array, "batch length joined"], num_heads: int
-) -> Float[Array, "batch length heads head_dim"]:
-    """Returns the same numbers by head, the heads placed as the mesh has them."""
-    x = x.reshape(*x.shape[:2], num_heads, -1)
-    return constrain(x, "batch", "length", "heads", "kv")
-
-
-def active(dropout: nn.Dropout, deterministic: bool) -> Callable[[jax.Array], jax.Array] | None:
-    """Returns the dropout as a function, None if it changes nothing."""
-    if deterministic or dropout.rate == 0:
-        return None
-    return functools.partial(dropout, deterministic=False)
-
-
-def attended(
-    query: Float[Array, "batch query heads head_dim"],
-    blocks: Sequence[Keys],
-    bias: Float[Array, "#batch #heads query key"],
-    dropout: Callable[[jax.Array], jax.Array] | None,
-    scale: float = 1.0,
-    kernel: str = "xla",
-) -> Float[Array, "batch query joined"]:
-    """Returns the values that attention mixes, heads joined; softmax is in float32.
-
-    Args:
-        query: What attends.
-        blocks: {"key", "value"} of what is attended to, each [batch, part, heads, head_dim]. What
-            decoding keeps in parts need not be joined at every step.
-        bias: Added to the scores, such as `mask_bias`.
-        dropout: Applied to the weights, if any.
-        scale: Factor of the scores.
-        kernel: What computes it, see `attention_kernels`.
-    """
-    if attention_kernels.uses_cudnn(kernel, query, blocks, dropout is not None):
-        return attention_kernels.fused(query, blocks, bias, scale)
-    scores = [
-        jnp.einsum("bqhd,bkhd->bhqk", query, keys["key"], preferred_element_type=jnp.float32)
-        for keys in blocks
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1) * scale + bias, axis=-1)
-    weights = weights.astype(query.dtype)
-    if dropout is not None:
-        weights = dropout(weights)
-    ends = np.cumsum([keys["key"].shape[1] for keys in blocks])
-    mixed = sum(
-        jnp.einsum("bhqk,bkhd->bqhd", part, keys["value"])
-        for part, keys in zip(jnp.split(weights, ends[:-1], axis=-1), blocks, strict=True)
-    )
-    return jnp.reshape(mixed, (*query.shape[:2], -1))
-
-
 class MLP(nn.Module):
-    """The feed-forward sublayer: the product of one activation per input kernel, then `wo`.
+    """The feed-forward sublayer; with two input kernels a gated one: wo(f(wi_0 x) * g(wi_1 x)).
 
     Attributes:
         activations: Names in `robust_ft.models.options.ACTIVATIONS`.
-        dropout_rate: Of what the activations give.
+        dropout_rate: Of the hidden units.
         dropout_dims: Axes along which one dropout mask is shared.
     """
 
@@ -384,17 +361,3 @@ class MLP(nn.Module):
             use_bias=self.use_bias,
             name="wo",
         )(hidden)
-
-
-def mask_bias(
-    allowed: Bool[Array, "batch #query key"],
-) -> Float[Array, "batch one #query key"]:
-    """Returns an attention bias, the same for all heads, that hides what is not allowed."""
-    return jnp.where(allowed, 0.0, MASKED)[:, None]
-
-
-def same_segment(
-    query_segments: Int[Array, "batch query"], key_segments: Int[Array, "batch key"]
-) -> Bool[Array, "batch query key"]:
-    """Returns which pairs belong to the same example of a packed row."""
-    return query_segments[:, :, None] == key_segments[:, None, :]

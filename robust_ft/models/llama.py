@@ -16,10 +16,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
-from robust_ft.models import attention_kernels, decoder_only, layers
+from robust_ft.models import decoder_only, layers
+from robust_ft.models.attention import active, attend, split_heads
+from robust_ft.models.config import ModelConfig
 from robust_ft.models.decoder_only import Cache, Layout
-from robust_ft.models.options import check_choices, rematerialized
-from robust_ft.models.peft.base import Keys, Peft, decoder_slots
+from robust_ft.models.options import rematerialized
+from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
@@ -28,8 +30,8 @@ ROPE_SCALINGS = ("none", "linear", "llama3")
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines, each [batch, length, 1, head_dim / 2]
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
     """Sizes and switches of a Llama-style decoder; the defaults are Llama 2 7B.
 
     Attributes:
@@ -51,12 +53,6 @@ class LlamaConfig:
             by degrees.
         rope_original_length: The length that "llama3" models were first trained on.
         pad_id: The token that is masked in the input.
-        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
-            where it applies; see `attention_kernels`.
-        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
-            products with parameters, "full" nothing but the layer's input.
-        dtype: Type of activations. Softmax, norms, rotations and logits are float32 whatever it is.
-        param_dtype: Type in which parameters are drawn and kept.
     """
 
     vocab_size: int = 32000
@@ -81,14 +77,10 @@ class LlamaConfig:
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
     pad_id: int = 0
-    dropout_rate: float = 0.0
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_choices(self, rope_scaling=ROPE_SCALINGS)
+        super().__post_init__()
+        self.check_choice("rope_scaling", ROPE_SCALINGS)
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"LlamaConfig.num_kv_heads={self.num_kv_heads} must divide "
@@ -96,7 +88,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise UserError(
-                f"LlamaConfig.head_dim={self.head_dim} must be even: rotary positions turn pairs."
+                f"LlamaConfig.head_dim={self.head_dim} must be even: rotary positions rotate pairs."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(
@@ -117,7 +109,7 @@ class LlamaConfig:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over keys and values that are given."""
+    """Grouped-query attention with rotary positions, in two halves as `layers.Attention`."""
 
     config: LlamaConfig
     peft: tuple[Peft, ...]
@@ -139,60 +131,33 @@ class Attention(nn.Module):
             self.key_norm = _norm(cfg, "kv")
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
-    def project(self, x: Float[Array, "batch key embed"], rotary: Rotary) -> Keys:
+    def project(self, x: Float[Array, "batch key embed"], rotary: Rotary) -> KeyValues:
         """Returns {"key", "value"}, each [batch, key, kv_heads, head_dim]; keys are rotated."""
-        key = self._split(self.key(x))
+        key = split_heads(self.key(x), self.config.num_kv_heads)
         if self.config.qk_norm:
             key = self.key_norm(key)
-        return {"key": rotate(key, rotary), "value": self._split(self.value(x))}
+        # Cached keys are rotated: they keep their positions, whatever comes after them.
+        value = split_heads(self.value(x), self.config.num_kv_heads)
+        return {"key": rotate(key, rotary), "value": value}
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch query embed"],
         rotary: Rotary,
-        blocks: Sequence[Keys],
-        bias: Float[Array, "batch one query key"],
+        blocks: Sequence[KeyValues],
+        bias: Float[Array, "batch 1 query key"],
         deterministic: bool,
     ) -> Float[Array, "batch query embed"]:
-        """Attends to one or more blocks of keys, whose lengths add up to the bias's."""
         cfg = self.config
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
-        query = self._split(self.query(x))
+        query = split_heads(self.query(x), cfg.num_heads)
         if cfg.qk_norm:
             query = self.query_norm(query)
         query = rotate(query, rotary)
-        dropout = layers.active(self.dropout, deterministic)
-        if attention_kernels.uses_cudnn(cfg.attention, query, blocks, dropout is not None):
-            return self.out(
-                attention_kernels.fused(query, blocks, bias, 1 / math.sqrt(cfg.head_dim))
-            )
-        # Heads that share keys lie next to each other: [batch, query, kv_heads, group, head_dim].
-        query = query.reshape(*query.shape[:2], cfg.num_kv_heads, -1, cfg.head_dim)
-        scores = jnp.concatenate(
-            [
-                jnp.einsum(
-                    "bqhgd,bkhd->bhgqk", query, keys["key"], preferred_element_type=jnp.float32
-                )
-                for keys in blocks
-            ],
-            axis=-1,
-        )
-        scores = scores / math.sqrt(cfg.head_dim) + bias[:, None]
-        weights = jax.nn.softmax(scores, axis=-1).astype(_dtype(cfg))
-        if dropout is not None:
-            weights = dropout(weights)
-        ends = np.cumsum([keys["key"].shape[1] for keys in blocks])[:-1]
-        mixed = sum(
-            jnp.einsum("bhgqk,bkhd->bqhgd", part, keys["value"])
-            for part, keys in zip(jnp.split(weights, ends, axis=-1), blocks, strict=True)
-        )
-        return self.out(jnp.reshape(mixed, (*x.shape[:2], -1)))
-
-    def _split(self, x: Float[Array, "batch length joined"]) -> jax.Array:
-        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
-        return constrain(x, "batch", "length", "heads", "kv")
+        dropout = active(self.dropout, deterministic)
+        return self.out(attend(query, blocks, bias, dropout, cfg.head_dim**-0.5, cfg.attention))
 
 
 class DecoderLayer(nn.Module):
@@ -207,32 +172,32 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "batch length embed"],
         rotary: Rotary,
-        bias: Float[Array, "batch one length key"],
+        bias: Float[Array, "batch 1 length key"],
         cache: Cache | None = None,
         length: Int[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
-        """Returns new states, and the keys and values of x or, given a cache, the cache with them.
+        """Returns the layer's output, and the keys and values of x or, with a cache, the cache.
 
         Args:
-            x: States of a sequence or, with a cache, of the tokens that follow it.
+            x: A whole sequence or, with a cache, the tokens that follow it.
             rotary: Of the positions of x.
-            bias: Hides what must not be seen.
-            cache: This layer's, as `decoder_only.new_cache` makes it.
+            bias: The attention bias.
+            cache: This layer's, see `decoder_only.new_cache`.
             length: Number of the target's tokens in the cache.
         """
         cfg = self.config
         attention = Attention(cfg, self.peft, name="self_attention")
         y = _norm(cfg, name="pre_self_attention_layer_norm")(x)
         keys = attention.project(y, rotary)
-        kept: Any = keys
-        blocks: Sequence[Keys] = [keys]
+        blocks: Sequence[KeyValues] = [keys]
+        state: Any = keys
         if cache is not None and length is not None:
-            kept, blocks = decoder_only.remember(cache, keys, length)
+            state, blocks = decoder_only.update(cache, keys, length)
         y = attention(y, rotary, blocks, bias, self.deterministic)
         x = x + self._sublayer("self_attention", y)
         y = _norm(cfg, name="pre_mlp_layer_norm")(x)
         x = x + self._sublayer("mlp", _mlp(cfg, self.peft)(y, self.deterministic))
-        return constrain(x, "batch", "length", "activation_embed"), kept
+        return constrain(x, "batch", "length", "activation_embed"), state
 
     def _sublayer(self, site: str, y: jax.Array) -> jax.Array:
         y = _dropout(self.config)(y, deterministic=self.deterministic)
@@ -266,46 +231,47 @@ class Decoder(nn.Module):
         y: Float[Array, "batch target embed"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        x, valid = self._embedded_input(x, batch)
-        layout = decoder_only.layout(valid, batch)
+        x, input_mask = self._with_prompts(x, batch)
+        layout = decoder_only.layout(input_mask, batch)
         hidden, _ = self._layers(jnp.concatenate([x, y], 1), layout)
         return self.decoder_norm(hidden[:, x.shape[1] :])
 
     def prefill(
         self, x: Float[Array, "batch source embed"], batch: Batch, max_length: int
     ) -> Cache:
-        x, valid = self._embedded_input(x, batch)
-        layout = decoder_only.layout(valid)
+        x, input_mask = self._with_prompts(x, batch)
+        layout = decoder_only.layout(input_mask)
         _, keys = self._layers(x, layout)
-        return decoder_only.new_cache(valid, layout, keys, max_length)
+        return decoder_only.new_cache(input_mask, layout, keys, max_length)
 
     def extend(
         self, x: Float[Array, "batch new embed"], cache: Cache
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
-        x, kept = self._layers(x, decoder_only.next_layout(cache, x.shape[1]), cache)
-        return self.decoder_norm(x), decoder_only.advance(cache, kept, x.shape[1])
+        x, new_layers = self._layers(x, decoder_only.next_layout(cache, x.shape[1]), cache)
+        return self.decoder_norm(x), decoder_only.advance(cache, new_layers, x.shape[1])
 
     @nn.compact
-    def _embedded_input(
+    def _with_prompts(
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
-        return decoder_only.embedded_input(self, x, batch, self.config.pad_id, self.peft)
+        return layers.with_prompts(self, x, batch, self.config.pad_id, self.peft)
 
     def _layers(
         self, x: Float[Array, "batch length embed"], layout: Layout, cache: Cache | None = None
     ) -> tuple[Float[Array, "batch length embed"], list[Any]]:
+        """Returns the last layer's output, and every layer's keys and values, or its cache."""
         cfg = self.config
         positions = layout.positions + decoder_slots(self.peft)
         rotary = rotary_angles(positions, rotary_frequencies(cfg))
-        # The masks, made once and not in every layer.
+        # Both biases are computed once, not in every layer.
         full, windowed = layout.bias(), layout.bias(cfg.sliding_window)
-        kept = []
+        states = []
         for i, layer in enumerate(self.layers):
             bias = windowed if i >= cfg.first_window_layer else full
             past = () if cache is None else (cache["layers"][i], cache["length"])
-            x, keys = layer(x, rotary, bias, *past)
-            kept.append(keys)
-        return x, kept
+            x, state = layer(x, rotary, bias, *past)
+            states.append(state)
+        return x, states
 
 
 class Llama(nn.Module):
@@ -318,7 +284,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype, stddev=0.02
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.param_dtype, stddev=0.02
         )
         self.decoder = Decoder(cfg, self.peft, self.deterministic)
 
@@ -349,43 +315,42 @@ class Llama(nn.Module):
         return self.decoder.extend(self.token_embedder(tokens), cache)
 
 
-def rotary_frequencies(cfg: LlamaConfig) -> np.ndarray:
-    """Returns by how many radians a position turns each pair of entries: [head_dim / 2]."""
+def rotary_frequencies(cfg: LlamaConfig) -> Float[np.ndarray, "pairs"]:
+    """Returns by how many radians a position rotates each of the head_dim / 2 pairs of entries."""
     frequencies = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     if cfg.rope_scaling == "none":
         return frequencies.astype(np.float32)
     stretched = frequencies / cfg.rope_factor
     if cfg.rope_scaling == "linear":
         return stretched.astype(np.float32)
-    # How often a wave fits into the original length tells how much of it is left as it is.
-    turns = cfg.rope_original_length * frequencies / (2 * math.pi)
+    # "llama3": frequencies with many periods in the original length stay, those with few are
+    # stretched, those between are interpolated.
+    periods = cfg.rope_original_length * frequencies / (2 * math.pi)
     low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return (kept * frequencies + (1 - kept) * stretched).astype(np.float32)
+    share = np.clip((periods - low) / (high - low), 0, 1)
+    return (share * frequencies + (1 - share) * stretched).astype(np.float32)
 
 
-def rotary_angles(positions: Int[Array, "batch length"], frequencies: np.ndarray) -> Rotary:
+def rotary_angles(
+    positions: Int[Array, "batch length"], frequencies: Float[np.ndarray, "pairs"]
+) -> Rotary:
     """Returns float32 cosines and sines of each position's angles."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "batch length heads head_dim"], rotary: Rotary
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns entries i and i + head_dim / 2 of every head by the same angle, in float32."""
-    cos, sin = rotary
+    """Rotates entries i and i + head_dim / 2 of every head by their angle, in float32."""
+    cos, sin = rotary  # [batch, length, 1, head_dim / 2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.astype(x.dtype)
-
-
-def _dtype(cfg: LlamaConfig) -> jnp.dtype:
-    return jnp.dtype(cfg.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.astype(x.dtype)
 
 
 def _norm(cfg: LlamaConfig, axis: str = "embed", name: str | None = None) -> layers.RMSNorm:
-    return layers.RMSNorm(_dtype(cfg), cfg.param_dtype, cfg.norm_epsilon, axis=axis, name=name)
+    return layers.RMSNorm(cfg.dtype, cfg.param_dtype, cfg.norm_epsilon, axis=axis, name=name)
 
 
 def _dense(
@@ -399,7 +364,7 @@ def _dense(
     return layers.Dense(
         features,
         axes,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft=peft,
         output_dtype=output_dtype,
@@ -417,7 +382,7 @@ def _mlp(cfg: LlamaConfig, peft: tuple[Peft, ...]) -> layers.MLP:
         cfg.mlp_dim,
         ("silu", "linear"),
         cfg.dropout_rate,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft,
         name="mlp",

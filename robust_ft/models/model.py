@@ -1,10 +1,10 @@
-"""The bundle that the rest of the program sees: plain functions of parameters and batches."""
+"""What the rest of the program sees of a model: pure functions of parameters and batches."""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from robust_ft import task_names
 from robust_ft.errors import UserError, nearest
+from robust_ft.models.attention import input_mask
+from robust_ft.models.config import ModelConfig
 from robust_ft.models.peft.base import Peft
 from robust_ft.types import Batch, Params
 
 
-class ModelConfig(Protocol):
-    """A frozen dataclass with an architecture's sizes."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def emb_dim(self) -> int: ...
-
-    @property
-    def attention(self) -> str: ...
-
-    def module(self, peft: tuple[Peft, ...] = ()) -> nn.Module:
-        """Returns the Linen module with these PEFT methods plugged in."""
-        ...
-
-
+@runtime_checkable
 class LanguageModel(Protocol):
-    """What decoding and scoring ask: of a `Model`, or of several as one. Hashable."""
+    """What decoding and scoring need: of a `Model`, or of an ensemble of them. Hashable."""
 
     @property
     def peft(self) -> tuple[Peft, ...]: ...
@@ -99,7 +85,7 @@ class Model:
         return next((method.tasks for method in self.peft if method.tasks), ())
 
     def task_index(self, task: str) -> int:
-        """Returns what batches' "task_index" [batch] says for a task: its position in `tasks`.
+        """Returns the value of "task_index" [batch] for rows of a task: its position in `tasks`.
 
         Derived tasks (`task_names`) have the parameters of the task they come from, unless they
         have their own.
@@ -129,7 +115,8 @@ class Model:
 
     def init(self, rng: jax.Array) -> Params:
         """Draws all parameters."""
-        return nn.unbox(self._init(rng))
+        params: Params = nn.unbox(self._init(rng))
+        return params
 
     def shapes(self) -> Params:
         """Returns the parameters' shapes and types without drawing them."""
@@ -143,11 +130,12 @@ class Model:
         def is_leaf(x: Any) -> bool:
             return isinstance(x, nn.meta.AxisMetadata)
 
-        return jax.tree.map(function, self._boxed, is_leaf=is_leaf)
+        tree: Params = jax.tree.map(function, self._boxed, is_leaf=is_leaf)
+        return tree
 
     @functools.cached_property
     def _boxed(self) -> Any:
-        # Asked for again and again, and a large model takes seconds to trace.
+        # Cached, since a large model takes seconds to trace.
         return jax.eval_shape(self._init, jax.random.key(0))
 
     def initialize_peft(self, rng: jax.Array, params: Params) -> Params:
@@ -155,7 +143,8 @@ class Model:
         flat = traverse_util.flatten_dict(params, sep="/")
         for i, method in enumerate(self.peft):
             flat |= method.initialize(jax.random.fold_in(rng, i), params, self.config)
-        return traverse_util.unflatten_dict(flat, sep="/")
+        initialized: Params = traverse_util.unflatten_dict(flat, sep="/")
+        return initialized
 
     def check(self) -> None:
         """Raises a UserError if a PEFT method does not fit this model."""
@@ -164,9 +153,9 @@ class Model:
             method.check(shapes, self.config)
 
     def check_lengths(self, inputs: int, targets: int) -> None:
-        """Raises a UserError if the model has no positions for so many tokens.
+        """Raises a UserError if the model has too few positions for inputs and targets.
 
-        Soft prompts and prefixes count. Models without a table of positions know no limit.
+        Soft prompts and prefixes count. Models without a table of positions have no limit.
         """
         if not hasattr(self.config, "num_positions"):
             return
@@ -199,13 +188,15 @@ class Model:
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> Float[Array, "batch target vocab"]:
         """Returns float32 logits; with a key, dropout is on."""
-        return self._apply(params, rng)(batch)
+        logits: jax.Array = self._apply(params, rng)(batch)
+        return logits
 
     def hidden(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> Float[Array, "batch target embed"]:
         """Returns the states before the output head, for losses that never hold all logits."""
-        return self._apply(params, rng, "hidden")(batch)
+        hidden: jax.Array = self._apply(params, rng, "hidden")(batch)
+        return hidden
 
     def head(
         self,
@@ -214,7 +205,8 @@ class Model:
         rng: jax.Array | None = None,
     ) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits of hidden states; `head_params` are all that it reads."""
-        return self._apply(params, rng, "head")(hidden)
+        logits: jax.Array = self._apply(params, rng, "head")(hidden)
+        return logits
 
     def head_params(self, params: Params) -> Params:
         """Returns the parameters that `head` reads: of a head of its own, or of the embedding."""
@@ -223,15 +215,16 @@ class Model:
         if "decoder/logits_dense/kernel" not in flat:
             reads += "|token_embedder/embedding"
         flat = {path: leaf for path, leaf in flat.items() if re.fullmatch(reads, path)}
-        return traverse_util.unflatten_dict(flat, sep="/")
+        head: Params = traverse_util.unflatten_dict(flat, sep="/")
+        return head
 
     def narrowed(self, tokens: int) -> "Model":
-        """Returns the model whose `head` knows only so many tokens.
+        """Returns the model whose `head` computes the logits of a shard of `tokens` tokens.
 
-        It takes `head_params` whose "vocab" axes are sliced, and returns these tokens' logits.
+        It takes `head_params` whose "vocab" axes are sliced.
         """
         config: Any = self.config
-        # Padding may be none of them; the head does not ask.
+        # The padding token may lie outside of the shard; the head does not use it.
         padding = {"pad_id": 0} if hasattr(config, "pad_id") else {}
         config = dataclasses.replace(config, vocab_size=tokens, **padding)
         return dataclasses.replace(self, config=config)
@@ -245,25 +238,28 @@ class Model:
         start = jnp.full((inputs.shape[0], 1), self.start_id, jnp.int32)
         if "encoder" in params:
             return start
-        valid = inputs != self.pad_id
-        order = jnp.argsort(valid, axis=1, stable=True)
-        inputs = jnp.take_along_axis(jnp.where(valid, inputs, -1), order, axis=1)
+        mask = input_mask(batch, self.pad_id)
+        order = jnp.argsort(mask, axis=1, stable=True)  # padding (False) first
+        inputs = jnp.take_along_axis(jnp.where(mask, inputs, -1), order, axis=1)
         return jnp.concatenate([inputs, start], axis=1)
 
     def prefill(self, params: Params, batch: Batch, max_length: int) -> Any:
-        """Reads the input and returns a cache whose leaves all lead with the batch axis."""
+        """Reads the input and returns the KV cache, whose leaves all lead with the batch axis."""
         return self._apply(params, None, "prefill")(batch, max_length)
 
     def extend(
         self, params: Params, cache: Any, tokens: Int[Array, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Any]:
         """Reads the target's next tokens; returns what `head` turns into logits, and the cache."""
-        return self._apply(params, None, "extend")(cache, tokens)
+        hidden, cache = self._apply(params, None, "extend")(cache, tokens)
+        return hidden, cache
 
     def step(
         self, params: Params, cache: Any, tokens: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch vocab"], Any]:
-        """Reads one token a row; returns float32 log-probabilities of the next and the cache."""
+        """One decode step: reads one token of each row, and returns float32 log-probabilities of
+        the next token and the cache.
+        """
         hidden, cache = self.extend(params, cache, tokens[:, None])
         return jax.nn.log_softmax(self.head(params, hidden)[:, 0]), cache
 
@@ -274,9 +270,8 @@ class Model:
         }
         if self.tasks:
             batch["task_index"] = jnp.zeros((1,), jnp.int32)
-        config: Any = self.config
-        # Shapes are asked for also where a fused kernel does not apply.
-        config = dataclasses.replace(config, attention="xla")
+        # Parameters do not depend on the kernel, and must have shapes where cuDNN does not apply.
+        config = dataclasses.replace(self.config, attention="xla")
         params = config.module(self.peft).init(rng, batch)["params"]
         for i, method in enumerate(self.peft):
             params = method.reparameterize(jax.random.fold_in(rng, i + 1), params)

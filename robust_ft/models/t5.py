@@ -4,7 +4,6 @@ Parameter names and shapes are t5x's. `T5Config` is flat; the module reads top t
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +11,26 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError
-from robust_ft.models import kept_keys, layers
-from robust_ft.models.options import check_choices, rematerialized
-from robust_ft.models.peft.base import Keys, Peft, decoder_slots
+from robust_ft.models import encoder_decoder, layers
+from robust_ft.models.attention import mask_to_bias
+from robust_ft.models.config import ModelConfig
+from robust_ft.models.encoder_decoder import Cache
+from robust_ft.models.options import rematerialized
+from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import Batch
 
-Cache = dict[str, Any]
-
+PAD_ID = 0
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
 
 
-@dataclasses.dataclass(frozen=True)
-class T5Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(ModelConfig):
     """Sizes and switches of a T5; the defaults are T5 1.1 small.
 
     Attributes:
         logits_via_embedding: Use the token embedding as the output head, scaled by
             emb_dim^-0.5 (T5 1.0); otherwise the head has its own kernel (T5 1.1, mT5).
-        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
-            where it applies; see `attention_kernels`.
-        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
-            products with parameters, "full" nothing but the layer's input.
-        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
-        param_dtype: Type in which parameters are drawn and kept.
     """
 
     vocab_size: int = 32128
@@ -49,16 +44,12 @@ class T5Config:
     logits_via_embedding: bool = False
     relative_num_buckets: int = 32
     relative_max_distance: int = 128
-    dropout_rate: float = 0.0
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # gin gives lists; a frozen config has to be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        check_choices(self, mlp_activations=ACTIVATIONS)
+        self.check_choice("mlp_activations", ACTIVATIONS)
         # Encoders give each direction half of the buckets and one distance each to half of those.
         if self.relative_num_buckets < 4:
             raise UserError(
@@ -77,8 +68,9 @@ class T5Config:
 class EncoderLayer(nn.Module):
     """Self-attention and MLP, each with norm before and residual around it.
 
-    The bias comes in two parts, by position and by mask. Their sum is as large as the scores,
-    and so is its gradient: made outside of layers, one a layer would stay until all are added up.
+    The bias comes in two terms, by position and by mask. Their sum is as large as the scores, and
+    so is its gradient. Added up outside of the layers, the sum would have one gradient for each
+    layer, all of them held until the backward pass has added them.
     """
 
     config: T5Config
@@ -89,12 +81,12 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch source embed"],
-        position_bias: Float[Array, "one heads source source"],
-        mask_bias: Float[Array, "batch one #source source"],
+        position_bias: Float[Array, "1 heads source source"],
+        mask_bias: Float[Array, "batch 1 #source source"],
     ) -> Float[Array, "batch source embed"]:
         attention = _attention(self.config, self.peft, "attention")
         y = _norm(self.config, "pre_attention_layer_norm")(x)
-        bias = position_bias + mask_bias
+        bias = position_bias + mask_bias  # [batch, heads, source, source]
         y = attention(y, attention.project(y), bias, self.deterministic)
         x = x + self._sublayer("attention", y)
         y = _norm(self.config, "pre_mlp_layer_norm")(x)
@@ -120,37 +112,24 @@ class Encoder(nn.Module):
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         cfg = self.config
-        valid = batch["encoder_input_tokens"] != 0
-        for method in self.peft:
-            x, valid = method.embed(self, x, valid, batch)
-        positions = jnp.arange(x.shape[1])[None]
+        x, input_mask = layers.with_prompts(self, x, batch, PAD_ID, self.peft)
+        positions = jnp.arange(x.shape[1])[None]  # [1, source], soft prompts included
         position_bias = _relative_bias(cfg, bidirectional=True)(positions, positions)
-        mask_bias = layers.mask_bias(self._allowed(valid, batch))
+        mask_bias = mask_to_bias(encoder_decoder.encoder_mask(input_mask, batch))
         x = _dropout(cfg)(x, deterministic=self.deterministic)
         layer_class = rematerialized(EncoderLayer, cfg.remat)
         for i in range(cfg.num_encoder_layers):
             layer = layer_class(cfg, self.peft, self.deterministic, name=f"layers_{i}")
             x = layer(x, position_bias, mask_bias)
         x = _norm(cfg, "encoder_norm")(x)
-        return nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic), valid
-
-    def _allowed(
-        self, valid: Bool[Array, "batch source"], batch: Batch
-    ) -> Bool[Array, "batch #source source"]:
-        allowed = valid[:, None, :]
-        if "encoder_segment_ids" in batch:
-            segments = batch["encoder_segment_ids"]
-            if segments.shape != valid.shape:
-                raise UserError("Packed batches cannot be combined with a soft prompt.")
-            allowed = allowed & layers.same_segment(segments, segments)
-        return allowed
+        return nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic), input_mask
 
 
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the encoder's output, and MLP.
 
-    It either runs over all positions of a target at once (`__call__`) or, with kept keys and
-    values, over the positions that follow them (`extend`).
+    It runs over a whole target at once (`__call__`) or, with a KV cache, over the tokens that
+    follow (`extend`).
     """
 
     config: T5Config
@@ -171,9 +150,9 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "batch target embed"],
         memory: Float[Array, "batch memory embed"],
-        position_bias: Float[Array, "one heads target target"],
-        mask_bias: Float[Array, "#batch one target target"],
-        memory_bias: Float[Array, "batch one #target memory"],
+        position_bias: Float[Array, "1 heads target key"],
+        mask_bias: Float[Array, "#batch 1 target key"],
+        memory_bias: Float[Array, "batch 1 #target memory"],
     ) -> Float[Array, "batch target embed"]:
         y = self.pre_self_attention_layer_norm(x)
         keys = self.self_attention.project(y)
@@ -181,7 +160,7 @@ class DecoderLayer(nn.Module):
         self_bias = position_bias + mask_bias
         return self._sublayers(x, y, keys, self_bias, memory_keys, memory_bias)
 
-    def project_memory(self, memory: Float[Array, "batch memory embed"]) -> dict[str, jax.Array]:
+    def project_memory(self, memory: Float[Array, "batch memory embed"]) -> KeyValues:
         return self.encoder_decoder_attention.project(memory)
 
     def extend(
@@ -189,22 +168,21 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "batch new embed"],
         cache: Cache,
         positions: Int[Array, "batch new"],
-        self_bias: Float[Array, "batch heads new length"],
-        memory_bias: Float[Array, "batch one one memory"],
+        self_bias: Float[Array, "batch heads new key"],
+        memory_bias: Float[Array, "batch 1 1 memory"],
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         y = self.pre_self_attention_layer_norm(x)
-        kept = kept_keys.remember(cache["self"], self.self_attention.project(y), positions)
-        keys, memory_keys = kept_keys.by_head(kept), kept_keys.by_head(cache["memory"])
-        x = self._sublayers(x, y, keys, self_bias, memory_keys, memory_bias)
-        return x, {"self": kept, "memory": cache["memory"]}
+        new = self.self_attention.project(y)
+        cache, keys, memory_keys = encoder_decoder.update(cache, new, positions)
+        return self._sublayers(x, y, keys, self_bias, memory_keys, memory_bias), cache
 
     def _sublayers(
         self,
         x: jax.Array,
         y: jax.Array,
-        keys: Keys,
+        keys: KeyValues,
         self_bias: jax.Array,
-        memory_keys: Keys,
+        memory_keys: KeyValues,
         memory_bias: jax.Array,
     ) -> jax.Array:
         y = self.self_attention(y, keys, self_bias, self.deterministic)
@@ -244,7 +222,7 @@ class Decoder(nn.Module):
             self.logits_dense = layers.Dense(
                 cfg.vocab_size,
                 ("embed", "vocab"),
-                _dtype(cfg),
+                cfg.dtype,
                 cfg.param_dtype,
                 peft=self.peft,
                 output_dtype=jnp.float32,
@@ -254,59 +232,50 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "batch target embed"],
         memory: Float[Array, "batch memory embed"],
-        memory_valid: Bool[Array, "batch memory"],
+        memory_mask: Bool[Array, "batch memory"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        positions = jnp.arange(x.shape[1])[None]
-        causal = positions[:, :, None] >= positions[:, None, :]
+        self_mask, memory_mask = encoder_decoder.decoder_masks(memory_mask, batch)
+        # A counted prefix has the positions before the target's, and all tokens see it.
         slots = decoder_slots(self.peft)
-        memory_allowed = memory_valid[:, None, :]
-        if "decoder_segment_ids" in batch:
-            segments = batch["decoder_segment_ids"]
-            causal = causal & layers.same_segment(segments, segments)
-            memory_allowed &= layers.same_segment(segments, batch["encoder_segment_ids"])
-        causal = jnp.pad(causal, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
-        key_positions = jnp.arange(-slots, x.shape[1])[None]
+        self_mask = jnp.pad(self_mask, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
+        positions = jnp.arange(x.shape[1])[None]  # [1, target]
+        key_positions = jnp.arange(-slots, x.shape[1])[None]  # [1, slots + target]
         position_bias = self.relpos_bias(positions, key_positions)
-        mask_bias = layers.mask_bias(causal)
-        memory_bias = layers.mask_bias(memory_allowed)
+        mask_bias, memory_bias = mask_to_bias(self_mask), mask_to_bias(memory_mask)
         x = self.dropout(x, deterministic=self.deterministic)
         for layer in self.layers:
             x = layer(x, memory, position_bias, mask_bias, memory_bias)
-        return self.dropout(self.decoder_norm(x), deterministic=self.deterministic)
+        x = self.dropout(self.decoder_norm(x), deterministic=self.deterministic)
+        return x
 
     def empty_cache(
         self,
         memory: Float[Array, "batch memory embed"],
-        memory_valid: Bool[Array, "batch memory"],
+        memory_mask: Bool[Array, "batch memory"],
         max_length: int,
     ) -> Cache:
-        keys = [layer.project_memory(memory) for layer in self.layers]
-        return {
-            "position": jnp.zeros(memory.shape[0], jnp.int32),
-            "memory_valid": memory_valid,
-            "layers": [
-                {"self": kept_keys.room(each, max_length), "memory": kept_keys.keep(each)}
-                for each in keys
-            ],
-        }
+        memory_keys = [layer.project_memory(memory) for layer in self.layers]
+        return encoder_decoder.new_cache(memory_keys, memory_mask, max_length)
 
     def extend(
         self, x: Float[Array, "batch new embed"], cache: Cache
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
-        positions = cache["position"][:, None] + jnp.arange(x.shape[1])  # [batch, new]
-        length = cache["layers"][0]["self"]["key"].shape[2]
-        slots = jnp.arange(-decoder_slots(self.peft), length)  # [slots + length]
-        seen = slots <= positions[:, :, None]  # [batch, new, slots + length]
-        bias = self.relpos_bias(positions, jnp.broadcast_to(slots, (x.shape[0], *slots.shape)))
-        self_bias = bias + layers.mask_bias(seen)
-        memory_bias = layers.mask_bias(cache["memory_valid"][:, None, :])
+        positions = encoder_decoder.next_positions(cache, x.shape[1])
+        key_positions = jnp.arange(
+            -decoder_slots(self.peft), encoder_decoder.cached_length(cache)
+        )  # [slots + length]
+        self_mask = key_positions[None, None] <= positions[:, :, None]
+        position_bias = self.relpos_bias(
+            positions, jnp.broadcast_to(key_positions, (x.shape[0], *key_positions.shape))
+        )
+        self_bias = position_bias + mask_to_bias(self_mask)  # [batch, heads, new, slots + length]
+        memory_bias = mask_to_bias(cache["memory_mask"][:, None, :])
         new_layers = []
         for layer, layer_cache in zip(self.layers, cache["layers"], strict=True):
             x, layer_cache = layer.extend(x, layer_cache, positions, self_bias, memory_bias)
             new_layers.append(layer_cache)
-        moved = {"position": cache["position"] + x.shape[1], "layers": new_layers}
-        return self.decoder_norm(x), cache | moved
+        return self.decoder_norm(x), encoder_decoder.advance(cache, new_layers, x.shape[1])
 
 
 class T5(nn.Module):
@@ -319,22 +288,25 @@ class T5(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.emb_dim, _dtype(cfg), cfg.param_dtype
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.param_dtype
         )
         self.encoder = Encoder(cfg, self.peft, self.deterministic)
         self.decoder = Decoder(cfg, self.peft, self.deterministic)
 
     def hidden(self, batch: Batch) -> Float[Array, "batch target embed"]:
         """Returns the decoder's last hidden states, what `head` turns into logits."""
-        memory, memory_valid = self._encode(batch)
+        memory, memory_mask = self._encode(batch)
         x = self.token_embedder(batch["decoder_input_tokens"])
-        return self.decoder(x, memory, memory_valid, batch)
+        return self.decoder(x, memory, memory_mask, batch)
 
     def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits of hidden states."""
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
-        return self.decoder.logits_dense(hidden)
+            # T5 1.0 scales what its head reads, as its embedding was not initialized for a head.
+            logits: jax.Array = self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
+        else:
+            logits = self.decoder.logits_dense(hidden)
+        return logits
 
     def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
         return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")
@@ -349,16 +321,14 @@ class T5(nn.Module):
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)
 
-    def _encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _encode(
+        self, batch: Batch
+    ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         return self.encoder(self.token_embedder(batch["encoder_input_tokens"]), batch)
 
 
-def _dtype(cfg: T5Config) -> jnp.dtype:
-    return jnp.dtype(cfg.dtype)
-
-
 def _norm(cfg: T5Config, name: str | None = None) -> layers.RMSNorm:
-    return layers.RMSNorm(_dtype(cfg), cfg.param_dtype, name=name)
+    return layers.RMSNorm(cfg.dtype, cfg.param_dtype, name=name)
 
 
 def _dropout(cfg: T5Config) -> nn.Dropout:
@@ -372,7 +342,7 @@ def _attention(cfg: T5Config, peft: tuple[Peft, ...], name: str | None = None) -
         cfg.head_dim,
         cfg.emb_dim,
         cfg.dropout_rate,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft,
         kernel=cfg.attention,
@@ -385,7 +355,7 @@ def _mlp(cfg: T5Config, peft: tuple[Peft, ...], name: str | None = "mlp") -> lay
         cfg.mlp_dim,
         cfg.mlp_activations,
         cfg.dropout_rate,
-        _dtype(cfg),
+        cfg.dtype,
         cfg.param_dtype,
         peft,
         name=name,

@@ -16,7 +16,7 @@ import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.interpreters import mlir
 
-from robust_ft.models import attention_kernels, layers
+from robust_ft.models import attention, attention_kernels
 from robust_ft.partitioning import Partitioner
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 8, 6, 4, 8
@@ -27,7 +27,7 @@ MESHES = [
 ]
 
 
-def attention(query, key, value, bias, scale):
+def reference(query, key, value, bias, scale):
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale + bias)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
@@ -38,13 +38,13 @@ parts = set()  # the shapes that devices got
 
 def forward(query, key, value, bias, *_, scale, **__):
     parts.add(query.shape)
-    mixed = attention(query, key, value, bias, scale)
+    mixed = reference(query, key, value, bias, scale)
     statistics = jnp.zeros((query.shape[0], query.shape[2], query.shape[1]))
     return mixed, statistics
 
 
 def backward(query, key, value, bias, *rest, scale, **_):
-    _, pull = jax.vjp(lambda *x: attention(*x, scale), query, key, value, bias)
+    _, pull = jax.vjp(lambda *x: reference(*x, scale), query, key, value, bias)
     return pull(rest[-1])
 
 
@@ -59,12 +59,12 @@ for primitive, function in (
 
 
 def loss(kernel, inputs, weights):
-    keys = {name: layers.split_heads(inputs[name], HEADS) for name in ("key", "value")}
-    query = layers.split_heads(inputs["query"], HEADS)
+    keys = {name: attention.split_heads(inputs[name], HEADS) for name in ("key", "value")}
+    query = attention.split_heads(inputs["query"], HEADS)
     bias = inputs["positions"] + inputs["padding"]
     # Encoders' bias has both axes, decoders' heads alone, decoder-only models' examples alone.
     mixed = [
-        layers.attended(query, [keys], each, None, 0.5, kernel)
+        attention.attend(query, [keys], each, None, 0.5, kernel)
         for each in (bias, inputs["positions"], inputs["padding"])
     ]
     return jnp.sum(jnp.stack(mixed).astype(jnp.float32) * weights)

@@ -20,7 +20,7 @@ from checks import logits_of
 from jax._src.cudnn import fused_attention_stablehlo
 
 from robust_ft.errors import UserError
-from robust_ft.models import attention_kernels, layers
+from robust_ft.models import attention, attention_kernels
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prefix
 from robust_ft.models.t5 import T5Config
@@ -67,7 +67,7 @@ def says(query, blocks, choice="auto", dropped=False):
 )
 def test_the_fused_way_is_our_own_attention(bias, parts):
     query, blocks, scores = operands(bias=bias, parts=parts)
-    scores = scores.at[..., 1].set(layers.MASKED)
+    scores = scores.at[..., 1].set(attention.MASKED)
 
     cotangent = operands(seed=1)[0].reshape(BATCH, QUERIES, -1)
 
@@ -78,7 +78,7 @@ def test_the_fused_way_is_our_own_attention(bias, parts):
 
     found, expected = (
         values_and_gradients(lambda *inputs: attention_kernels.fused(*inputs, 0.5, "xla")),
-        values_and_gradients(lambda *inputs: layers.attended(*inputs, None, 0.5)),
+        values_and_gradients(lambda *inputs: attention.attend(*inputs, None, 0.5)),
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, strict=True)
@@ -131,8 +131,8 @@ def test_here_it_does_not_apply():
 @pytest.mark.usefixtures("hopper")
 def test_what_is_in_its_way(changes, said, monkeypatch):
     dtype, length, head_dim = changes.get("query", ("bfloat16", QUERIES, HEAD_DIM))
-    query = jax.ShapeDtypeStruct((BATCH, length, HEADS, head_dim), dtype)
-    key = jax.ShapeDtypeStruct((BATCH, changes.get("keys", KEYS), HEADS, head_dim), dtype)
+    query = jnp.zeros((BATCH, length, HEADS, head_dim), dtype)
+    key = jnp.zeros((BATCH, changes.get("keys", KEYS), HEADS, head_dim), dtype)
     monkeypatch.setattr(attention_kernels, "nvidia_gpu", lambda: changes.get("gpu", HOPPER))
     dropped = changes.get("dropped", False)
     assert not says(query, [{"key": key}], dropped=dropped)
@@ -149,7 +149,7 @@ def test_a_split_sequence_is_in_its_way():
 
 @pytest.mark.usefixtures("hopper")
 def test_a_step_of_decoding_does_not_ask():
-    query = jax.ShapeDtypeStruct((BATCH, 1, HEADS, HEAD_DIM), "float32")
+    query = jnp.zeros((BATCH, 1, HEADS, HEAD_DIM))
     assert not says(query, [{"key": query}], "cudnn")
 
 

@@ -7,20 +7,20 @@ from robust_ft.models import decoder_only
 
 
 def test_padding_takes_no_position_and_is_not_seen():
-    valid = jnp.asarray([[0, 1, 0, 1], [1, 1, 0, 0]], bool)
+    input_mask = jnp.asarray([[0, 1, 0, 1], [1, 1, 0, 0]], bool)
     batch = {"decoder_input_tokens": jnp.zeros((2, 3), jnp.int32)}
-    found = decoder_only.layout(valid, batch)
-    np.testing.assert_array_equal(found.positions[:, 4:], [[2, 3, 4]] * 2)
-    np.testing.assert_array_equal(found.positions[0, [1, 3]], [0, 1])
-    np.testing.assert_array_equal(found.positions[1, [0, 1]], [0, 1])
-    np.testing.assert_array_equal(found.allowed[0, 4], [0, 1, 0, 1, 1, 0, 0])
-    np.testing.assert_array_equal(found.allowed[1, 6], [1, 1, 0, 0, 1, 1, 1])
+    layout = decoder_only.layout(input_mask, batch)
+    np.testing.assert_array_equal(layout.positions[:, 4:], [[2, 3, 4]] * 2)
+    np.testing.assert_array_equal(layout.positions[0, [1, 3]], [0, 1])
+    np.testing.assert_array_equal(layout.positions[1, [0, 1]], [0, 1])
+    np.testing.assert_array_equal(layout.mask[0, 4], [0, 1, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(layout.mask[1, 6], [1, 1, 0, 0, 1, 1, 1])
 
 
 def test_a_window_counts_tokens_and_not_padding():
-    valid = jnp.asarray([[1, 1, 0, 0, 1]], bool)
-    found = decoder_only.layout(valid, {"decoder_input_tokens": jnp.zeros((1, 1), jnp.int32)})
-    np.testing.assert_array_equal(found.bias(3)[0, 0, -1] == 0, [0, 1, 0, 0, 1, 1])
+    input_mask = jnp.asarray([[1, 1, 0, 0, 1]], bool)
+    layout = decoder_only.layout(input_mask, {"decoder_input_tokens": jnp.zeros((1, 1), jnp.int32)})
+    np.testing.assert_array_equal(layout.bias(3)[0, 0, -1] == 0, [0, 1, 0, 0, 1, 1])
 
 
 def test_packed_examples_see_themselves_and_start_at_0():
@@ -29,29 +29,29 @@ def test_packed_examples_see_themselves_and_start_at_0():
         "decoder_input_tokens": jnp.zeros((1, 4), jnp.int32),
         "decoder_segment_ids": jnp.asarray([[1, 2, 2, 0]]),
     }
-    valid = batch["encoder_segment_ids"] > 0
-    found = decoder_only.layout(valid, batch)
-    np.testing.assert_array_equal(found.positions[0, [0, 1, 4]], [0, 1, 2])
-    np.testing.assert_array_equal(found.positions[0, [2, 5, 6]], [0, 1, 2])
-    np.testing.assert_array_equal(found.allowed[0, 6], [0, 0, 1, 0, 0, 1, 1, 0])
+    input_mask = batch["encoder_segment_ids"] > 0
+    layout = decoder_only.layout(input_mask, batch)
+    np.testing.assert_array_equal(layout.positions[0, [0, 1, 4]], [0, 1, 2])
+    np.testing.assert_array_equal(layout.positions[0, [2, 5, 6]], [0, 1, 2])
+    np.testing.assert_array_equal(layout.mask[0, 6], [0, 0, 1, 0, 0, 1, 1, 0])
     with pytest.raises(UserError, match="soft prompt"):
         decoder_only.layout(jnp.ones((1, 6), bool), batch)
 
 
 def test_steps_go_on_where_the_input_ends():
-    valid = jnp.asarray([[0, 1, 1], [1, 0, 0]], bool)
+    input_mask = jnp.asarray([[0, 1, 1], [1, 0, 0]], bool)
     keys = [{"key": jnp.ones((2, 3, 1, 2)), "value": jnp.ones((2, 3, 1, 2))}]
-    cache = decoder_only.new_cache(valid, decoder_only.layout(valid), keys, 4)
+    cache = decoder_only.new_cache(input_mask, decoder_only.layout(input_mask), keys, 4)
     new = {name: jnp.full((2, 1, 1, 2), 5.0) for name in ("key", "value")}
     for i in range(2):
-        found = decoder_only.next_layout(cache, 1)
-        np.testing.assert_array_equal(found.positions, [[2 + i], [1 + i]])
+        layout = decoder_only.next_layout(cache, 1)
+        np.testing.assert_array_equal(layout.positions, [[2 + i], [1 + i]])
         np.testing.assert_array_equal(
-            found.key_positions[:, 3:] - found.positions, [np.arange(4) - i] * 2
+            layout.key_positions[:, 3:] - layout.positions, [np.arange(4) - i] * 2
         )
-        np.testing.assert_array_equal(found.allowed[:, 0, :3], valid)
-        np.testing.assert_array_equal(found.allowed[:, 0, 3:], [np.arange(4) <= i] * 2)
-        layer, (inputs, target) = decoder_only.remember(cache["layers"][0], new, cache["length"])
+        np.testing.assert_array_equal(layout.mask[:, 0, :3], input_mask)
+        np.testing.assert_array_equal(layout.mask[:, 0, 3:], [np.arange(4) <= i] * 2)
+        layer, (inputs, target) = decoder_only.update(cache["layers"][0], new, cache["length"])
         assert inputs["key"].shape == (2, 3, 1, 2) and target["value"].shape == (2, 4, 1, 2)
         assert layer["input"] is cache["layers"][0]["input"]
         cache = decoder_only.advance(cache, [layer], 1)
@@ -59,13 +59,13 @@ def test_steps_go_on_where_the_input_ends():
 
 
 def test_several_tokens_at_once_are_laid_out_as_one_by_one():
-    valid = jnp.asarray([[0, 1, 1], [1, 0, 0]], bool)
+    input_mask = jnp.asarray([[0, 1, 1], [1, 0, 0]], bool)
     keys = [{"key": jnp.ones((2, 3, 1, 2)), "value": jnp.ones((2, 3, 1, 2))}]
-    cache = decoder_only.new_cache(valid, decoder_only.layout(valid), keys, 4)
+    cache = decoder_only.new_cache(input_mask, decoder_only.layout(input_mask), keys, 4)
     together = decoder_only.next_layout(cache, 3)
     for i in range(3):
         alone = decoder_only.next_layout(cache, 1)
         np.testing.assert_array_equal(together.positions[:, i : i + 1], alone.positions)
-        np.testing.assert_array_equal(together.allowed[:, i : i + 1], alone.allowed)
+        np.testing.assert_array_equal(together.mask[:, i : i + 1], alone.mask)
         np.testing.assert_array_equal(together.key_positions, alone.key_positions)
         cache = decoder_only.advance(cache, cache["layers"], 1)

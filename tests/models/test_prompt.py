@@ -89,7 +89,7 @@ def test_prompt_is_float32_and_changes_the_activations_type_nowhere():
     assert flatten(model.shapes())[PATH].dtype == jnp.float32
     cache = jax.eval_shape(lambda p: model.prefill(p, example_batch(), 4), model.shapes())
     assert cache["layers"][0]["memory"]["key"].dtype == jnp.bfloat16
-    assert cache["memory_valid"].shape == (2, 3 + 6)
+    assert cache["memory_mask"].shape == (2, 3 + 6)
 
 
 # --- Initialization

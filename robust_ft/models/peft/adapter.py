@@ -8,6 +8,7 @@ import dataclasses
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
@@ -83,8 +84,8 @@ class Adapter(Peft):
             )
 
     def owns(self, path: str) -> bool:
-        # Of one method there are several in a layer, and parameters beside each other need names
-        # of their own.
+        # A layer has several adapters, whose parameters stand beside each other and need different
+        # names.
         sites = "|".join(SITES)
         return re.search(rf"(^|/){re.escape(self.name)}_({sites})(/|$)", path) is not None
 
@@ -113,5 +114,7 @@ class _Affine(nn.Module):
         kernel_init = with_axes(nn.initializers.truncated_normal(1e-3), *self.axes)
         bias_init = with_axes(nn.initializers.zeros, self.axes[1])
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-        return product(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+        bias: jax.Array = self.param("bias", bias_init, (self.features,), jnp.float32)
+        y = product(x, kernel.astype(x.dtype))
+        bias = bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y + bias

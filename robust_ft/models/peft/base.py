@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from robust_ft.errors import UserError
 from robust_ft.types import Batch, Params
 
-Keys = Mapping[str, jax.Array]  # "key" and "value", each [batch, length, heads, head_dim]
+KeyValues = Mapping[str, jax.Array]  # "key" and "value", each [batch, length, heads, head_dim]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Peft:
         self,
         scope: nn.Module,
         x: Float[Array, "batch length embed"],
-        valid: Bool[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
         batch: Batch,
     ) -> tuple[Float[Array, "batch longer embed"], Bool[Array, "batch longer"]]:
         """Changes the embedded input of the encoder (or of a decoder-only model)."""
-        return x, valid
+        return x, mask
 
     def dense_input(
         self, scope: nn.Module, x: Float[Array, "*rest inputs"]
@@ -62,9 +62,9 @@ class Peft:
     def kv(
         self,
         scope: nn.Module,
-        blocks: Sequence[Keys],
+        blocks: Sequence[KeyValues],
         bias: Float[Array, "#batch #heads query key"],
-    ) -> tuple[Sequence[Keys], Float[Array, "#batch #heads query longer"]]:
+    ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query longer"]]:
         """Changes what attention attends to.
 
         Args:

@@ -73,4 +73,4 @@ class IA3(Peft):
         axes: Any = getattr(scope, "axes", (None, None))
         init = with_axes(nn.initializers.ones, axes[side])
         vector: jax.Array = scope.param(self.name, init, (x.shape[-1],), jnp.float32)
-        return x * vector.astype(x.dtype)
+        return x * vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)

@@ -85,7 +85,8 @@ class Lora(Peft):
                 layer = path.removesuffix(ending)
                 b, kernel = flat[f"{layer}/{self.name}/b"], merged[f"{layer}/kernel"]
                 merged[f"{layer}/kernel"] = self.merged_kernel(kernel, a, b)
-        return traverse_util.unflatten_dict(merged, sep="/")
+        merged_params: Params = traverse_util.unflatten_dict(merged, sep="/")
+        return merged_params
 
     def merged_kernel(self, kernel: Any, a: Any, b: Any) -> Any:
         """Returns one kernel with its update; NumPy and JAX arrays stay what they are."""

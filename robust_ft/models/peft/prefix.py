@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
-from robust_ft.models.peft.base import Keys, Peft
+from robust_ft.models.peft.base import KeyValues, Peft
 from robust_ft.partitioning import constrain
 from robust_ft.types import Params
 from robust_ft.vocabulary import Vocabulary
@@ -92,15 +92,15 @@ class Prefix(Peft):
     def kv(
         self,
         scope: nn.Module,
-        blocks: Sequence[Keys],
+        blocks: Sequence[KeyValues],
         bias: Float[Array, "#batch #heads query key"],
-    ) -> tuple[Sequence[Keys], Float[Array, "#batch #heads query longer"]]:
+    ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query longer"]]:
         if scope.path[-1] not in self._sites():
             return blocks, bias
         like = blocks[0]["key"]  # [batch, part, heads, head_dim]
         slots = _Slots((self.length, *like.shape[2:]), name=self.name)()
         mine = {
-            part: jnp.broadcast_to(leaf.astype(like.dtype), (like.shape[0], *leaf.shape))
+            part: jnp.broadcast_to(leaf.astype(like.dtype)[None], (like.shape[0], *leaf.shape))
             for part, leaf in slots.items()
         }
         blocks, missing = [mine, *blocks], self.length
@@ -159,7 +159,8 @@ class Prefix(Peft):
                 for i in range(len(keys)):
                     for part in PARTS:
                         del flat[self._path(switch, i, part)]
-        return traverse_util.unflatten_dict(flat, sep="/")
+        reparameterized: Params = traverse_util.unflatten_dict(flat, sep="/")
+        return reparameterized
 
     def materialize(self, params: Params) -> Params:
         if self.name not in params:
@@ -172,7 +173,8 @@ class Prefix(Peft):
             for i in range(slots.shape[1]):
                 for j, part in enumerate(PARTS):
                     flat[self._path(switch, i, part)] = slots[:, i, j]
-        return traverse_util.unflatten_dict(flat, sep="/")
+        materialized: Params = traverse_util.unflatten_dict(flat, sep="/")
+        return materialized
 
     def exported(self) -> "Prefix":
         return dataclasses.replace(
@@ -215,9 +217,9 @@ class _Recorder(Peft):
     def kv(
         self,
         scope: nn.Module,
-        blocks: Sequence[Keys],
+        blocks: Sequence[KeyValues],
         bias: Float[Array, "#batch #heads query key"],
-    ) -> tuple[Sequence[Keys], Float[Array, "#batch #heads query key"]]:
+    ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query key"]]:
         seen = dict(blocks[0])
         scope.sow("intermediates", self.name, seen, init_fn=dict, reduce_fn=lambda _, new: new)
         return blocks, bias
@@ -283,8 +285,10 @@ def _hidden(mlp: Params) -> Float[Array, "length mid"]:
 
 
 def _linear(x: Float[Array, "length inputs"], layer: Params) -> Float[Array, "length *outputs"]:
-    # Accelerators would round to fewer digits by default; it is little work, and done once a step.
-    return jnp.tensordot(x, layer["kernel"], 1, precision=lax.Precision.HIGHEST) + layer["bias"]
+    # Accelerators would round to fewer digits by default. It is little work, once a step.
+    y = jnp.tensordot(x, layer["kernel"], 1, precision=lax.Precision.HIGHEST)
+    bias: jax.Array = layer["bias"]
+    return y + bias[None]
 
 
 def _fitted(

@@ -129,7 +129,7 @@ class Prompt(Peft):
         self,
         scope: nn.Module,
         x: Float[Array, "batch length embed"],
-        valid: Bool[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
         batch: Batch,
     ) -> tuple[Float[Array, "batch longer embed"], Bool[Array, "batch longer"]]:
         shape: tuple[int, ...] = (self.length, x.shape[-1])
@@ -137,13 +137,13 @@ class Prompt(Peft):
         if self.tasks:
             shape, axes = (len(self.tasks), *shape), (None, *axes)
         prompt = scope.param(self.name, with_axes(self._uniform, *axes), shape, jnp.float32)
-        if self.tasks:
-            prompt = prompt[self._task_index(batch)]
-        prompt = jnp.broadcast_to(prompt.astype(x.dtype), (x.shape[0], *shape[-2:]))  # [B, P, E]
-        seen = jnp.ones((x.shape[0], self.length), bool)  # [B, P]
+        # [prompt, embed] for all rows, or with tasks each row's own [batch, prompt, embed]
+        prompt = prompt[self._task_index(batch)] if self.tasks else prompt[None]
+        prompt = jnp.broadcast_to(prompt.astype(x.dtype), (x.shape[0], *shape[-2:]))
         if self.position == "infix":
-            return _inserted(x, prompt, valid, seen)
-        return jnp.concatenate([prompt, x], 1), jnp.concatenate([seen, valid], 1)
+            return _inserted(x, prompt, mask)
+        prompt_mask = jnp.ones(prompt.shape[:2], bool)
+        return jnp.concatenate([prompt, x], 1), jnp.concatenate([prompt_mask, mask], 1)
 
     def _task_index(self, batch: Batch) -> jax.Array:
         if "task_index" not in batch:
@@ -213,7 +213,7 @@ class Prompt(Peft):
     def _encoded(self, text: str, vocab_size: int) -> list[int]:
         """Returns a text's tokens; a UserError if it has none, or unknown ones."""
         vocabulary: Any = self.vocabulary
-        tokens = vocabulary.encode(text)
+        tokens: list[int] = vocabulary.encode(text)
         field = INITIALIZATIONS[self.initialization]
         if not tokens or vocabulary.unk_id in tokens:
             what = f"a part of '{text}'" if tokens else f"'{text}'"
@@ -233,14 +233,17 @@ class Prompt(Peft):
 def _inserted(
     x: Float[Array, "batch length embed"],
     prompt: Float[Array, "batch prompt embed"],
-    valid: Bool[Array, "batch length"],
-    seen: Bool[Array, "batch prompt"],
+    mask: Bool[Array, "batch length"],
 ) -> tuple[Float[Array, "batch longer embed"], Bool[Array, "batch longer"]]:
-    """Puts the prompt behind each row's last valid token; what comes after that moves on."""
+    """Puts the prompt behind each row's last token and moves the padding that follows it."""
     length, added = x.shape[1], prompt.shape[1]
-    end = jnp.max(jnp.where(valid, jnp.arange(length) + 1, 0), axis=1, keepdims=True)  # [B, 1]
-    slots = jnp.arange(length + added)
-    moved = jnp.where(slots < end + added, length + slots - end, slots - added)
-    source = jnp.where(slots < end, slots, moved)  # [B, length + P], in [x; prompt]
+    # One behind the last token that is not padding; tokens differ in number from row to row, so
+    # that rows are gathered from [x; prompt], not concatenated.
+    ends = jnp.where(mask, jnp.arange(length)[None] + 1, 0)  # [batch, length]
+    end = jnp.max(ends, axis=1, keepdims=True)  # [batch, 1]
+    slots = jnp.arange(length + added)[None]  # [1, longer]
+    behind = jnp.where(slots < end + added, length + slots - end, slots - added)
+    source = jnp.where(slots < end, slots, behind)  # [batch, longer], indices into [x; prompt]
     x = jnp.take_along_axis(jnp.concatenate([x, prompt], 1), source[..., None], 1)
-    return x, jnp.take_along_axis(jnp.concatenate([valid, seen], 1), source, 1)
+    prompt_mask = jnp.ones(prompt.shape[:2], bool)
+    return x, jnp.take_along_axis(jnp.concatenate([mask, prompt_mask], 1), source, 1)

@@ -1,0 +1,63 @@
+"""What the configs of all model families share."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+from flax import linen as nn
+
+from robust_ft.errors import UserError, nearest
+from robust_ft.models.attention_kernels import KERNELS
+from robust_ft.models.options import DTYPES, REMAT_POLICIES
+from robust_ft.models.peft.base import Peft
+
+# Fields of every config that say how a model is computed and trained, and that no checkpoint
+# determines.
+COMPUTE_FIELDS = ("dropout_rate", "attention", "remat", "dtype", "param_dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(abc.ABC):
+    """An architecture's sizes, and how it is computed: what a family's config extends.
+
+    Configs are flat and hashable, so that modules and jitted functions can hold them.
+
+    Attributes:
+        vocab_size: Number of tokens, which is also the number of logits.
+        emb_dim: Width of the residual stream.
+        dropout_rate: Of the embedded tokens and of what sublayers add.
+        attention: What computes attention: "xla", "cudnn" (on NVIDIA GPUs), or "auto", cuDNN
+            where it applies; see `attention_kernels`.
+        remat: What the backward pass keeps of a layer: "none" keeps everything, "dots" the
+            products with parameters, "full" nothing but the layer's input.
+        dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
+        param_dtype: Type in which parameters are drawn and kept.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    dropout_rate: float = 0.0
+    attention: str = "auto"
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        self.check_choice("attention", KERNELS)
+        self.check_choice("remat", tuple(REMAT_POLICIES))
+        self.check_choice("dtype", DTYPES)
+        self.check_choice("param_dtype", DTYPES)
+
+    @abc.abstractmethod
+    def module(self, peft: tuple[Peft, ...] = ()) -> nn.Module:
+        """Returns the Linen module with these PEFT methods plugged in."""
+
+    def check_choice(self, field: str, choices: Sequence[str]) -> None:
+        """Raises a UserError unless a field, a string or several, has only valid values."""
+        value = getattr(self, field)
+        for each in (value,) if isinstance(value, str) else value:
+            if each not in choices:
+                raise UserError(
+                    f"{type(self).__name__}.{field}='{each}' is not one of {tuple(choices)}."
+                    + nearest(each, choices)
+                )
