@@ -211,7 +211,7 @@ def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    fields = [dataclasses.asdict(config) for config in (one, other)]  # type: ignore[call-overload]
+    fields = [dataclasses.asdict(config) for config in (one, other)]
     return all(fields[0][name] == fields[1][name] for name in fields[0] if name not in _FREE)
 
 
