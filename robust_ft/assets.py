@@ -1,4 +1,4 @@
-"""Files that are shipped with the package, named in configs as `asset:mini/model.safetensors`."""
+"""Files that are shipped with the package; configs name them `asset:mini/model.safetensors`."""
 
 from pathlib import Path
 
@@ -8,7 +8,11 @@ _ROOT = Path(__file__).with_name("assets")
 
 
 def resolve(path: str) -> str:
-    """Returns the file behind an `asset:` path; any other path comes back as it is."""
+    """Returns the file of an `asset:` path, and any other path unchanged.
+
+    Raises:
+        UserError: There is no such asset.
+    """
     if not path.startswith("asset:"):
         return path
     file = _ROOT / path.removeprefix("asset:")

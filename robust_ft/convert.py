@@ -1,17 +1,17 @@
 """Converts models: python -m robust_ft.convert --from=hf --to=robust_ft --input=DIR --output=DIR
 
 Formats are hf (a Hugging Face directory, or a name on the hub), t5x (a checkpoint_<step> of t5x)
-and robust_ft (a model directory of this program). --from is told from the files if not given.
-peft is an adapter (LoRA, soft prompt or prefix) without the model that it belongs to:
+and robust_ft (a model directory of this program). --from is detected from the files if not given.
+peft is an adapter (LoRA, soft prompt or prefix) without its base model:
 
   --from=peft --input=ADAPTER --output=DIR            an adapter that INITIAL_CHECKPOINT_PATH names
   --from=peft --input=ADAPTER --to=hf --base=DIR ...  the base with a LoRA merged into it
   --to=peft   --input=STAGE --base=DIR --output=DIR   what a stage trained, for PEFT
 
-A stage of a finished run (its export, or else its selected checkpoint) or one checkpoint_<step>
-holds only what was trained; --base names the model that it started from, whose other parameters,
-config and vocabulary are taken. An --output that ends in .safetensors is one file with all
-parameters that INITIAL_CHECKPOINT_PATH can name; nothing else is needed for that.
+A stage of a finished run (its export, or else its selected checkpoint) and a checkpoint_<step> hold
+only the trained parameters; --base names the model that the stage started from, which supplies the
+other parameters, the config and the vocabulary. An --output that ends in .safetensors is one file
+of parameters, which INITIAL_CHECKPOINT_PATH can name; it needs no --base.
 """
 
 import argparse
@@ -43,17 +43,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--input", required=True, help="a model, a stage or a checkpoint")
     parser.add_argument("--output", required=True, help="a directory, or a .safetensors file")
     parser.add_argument("--base", metavar="DIR", help="the model that a stage started from")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of floats; as they are if not given")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of floats; unchanged by default")
     parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the model's config, or of the adapter, that the input does not tell, such "
-        "as relative_max_distance=128 or LoRA's alpha=16",
+        help="a field of the model's config, or of the adapter, that the input does not determine, "
+        "such as relative_max_distance=128 or LoRA's alpha=16",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output if it is there, once complete"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, once the new one is complete",
     )
     arguments = parser.parse_args(argv)
     convert(
@@ -80,22 +82,21 @@ def convert(
     config: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in another format, tensor by tensor.
+    """Writes a model or an adapter in another format, tensor by tensor.
 
     Args:
-        source: A model directory, a stage's directory, or a file with parameters.
+        source: A model directory, a stage's directory, or a file of parameters.
         output: A directory, or a `.safetensors` file, which holds parameters and no config.
-        source_format: One of FORMATS; told from the files if not given.
-        output_format: The same, of a directory.
-        dtype: What floats are written as; as they are if not given.
+        source_format: One of FORMATS; detected from the files if not given.
+        output_format: One of FORMATS, for an `output` that is a directory.
+        dtype: The dtype of floats in the output; unchanged if not given.
         base: The model that supplies what `source` does not hold.
-        config: Fields of the model's config that win over what the source says; those of the
-            adapter for "peft".
-        overwrite: Whether to replace an output that is there.
+        config: Fields that replace those of the source's config, or of the adapter for "peft".
+        overwrite: Whether to replace an existing output.
 
     Raises:
-        UserError: The source is none, is broken, or does not fit its config, or the output is
-            there or cannot be written. Whatever was there before is untouched.
+        UserError: The source is missing, broken or does not match its config, or the output exists
+            or cannot be written. An earlier output is then untouched.
     """
     from robust_ft import console
     from robust_ft.checkpoints_io import outputs, safetensors_files
@@ -103,9 +104,9 @@ def convert(
 
     outputs.check(Path(output).expanduser(), overwrite)
     source = _selected(source)
-    if "peft" in (source_format, output_format) or _is_adapter(source):
-        reading = "peft" if source_format == "peft" or _is_adapter(source) else "weights"
-        _convert_adapter(source, output, reading, output_format, dtype, base, config, overwrite)
+    is_adapter = source_format == "peft" or _is_adapter(source)
+    if is_adapter or output_format == "peft":
+        _convert_adapter(source, output, is_adapter, output_format, dtype, base, config, overwrite)
         return
     if output.endswith(".safetensors"):
         tensors = {
@@ -135,7 +136,7 @@ def convert(
 def _convert_adapter(
     source: str,
     output: str,
-    reading: str,
+    is_adapter: bool,
     output_format: str,
     dtype: str | None,
     base: str | None,
@@ -156,28 +157,28 @@ def _convert_adapter(
     to_file = output.endswith(".safetensors")
     if output_format != "robust_ft" and not to_file and base is None:
         raise UserError(f"--to={output_format} needs --base=DIR, the model the adapter belongs to.")
-    if reading == "peft":
+    if is_adapter:
         adapter = peft.read(source)
     else:
         adapter = peft.of_weights(source, sources.weights(source), config)
-    whole = sources.read(base) if base is not None else None
-    if whole is not None:
-        adapters.check(adapter, whole)
-        leaves = ((path, tensor.load()) for path, tensor in whole.tensors.items())
+    model = sources.read(base) if base is not None else None
+    if model is not None:
+        adapters.check(adapter, model)
+        leaves = ((path, tensor.load()) for path, tensor in model.tensors.items())
         adapters.check_base(adapter, leaves, str(base))
     tensors = {path: tensor.cast(dtype) for path, tensor in adapter.tensors.items()}
-    alone = dataclasses.replace(adapter, tensors=tensors)
+    cast = dataclasses.replace(adapter, tensors=tensors)
     with outputs.replacing(Path(output), overwrite) as temporary:
         if to_file:
             safetensors_files.write(temporary, tensors)
         else:
             temporary.mkdir()
-            if whole is None or (output_format == "robust_ft" and adapter.methods):
-                adapters.write(alone, temporary)
+            if model is None or (output_format == "robust_ft" and adapter.methods):
+                adapters.write(cast, temporary)
             elif output_format == "peft":
-                peft.write(alone, whole, temporary)
-            else:
-                _write(merging.merged(adapter, whole).cast(dtype), temporary, output_format)
+                peft.write(cast, model, temporary)
+            else:  # merged in the types that both were saved in, and rounded once
+                _write(merging.merged(adapter, model).cast(dtype), temporary, output_format)
     console.print_line(f"{len(tensors)} parameters ({adapter.kinds}) in {output}.")
 
 
@@ -200,8 +201,8 @@ def _model(
 
     if base is None:
         return sources.read(source, source_format, config)
-    whole = sources.read(base, None, config)
-    return sources.overlaid(whole, sources.weights(source), source)
+    model = sources.read(base, None, config)
+    return sources.overlaid(model, sources.weights(source), source)
 
 
 def _weights(
@@ -215,9 +216,9 @@ def _weights(
 
 
 def _selected(source: str) -> str:
-    """Returns what a stage's directory has to offer; other paths as they are.
+    """Returns a finished stage's export, or else its selected checkpoint; other paths unchanged.
 
-    That is its export, which knows methods and base, or its selected checkpoint.
+    The export is preferred because it records methods and base.
     """
     from robust_ft.export import FOLDER
     from robust_ft.outcome import Outcome
@@ -229,8 +230,10 @@ def _selected(source: str) -> str:
 
 
 def _is_partial(source: str) -> bool:
+    from robust_ft.checkpoints_io import orbax_params
+
     path = Path(source).expanduser()
-    return path.is_file() or (path / "params").is_dir()
+    return path.is_file() or orbax_params.is_directory(path)
 
 
 def _field(text: str) -> tuple[str, Any]:

@@ -1,14 +1,14 @@
-"""What a process that computes on CPUs is started with. Light to import, and no importer of JAX.
+"""The environment of a process that computes on CPUs. Does not import JAX.
 
-A step on CPUs asks for the same temporary memory as the one before, in one large block, which the C
-library has given back to the system when that ended. So each step gets new pages, which the system
-fills with zeros as they are touched: a tenth of a training step of T5 small or more
-(benchmarks/train_step.py). The C library has settings to keep it.
+Memory: every step on a CPU allocates its temporary buffer anew, as one large block that the C
+library has returned to the system after the step before. The system then zeroes each page as it is
+touched, which is a tenth of a training step of T5 small or more (benchmarks/train_step.py). glibc
+has settings to keep freed memory.
 
-Decoding, and steps that train little, compile in six tenths of the time with LLVM's first level of
-optimizing instead of its third, and with XLA's older way of writing what lies between products,
-which does not go through MLIR; steps that train everything in about the same. They run as fast:
-most of their time is in products, which are a library's.
+Compiler: with LLVM's optimization level 1 instead of 3, and with XLA's older emitters of fusions
+instead of those that go through MLIR, decoding and training steps of few parameters compile in 60 %
+of the time, full finetuning in about the same. The programs run as fast, since most of their time
+is in matrix products, which come from a library.
 """
 
 import glob
@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from robust_ft import xla_flags
 
 _MALLOC, _COMPILER = "GLIBC_TUNABLES", "XLA_FLAGS"
-# glibc keeps large blocks only in the first arena, only if it does not map them one by one, and
-# only if it never gives its free end back. Its cache of small blocks takes the rests at the edges
-# of large ones; these then could not be used for as large a block again, and memory would grow.
+# glibc keeps large blocks only in the main arena, only if it does not mmap them one by one, and
+# only if it never trims the top of the heap. Its cache of small blocks (tcache) would take
+# remainders at the edges of freed large blocks; these could then not serve as large a block again,
+# and memory would grow.
 _KEEP_FREED = {
     "glibc.malloc.arena_max": 1,
     "glibc.malloc.mmap_max": 0,
@@ -34,11 +35,10 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/k
 
 
 def use() -> None:
-    """Sets what is missing, and on Linux starts the program anew, as the same process.
+    """Sets what is missing, and on Linux executes the program again in the same process.
 
-    The C library reads its settings only when a process starts, so this belongs before everything
-    else that a command line does. Where there is a GPU or a TPU (unless JAX_PLATFORMS is "cpu"),
-    nothing changes.
+    glibc reads its settings only when a process starts, so a command line calls this first. Nothing
+    changes where there is a GPU or a TPU, unless JAX_PLATFORMS is "cpu".
     """
     if not _on_cpu():
         return
@@ -50,7 +50,7 @@ def use() -> None:
 
 
 def missing(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that are to be changed; settings that are there already win."""
+    """Returns the environment variables to change; settings that are already there win."""
     malloc, flags = (environment.get(name, "") for name in (_MALLOC, _COMPILER))
     changes = {_COMPILER: xla_flags.merged(flags, COMPILE_FAST)}
     if "glibc.malloc." not in malloc:

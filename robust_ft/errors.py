@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence."""
+"""Mistakes that a user can fix, each reported in one sentence."""
 
 import difflib
 from collections.abc import Iterable

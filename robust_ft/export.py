@@ -1,7 +1,7 @@
-"""What a lightweight stage leaves behind: `<stage>/export/`, which holds little and names its base.
+"""The export of a lightweight stage, `<stage>/export/`: an adapter that records its base.
 
-A stage is lightweight if some of the base's parameters stay as they were. Its export is an adapter:
-all parameters of PEFT methods, trained or not, and those of the base that were trained.
+A stage is lightweight if some of the base's parameters are frozen. Its export holds all parameters
+of PEFT methods, trained or not, and those of the base that were trained.
 """
 
 from pathlib import Path
@@ -24,13 +24,13 @@ FOLDER = "export"
 def base_of(
     model: Model, params: Params, trained: frozenset[str], restored_from: str
 ) -> Base | None:
-    """Returns what a stage's export will say of its base, None if there will be none.
+    """Returns the base that a stage's export will record, None if the stage will have no export.
 
     Args:
         model: The stage's model with its PEFT methods.
-        params: All parameters, as the stage starts.
-        trained: The paths of those that will train.
-        restored_from: Where they come from.
+        params: All parameters at the start of the stage.
+        trained: The paths of the trainable ones.
+        restored_from: What the stage restores, for errors.
     """
     base = {path: leaf for path, leaf in flatten(params).items() if not model.peft_owns(path)}
     return Base(fingerprint(base.items()), restored_from) if base.keys() - trained else None
@@ -44,29 +44,29 @@ def write(
     base: Base,
     partitioner: Partitioner,
 ) -> None:
-    """Writes an export, whole or not at all; what was there before is replaced.
+    """Writes an export atomically; an earlier one is replaced.
 
-    Called by all processes, for arrays may be spread over them; the first one writes.
+    Called by all processes, as arrays may be sharded over them; the first process writes.
 
     Args:
-        folder: Where to.
+        folder: Where to write it.
         model: The stage's model with its PEFT methods.
-        params: All parameters, as the stage ends.
-        trained: The paths of those that trained.
+        params: All parameters at the end of the stage.
+        trained: The paths of the trainable ones.
         base: From `base_of`.
         partitioner: The mesh that the parameters are on.
     """
-    kept = {
+    exported = {
         path: leaf
         for path, leaf in flatten(params).items()
         if path in trained or model.peft_owns(path)
     }
-    whole = jax.jit(model.export, out_shardings=partitioner.replicated)(unflatten(kept))
+    replicated = jax.jit(model.export, out_shardings=partitioner.replicated)(unflatten(exported))
     if jax.process_index() != 0:
         return
     tensors = {
         path: Tensor.of(array, f"'{path}'")
-        for path, array in flatten(jax.device_get(whole)).items()
+        for path, array in flatten(jax.device_get(replicated)).items()
     }
     adapter = Adapter(str(folder), model.exported().peft, tensors, base)
     with outputs.replacing(folder, overwrite=True) as temporary:

@@ -1,4 +1,4 @@
-"""From a model directory to a Predictor, and from known parameters to all of a model's."""
+"""Loads a model directory as a Predictor, and places parameters on a mesh."""
 
 import dataclasses
 import functools
@@ -40,45 +40,46 @@ def load(
     Args:
         directory: A model directory of Hugging Face's, t5x's or our own (see `convert`), or a
             model's name on the Hugging Face hub. "asset:mini" is the mini T5.
-        vocabulary: The model's, or a directory that holds it; by default looked for in
+        vocabulary: The model's vocabulary, or a directory that holds it; by default the one in
             `directory`. t5x checkpoints have none.
-        dtype: "float32" or "bfloat16", of parameters and of what is computed. By default
-            parameters have the type that they are saved in, and float32 is computed.
+        dtype: "float32" or "bfloat16", of parameters and of computation. By default parameters keep
+            the dtype that they are saved in, and computation is in float32.
         peft: Methods to plug in, such as `robust_ft.models.peft.Prompt(length=100)`.
-        weights: Parameters that win over the directory's: a run's `checkpoint_<step>`, a
+        weights: Parameters that replace the directory's: a stage's `checkpoint_<step>`, a
             `.safetensors` file, a soft prompt in a `.npy` file, or an adapter's directory (a run's
             `<stage>/export`, or PEFT's), whose methods are plugged in; several separated by
-            commas, each laid over those before it. Those of a PEFT method that are nowhere start
-            fresh.
-        config: Fields of the model's config that win over what the directory says; a larger
-            `vocab_size` adds tokens.
-        seed: Of fresh parameters.
-        partitioner: How parameters and batches are spread over devices; by default each device
-            holds all parameters and a part of the batch.
+            commas, of which the later ones win. Parameters of PEFT methods that are in none of
+            them start fresh.
+        config: Fields of the model's config that replace the directory's; a larger `vocab_size`
+            adds tokens.
+        seed: The seed of fresh parameters.
+        partitioner: How parameters and batches are sharded over devices; by default parameters are
+            replicated and batches are sharded.
 
     Raises:
         UserError: Nothing is there, it is broken, or its parts do not fit together.
     """
     path = _existing(os.fspath(directory))
     checkpoint = sources.read(path, overrides=config)
-    own = _vocabulary(checkpoint, vocabulary)
-    parts = sources.split(os.fspath(weights)) if weights is not None else []
-    adapters = {part: sources.adapter(part) for part in parts}
-    model = _model(checkpoint, own, dtype, _methods(peft, adapters.values()))
+    tokenizer = _vocabulary(checkpoint, vocabulary)
+    additions = sources.split(os.fspath(weights)) if weights is not None else []
+    adapters = {addition: sources.adapter(addition) for addition in additions}
+    model = _model(checkpoint, tokenizer, dtype, _methods(peft, adapters.values()))
     partitioner = partitioner or Partitioner()
     shapes = flatten(model.shapes())
     shardings = flatten(partitioner.shardings(model.logical_axes()))
     known = _placed(shapes, shardings, checkpoint.tensors, path)
     below = path
-    for part in parts:
-        if (adapter := adapters[part]) is not None:
+    for addition in additions:
+        if (adapter := adapters[addition]) is not None:
             check_methods(adapter, model.peft)
             base = [(p, leaf) for p, leaf in known.items() if not model.peft_owns(p)]
             check_base(adapter, base, below)
-        known |= _placed(shapes, shardings, sources.weights(part), part)
-        below += f",{part}"
+        known |= _placed(shapes, shardings, sources.weights(addition), addition)
+        below += f",{addition}"
     init_rng, peft_rng = jax.random.split(jax.random.key(seed))
-    return Predictor(model, place(model, partitioner, known, init_rng, peft_rng), own, partitioner)
+    params = place(model, partitioner, known, init_rng, peft_rng)
+    return Predictor(model, params, tokenizer, partitioner)
 
 
 def place(
@@ -88,14 +89,18 @@ def place(
     init_rng: jax.Array,
     peft_rng: jax.Array,
 ) -> Params:
-    """Places those known parameters that the model has on the mesh, and draws its other ones.
+    """Places known parameters on the mesh and initializes the model's other ones there.
 
     Args:
         model: The model.
-        partitioner: Gives the mesh.
-        known: Values by parameter path.
-        init_rng: A key for all parameters.
-        peft_rng: A key for those of PEFT methods that depend on the others.
+        partitioner: The mesh and its rules.
+        known: {parameter path: array}; those that the model does not have are left out.
+        init_rng: The key that all parameters are drawn with.
+        peft_rng: The key for parameters of PEFT methods whose values depend on others, such as a
+            prompt that starts as embeddings of the vocabulary.
+
+    Returns:
+        All parameters of the model, sharded.
     """
     model.check()
     shardings = flatten(partitioner.shardings(model.logical_axes()))
@@ -105,7 +110,7 @@ def place(
     }
     fresh = sorted(shardings.keys() - placed.keys())
     if fresh:
-        # Jitted, so that of all initial values only the fresh ones are ever computed.
+        # Jitted, so that dead-code elimination leaves only the fresh ones of all initial values.
         @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
         def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             params = flatten(model.init(init_rng)) | dict(placed)
@@ -117,7 +122,7 @@ def place(
 
 
 def _existing(directory: str) -> str:
-    """Returns the path of a directory, which names on the hub are downloaded to."""
+    """Returns the path of a local directory, to which a name on the hub is downloaded."""
     path = assets.resolve(directory)
     folder = Path(path).expanduser()
     if folder.exists():
@@ -129,9 +134,9 @@ def _existing(directory: str) -> str:
         raise UserError(f"{error}{nearest(folder.name, names)}") from None
 
 
-def _methods(given: Sequence[Peft], adapters: Iterable[Adapter | None]) -> tuple[Peft, ...]:
-    """Returns the given methods and those that adapters bring along."""
-    methods = list(given)
+def _methods(peft: Sequence[Peft], adapters: Iterable[Adapter | None]) -> tuple[Peft, ...]:
+    """Returns the methods asked for and those of the adapters."""
+    methods = list(peft)
     for adapter in adapters:
         names = {method.name for method in methods}
         methods += [m for m in adapter.methods if m.name not in names] if adapter else []
@@ -139,13 +144,13 @@ def _methods(given: Sequence[Peft], adapters: Iterable[Adapter | None]) -> tuple
 
 
 def _vocabulary(
-    checkpoint: Checkpoint, given: Vocabulary | str | os.PathLike[str] | None
+    checkpoint: Checkpoint, vocabulary: Vocabulary | str | os.PathLike[str] | None
 ) -> Vocabulary:
-    if isinstance(given, str | os.PathLike):
-        return vocabulary_from_directory(os.fspath(given))
-    found = given or native.vocabulary(checkpoint)
-    if found is not None:
-        return found
+    if isinstance(vocabulary, str | os.PathLike):
+        return vocabulary_from_directory(os.fspath(vocabulary))
+    vocabulary = vocabulary or native.vocabulary(checkpoint)
+    if vocabulary is not None:
+        return vocabulary
     try:
         return vocabulary_from_directory(checkpoint.source)
     except UserError as error:
@@ -158,7 +163,7 @@ def _vocabulary(
 def _model(
     checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str | None, peft: tuple[Peft, ...]
 ) -> Model:
-    """Returns the model with the vocabulary's padding and end, and the checkpoint's start."""
+    """Returns the model with the vocabulary's pad and eos ids, and the checkpoint's start id."""
     config: Any = checkpoint.config
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
@@ -189,7 +194,7 @@ def _placed(
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> dict[str, jax.Array]:
-    """Puts tensors on the devices one by one."""
+    """Returns the tensors on the mesh; one at a time is in the host's memory."""
     if unplaced := sorted(tensors.keys() - shapes.keys()):
         raise UserError(misfit(source, unplaced, ()))
     placed = {}
