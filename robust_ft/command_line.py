@@ -1,7 +1,6 @@
-"""What the command lines share: flags, start-up and the way errors end a program.
+"""What the command lines share: flags, start-up and how errors end a program.
 
-Light to import: everything heavy is imported after the flags are parsed, so that `--help` is
-instant.
+Heavy packages are imported after the flags are parsed, so that `--help` is instant.
 """
 
 import argparse
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from robust_ft.gin_config import Config
 
 USER_ERROR = 2
-# EX_TEMPFAIL: the run was asked to stop, has saved, and goes on when started again.
+# EX_TEMPFAIL: the run was asked to stop and has saved; the same command resumes it.
 RESUME = 75
 
 # The module of all tasks of this project.
@@ -66,7 +65,7 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
     parser = gin_parser(program, description)
     parser.epilog = (
         "Exit status: 0 done, 2 a mistake in flags or configs, 75 stopped by SIGTERM after "
-        "saving (start again to go on), 76 another process of the run is gone (start all again)."
+        "saving (the same command resumes), 76 another process of the run is gone (restart all)."
     )
     parser.add_argument(
         "--dry_run",
@@ -76,7 +75,7 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
     parser.add_argument(
         "--xla_flags",
         metavar="gpu|tpu",
-        help="settings of the compiler that suit several GPUs or TPUs; those in XLA_FLAGS and "
+        help="compiler flags that suit several GPUs or TPUs; those already in XLA_FLAGS and "
         "LIBTPU_INIT_ARGS win",
     )
     _add_processes(parser)
@@ -84,7 +83,7 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
 
 
 def gin_parser(program: str, description: str) -> Parser:
-    """Returns a parser of the flags that say which config is meant."""
+    """Returns a parser of the flags that name a config."""
     parser = Parser(
         f"python -m robust_ft.{program}",
         description=description,
@@ -115,7 +114,7 @@ def gin_parser(program: str, description: str) -> Parser:
 
 
 def parse_gin(parser: Parser, argv: Sequence[str]) -> Arguments:
-    """Parses flags among which are those of `gin_parser`."""
+    """Parses the flags of `gin_parser` and those that were added to it."""
     bindings = [match for arg in argv if (match := _BINDING.fullmatch(arg))]
     rest = [arg for arg in argv if not _BINDING.fullmatch(arg)]
     arguments = parser.parse_args(rest, namespace=Arguments())
@@ -126,32 +125,35 @@ def parse_gin(parser: Parser, argv: Sequence[str]) -> Arguments:
 def _add_processes(parser: Parser) -> None:
     group = parser.add_argument_group(
         "several processes",
-        "found out by themselves on Cloud TPU, in Slurm, on GKE and under Open MPI; elsewhere each "
-        "process is told",
+        "detected on Cloud TPU, in Slurm, on GKE and under Open MPI; elsewhere each process needs "
+        "these flags",
     )
     group.add_argument(
-        "--coordinator_address", metavar="HOST:PORT", help="process 0's, with a port that is free"
+        "--coordinator_address", metavar="HOST:PORT", help="of process 0, with a free port"
     )
     group.add_argument(
-        "--num_processes", type=int, metavar="N", help="how many there are; 1: look for no others"
+        "--num_processes", type=int, metavar="N", help="number of processes; 1: no detection"
     )
-    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--process_id", type=int, metavar="I", help="this process's index, from 0")
     group.add_argument(
         "--process_timeout",
         type=float,
         default=100,
         metavar="SECONDS",
-        help="after so long without a sign of life a process counts as lost, and all end (100)",
+        help="a process without a heartbeat for this long is lost, and all end (100)",
     )
 
 
 @contextlib.contextmanager
 def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
-    """Joins the run's other processes, if there are any, and yields what the flags describe.
+    """Joins the run's other processes, if there are any, and yields the config.
 
     Args:
         arguments: The flags.
-        stops: Whether the program saves and ends when SIGTERM arrives.
+        stops: Whether the program saves and ends at SIGTERM.
+
+    Raises:
+        UserError: A mistake in the config, or one that shows in the body; it names the macros.
     """
     from robust_ft import xla_flags
 
@@ -177,7 +179,7 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
 
 @contextlib.contextmanager
 def macros_named(config: "Config") -> Iterator[None]:
-    """Lets errors, which name fields, say which macros of the config set them."""
+    """Adds, to the fields that an error names, the macros that set them in the config."""
     from robust_ft.errors import UserError
 
     try:
@@ -195,7 +197,7 @@ def load_config(arguments: Arguments) -> "Config":
 
 
 def data_parser(program: str, description: str) -> Parser:
-    """Returns a parser of the flags that say which examples are meant; see `task_data`."""
+    """Returns a parser of the flags that name data; see `task_data`."""
     parser = gin_parser(program, description)
     parser.add_argument("--task", help="a task or mixture, such as webnlg_ood or rte_4shot")
     parser.add_argument("--split", help="one of its splits; the recipe's, else train")
@@ -211,10 +213,13 @@ def data_parser(program: str, description: str) -> Parser:
 
 
 def task_data(arguments: Arguments) -> "list[TaskData]":
-    """Returns the data that the flags name: a recipe's, or `--task` by itself.
+    """Returns the data that the flags name: of a recipe, or `--task` by itself.
 
-    Of a recipe (`--gin_file`) it is all that its stages train and are evaluated on, in their order;
-    with `--task` what of that has its name, else the last stage's data with that name instead.
+    With a recipe (`--gin_file`), that is what its stages are trained and evaluated on, in order;
+    with `--task` too, the data of that name, or else the last stage's data under that name.
+
+    Raises:
+        UserError: There is neither a task nor a recipe.
     """
     from robust_ft.data.cache import TaskData
     from robust_ft.errors import UserError
@@ -238,22 +243,22 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
         }
         return [TaskData(task=arguments.task, **{**settings, **changes})]
     stages = load_config(arguments).recipe.stages
-    found: dict[TaskData, None] = {}
+    datasets: dict[TaskData, None] = {}
     for stage in stages:
         evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
-        found |= dict.fromkeys([stage.data, *(evaluation.task_data for evaluation in evaluations)])
+        datasets |= dict.fromkeys([stage.data, *(each.task_data for each in evaluations)])
     if arguments.task:
-        named = [data for data in found if data.task == arguments.task]
+        named = [data for data in datasets if data.task == arguments.task]
         if not named:
             last = stages[-1].data
             module = _ALL_TASKS if (last.module or "").startswith("tasks.") else last.module
             named = [dataclasses.replace(last, task=arguments.task, module=module)]
-        found = dict.fromkeys(named)
-    return list(dict.fromkeys(dataclasses.replace(data, **changes) for data in found))
+        datasets = dict.fromkeys(named)
+    return list(dict.fromkeys(dataclasses.replace(data, **changes) for data in datasets))
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:
-    """Calls a program's `main`; a user's mistake is printed as one sentence."""
+    """Calls a program's `main` and exits; a UserError is printed as one sentence."""
     from robust_ft.errors import UserError
 
     try:

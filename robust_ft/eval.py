@@ -1,6 +1,6 @@
 """Evaluates a finished run: python -m robust_ft.eval --gin_file=gin_configs/promot_rte.gin
 
-Evaluates what the recipe left in MODEL_DIR, or --gin.CHECKPOINT_PATH=FILE, on TEST_SPLIT of the
+Evaluates the selected checkpoint in MODEL_DIR, or --gin.CHECKPOINT_PATH=FILE, on TEST_SPLIT of the
 target and the held-out tasks, and prints the scores.
 """
 

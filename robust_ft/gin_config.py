@@ -1,7 +1,7 @@
-"""From gin files and flags to a recipe; gin builds plain data and is then left behind.
+"""From gin files and flags to a recipe: gin builds frozen dataclasses and is then cleared.
 
-The command lines are the only users of this module, and this module of gin. Nothing in the
-library is decorated: `REGISTERED` lists what a config can name.
+This is the only module that imports gin. Nothing in the library is decorated: `REGISTERED` lists
+what a config can name.
 """
 
 import ast
@@ -50,10 +50,17 @@ def task_data(
     shots: int = 0,
     file_tasks: Sequence[FileTask] = (),
 ) -> TaskData:
-    """`TaskData` as configs write it.
+    """Builds `TaskData` from t5x's parameters.
 
-    Lengths are t5x's TASK_FEATURE_LENGTHS, as {'inputs': 512, 'targets': 128}; with shots above 0,
-    the task is "<task>_<shots>shot".
+    Args:
+        task: Name of the task or mixture.
+        module: The module that registers it.
+        split: Name of the split.
+        feature_lengths: As t5x's TASK_FEATURE_LENGTHS, {'inputs': 512, 'targets': 128}.
+        vocabulary: Of the model.
+        cache_dir: The folder of all caches.
+        shots: Number of exemplars before each input; above 0, the task is "<task>_<shots>shot".
+        file_tasks: Tasks that are read from files.
     """
     if set(feature_lengths) != {"inputs", "targets"}:
         raise UserError(
@@ -80,10 +87,15 @@ def model(
     start_id: int = 0,
     **methods: Peft | None,
 ) -> Model:
-    """`Model` in which each PEFT method has a parameter of its own, such as `Model.prompt`.
+    """Builds a `Model`; each PEFT method has a parameter of its own, such as `Model.prompt`.
 
-    Methods are plugged in in the order of `METHODS`; None leaves one out. `peft`, if given, lists
-    them outright, and the others are left out.
+    Args:
+        config: The model's config.
+        peft: All methods, if given, in place of `methods`; None leaves one out.
+        pad_id: Id of the padding token.
+        eos_id: Id of the token that ends a sequence.
+        start_id: Id of the first token of every decoder input.
+        **methods: A method by its name in `METHODS`, whose order they get; None leaves one out.
     """
     if peft is None:
         peft = [methods.get(name) for name in METHODS]
@@ -114,7 +126,7 @@ def recipe(
     selections: Sequence[Selection] = (),
     compile_effort: float = 0.0,
 ) -> Recipe:
-    """`Recipe` among whose stages may be groups of them, as `students` makes them."""
+    """Builds a `Recipe`; a group of stages, as `students` returns, counts as its stages."""
     flat = [s for group in stages for s in ([group] if isinstance(group, Stage) else group)]
     return Recipe(
         name, model_dir, tuple(flat), seed, partitioner, tuple(selections), compile_effort
@@ -183,6 +195,9 @@ def load(
 ) -> Config:
     """Parses files, then bindings (later ones win), builds the recipe and clears gin.
 
+    Unless a file or a binding says otherwise, the recipe is named after the files, as in
+    "full_rte+lora", and MODEL_DIR is /tmp/robust_ft/<name>.
+
     Args:
         files: gin files, found in the working directory, `search_paths` or the project's root.
         bindings: gin statements such as "TRAIN_STEPS=10".
@@ -230,8 +245,8 @@ _known_to_gin: set[str] = set()
 
 
 def _prepare(folders: Sequence[str]) -> None:
-    # gin's own functions only add to these lists: the folders of an earlier call would be searched,
-    # and gin's second reader takes folders for packages, which fails for ours.
+    # gin's functions can only extend these lists: folders of an earlier call would be searched too.
+    # gin's second reader takes folders for packages, and fails for ours.
     gin.config._LOCATION_PREFIXES[:] = folders
     del gin.config._FILE_READERS[1:]
     for name, target in REGISTERED.items():
@@ -241,7 +256,7 @@ def _prepare(folders: Sequence[str]) -> None:
 
 
 def _quoted(binding: str) -> str:
-    """Lets `NAME=/tmp/run` stand for `NAME='/tmp/run'`, which shells make hard to type."""
+    """Returns `NAME='/tmp/run'` for `NAME=/tmp/run`, since shells remove quotes."""
     name, sign, value = binding.partition("=")
     if not sign:
         raise UserError(f"--gin.{binding} lacks a value; write --gin.{binding}=VALUE.")
@@ -257,7 +272,7 @@ def _quoted(binding: str) -> str:
 
 
 def _texts(file: str, folders: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields the text of a gin file and, before it, of the files it includes; no comments."""
+    """Yields the texts of the files that a gin file includes, then its own, without comments."""
     if file in above:
         raise UserError(f"The gin file '{file}' includes itself: {' > '.join((*above, file))}.")
     for folder in folders if not Path(file).is_absolute() else [""]:
@@ -281,10 +296,9 @@ _SCOPE_USE = re.compile(r"@([A-Za-z_]\w*)/")
 
 
 def _check_names(texts: Sequence[str], flags: Sequence[str]) -> None:
-    """Raises a UserError for macros and scopes that are set but that nothing reads.
+    """Raises a UserError for a macro or scope that is set but never read.
 
-    gin itself would accept them silently. A macro in a file may be one that only other recipes
-    read, one in a flag may not.
+    gin accepts them silently. A file may set a macro that only other recipes read, a flag may not.
     """
     text = "\n".join(texts)
     used = set(_MACRO_USE.findall(text))
@@ -294,7 +308,7 @@ def _check_names(texts: Sequence[str], flags: Sequence[str]) -> None:
     for name in _MACRO.findall(text):
         if name not in (used if name in in_flags else known):
             raise UserError(f"No config reads the macro '{name}'." + nearest(name, used))
-    # gin builds what a macro stands for in a scope of the macro's name.
+    # gin evaluates a macro's value in a scope of the macro's name.
     scopes = set(_SCOPE_USE.findall(text)) | used
     for scope in _SCOPE.findall(text):
         if scope not in scopes | set(_SCOPE_USE.findall(shipped)):
@@ -349,7 +363,7 @@ def _with_settings(
 
 
 def _explain(error: Exception) -> UserError:
-    """Turns gin's errors into one sentence with the place and the nearest valid name."""
+    """Returns a gin error as one sentence with the place and the nearest valid name."""
     message = str(error)
     place = re.search(r"(In (?:file|bindings string).*?line \d+\s*\n?\s*.*)", message)
     where = f" ({' '.join(place[1].split())})" if place else ""

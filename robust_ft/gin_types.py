@@ -1,7 +1,6 @@
-"""Checks the values that a config gives against the types that functions and dataclasses ask for.
+"""Checks values in configs against the annotations of functions and dataclasses.
 
-gin passes on whatever a file says; without this, `TRAIN_STEPS = 'ten'` would fail somewhere deep
-in the program.
+gin passes on any value; without this check, `TRAIN_STEPS = 'ten'` would fail deep in the program.
 """
 
 import collections.abc
@@ -15,15 +14,15 @@ from typing import Any
 from robust_ft.errors import UserError
 
 _PLAIN = (bool, int, float, str, bytes, list, tuple, dict, types.NoneType)
-_SPOKEN = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
 
 def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `target` as a function that raises a UserError for arguments of a wrong type.
+    """Returns a function that calls `target` after checking the types of keyword arguments.
 
     Args:
-        name: What configs call it.
-        target: A function or class whose parameters are annotated.
+        name: The name in configs, for error messages.
+        target: A function or class with annotated parameters.
     """
     parameters = inspect.signature(target, eval_str=True).parameters
     hints = {name: parameter.annotation for name, parameter in parameters.items()}
@@ -33,7 +32,7 @@ def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
         for field, value in values.items():
             hint = hints.get(field, Any)
             if not fits(value, hint):
-                raise UserError(f"{name}.{field}={value!r} must be {_spoken(hint)}.")
+                raise UserError(f"{name}.{field}={value!r} must be {_type_name(hint)}.")
         return target(*args, **values)
 
     # For gin, which looks for parameters here and not behind `__wrapped__`.
@@ -42,10 +41,10 @@ def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Returns whether a value has the type of an annotation, as far as a config can go wrong.
+    """Returns whether a value fits an annotation.
 
-    Lists count as tuples and whole numbers as floats. Of protocols, which configs fill with
-    objects, only plain values are refused.
+    A list fits a tuple, and an integer a float. A protocol, which configs fill with objects,
+    refuses plain values only.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -72,11 +71,11 @@ def fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, _PLAIN)
 
 
-def _spoken(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_spoken(choice) for choice in typing.get_args(hint))
+        return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if hint is types.NoneType:
         return "None"
     if typing.get_origin(hint) is None and isinstance(hint, type):
-        return _SPOKEN.get(hint, f"of type {hint.__name__}")
+        return _NAMES.get(hint, f"of type {hint.__name__}")
     return "of type " + str(hint).replace("collections.abc.", "")

@@ -1,7 +1,7 @@
 """Trains a recipe: python -m robust_ft.train --gin_file=gin_configs/promot_rte.gin
 
-A recipe is a gin file; it runs its stages one after the other, evaluates, and ends with a table, a
-picture and report.html in MODEL_DIR. Run the same command again to resume.
+A recipe is a gin file. Its stages run one after the other, each is evaluated, and at the end there
+are a table, and report.html with a figure in MODEL_DIR. Run the same command again to resume.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
 
     Args:
         argv: The arguments.
-        callbacks: Follow the training loop; for launchers of your own.
+        callbacks: Called by the training loop, for launchers of your own.
     """
     arguments = command_line.parse("train", __doc__ or "", argv)
     with command_line.started(arguments, stops=True) as config:
@@ -46,11 +46,11 @@ def _train(config: "Config", callbacks: Sequence["Callback"]) -> int:
     try:
         run(recipe, callbacks)
     except Stopped as stopped:
-        console.print_line(f"{stopped} Run the same command to go on.")
+        console.print_line(f"{stopped} Run the same command to resume.")
         return command_line.RESUME
     if multihost.is_first() and any(stage.final_evaluations for stage in recipe.stages):
         report.write_report([recipe.model_dir], recipe.model_dir)
-        console.print_line(f"Picture and samples: {Path(recipe.model_dir) / 'report.html'}")
+        console.print_line(f"Figure and samples: {Path(recipe.model_dir) / 'report.html'}")
     return 0
 
 

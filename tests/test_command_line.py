@@ -165,7 +165,7 @@ def test_sigterm_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runner, "run", stopped)
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME == 75
-    assert "step 3 of stage 'model'. Run the same command to go on." in capsys.readouterr().out
+    assert "step 3 of stage 'model'. Run the same command to resume." in capsys.readouterr().out
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
