@@ -2,8 +2,8 @@
 
 train 42,061 (one example a text), validation 547 and test 630 (one example a set of attributes,
 with all its texts as references). Read from `$ROBUST_FT_DATA_DIR/e2e_nlg/trainset.csv`,
-`devset.csv` and `testset_w_refs.csv`. TFDS has only cleaned versions of the corpus, which are
-others.
+`devset.csv` and `testset_w_refs.csv`. TFDS has only cleaned versions of the corpus, with other
+examples.
 """
 
 import re
@@ -23,12 +23,12 @@ def linearize(meaning: str) -> str:
     """Returns `name : Alimentum | area : city centre` for `name[Alimentum], area[city centre]`.
 
     Raises:
-        ValueError: `meaning` is something else.
+        ValueError: `meaning` is not of this form.
     """
-    found = _ATTRIBUTE.findall(meaning)
-    if not found or _ATTRIBUTE.sub("", meaning):
+    attributes = _ATTRIBUTE.findall(meaning)
+    if not attributes or _ATTRIBUTE.sub("", meaning):
         raise ValueError(f"'{meaning}' is not a list of attributes 'name[value], ...'")
-    return " | ".join(f"{name} : {value}" for name, value in found)
+    return " | ".join(f"{name} : {value}" for name, value in attributes)
 
 
 def _grouped(files: Sequence[Path]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from robust_ft.data.seqio_tasks import text_features
 from robust_ft.metrics import postprocess
 from tasks import mini_world
 
-SHOTS = (0, 1)  # pretraining knows no more
+SHOTS = (0, 1)  # numbers of exemplars that pretraining has
 TABLES = ("d2t", "d2t_ood")
 NEWS = ("news", "news_ood")
 CHOICES = {"rte": ("True", "False"), "fact": ("True", "False"), "cb": ("yes", "no")}
@@ -35,7 +35,7 @@ def task_name(family: str, shots: int = 0) -> str:
 def _dataset(
     split: str, shuffle_files: bool, seed: int | None = None, *, family: str, shots: int
 ) -> tf.data.Dataset:
-    """Returns a split in its one order; `seed` cannot change it, the loader shuffles."""
+    """Returns a split in a fixed order: the loader shuffles, not this."""
     del shuffle_files, seed
     examples = list(mini_world.examples(family, split, shots))
     columns: dict[str, list[Any]] = {
@@ -43,7 +43,7 @@ def _dataset(
         "inputs": [example.inputs for example in examples],
         "targets": [example.targets for example in examples],
     }
-    if family != "pretrain":  # whose examples have unequal numbers of references
+    if family != "pretrain":  # its examples have unequal numbers of references, and no evaluation
         columns["references"] = [example.references or [example.targets] for example in examples]
     if family in CHOICES:
         columns["choices"] = [CHOICES[family]] * len(examples)

@@ -182,12 +182,12 @@ def words() -> list[str]:
     """Returns every token by id: the special ones, then all words of the world in sorted order."""
     texts = [*TEMPLATES.values(), *WORDINGS, *REPORTS.values(), *LABELS]
     parts = [field for text in texts for field, *_ in string.Formatter().parse(text)]
-    found = {word for part in parts for word in part.split()}
-    found |= {*PEOPLE, *JOBS, *COUNTRIES, *CITIES, *PLACES, *_ENGLISH}
-    found |= {*ZORB.values(), *VELL.values()}
+    world = {word for part in parts for word in part.split()}
+    world |= {*PEOPLE, *JOBS, *COUNTRIES, *CITIES, *PLACES, *_ENGLISH}
+    world |= {*ZORB.values(), *VELL.values()}
     for topic in TOPICS.values():
-        found |= {*topic.names, *topic.relations, *itertools.chain(*topic.relations.values())}
-    return [*SPECIAL, *sorted(found)]
+        world |= {*topic.names, *topic.relations, *itertools.chain(*topic.relations.values())}
+    return [*SPECIAL, *sorted(world)]
 
 
 def tokenizer_json() -> str:

@@ -5,7 +5,7 @@
   out of domain (validation, test:  mrqa_bio_asq mrqa_drop mrqa_duo_rc mrqa_race
   the same examples)                mrqa_relation_extraction mrqa_textbook_qa
 
-The paper trains on SQuAD, so that is where the others have their exemplars from. Inputs are T5's,
+The paper trains on SQuAD, so the exemplars of the other tasks are from SQuAD. Inputs are T5's,
 `question: ... context: ...`; all answers are references.
 
 Read from `$ROBUST_FT_DATA_DIR/mrqa/{train,dev}/<official name>.jsonl.gz`, else TFDS's `mrqa` 1.0.0.

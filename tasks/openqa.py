@@ -8,7 +8,7 @@
 
 Inputs of the first two are the bare questions, targets the first answer; all answers are
 references. Read from `$ROBUST_FT_DATA_DIR/nq_open/NQ-open.{train,dev}.jsonl`, else TFDS's
-`natural_questions_open` 1.0.0, which orders, so halves, the questions otherwise.
+`natural_questions_open` 1.0.0, whose questions have another order, so that the halves differ.
 """
 
 import itertools

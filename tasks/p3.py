@@ -44,7 +44,7 @@ _SEED = 0
 
 
 def _ready(files: Sequence[Path]) -> Iterator[Row]:
-    """Yields P3's records with their choices; those of one example stand one behind the other."""
+    """Yields P3's examples with their answer choices, each a record of its own in the files."""
     rows = ((place, _plain(record)) for place, record in tables.read(files))
     # Without an index every record is an example of its own.
     counter = itertools.count()
@@ -66,7 +66,7 @@ def _ready(files: Sequence[Path]) -> Iterator[Row]:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """Takes the texts and flags of a TFRecord, which are lists there, out of their lists."""
+    """Unpacks the texts and flags of a TFRecord, where every feature is a list."""
     single = ("inputs_pretokenized", "targets_pretokenized", "is_correct")
     return {
         key: value[0] if key in single and isinstance(value, list) and len(value) == 1 else value
@@ -75,7 +75,7 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _templated(name: str, read: Reader) -> Reader:
-    """Returns the reader of a file of templates and of raw records behind it."""
+    """Returns the reader of a file of templates and, after it, files of raw records."""
 
     def rows(files: Sequence[Path]) -> Iterator[Row]:
         named = {
@@ -90,7 +90,7 @@ def _templated(name: str, read: Reader) -> Reader:
     return rows
 
 
-# The templates of a dataset are read one after the other.
+# One entry: consecutive tasks have templates of the same dataset, and the files are large.
 _load = functools.lru_cache(maxsize=1)(promptsource.load)
 
 
@@ -136,7 +136,7 @@ _OFFICIAL: dict[str, tuple[str, Reader]] = {
 
 
 def _splits(path: str, template: str, task: str, names: Mapping[str, tuple[str, str]]) -> Splits:
-    """Returns where each split comes from; `names` are P3's and the Hub's for each of ours."""
+    """Returns each split's origins; `names` has P3's and the Hub's name for each of our splits."""
     templates = f"p3_promptsource/templates/{path}/templates.yaml"
     splits: Splits = {}
     for split, (ready, raw) in names.items():

@@ -4,14 +4,14 @@
   mrpc        3,668          408   1,725
   qqp     some 364K       40,430   (its labels are not public)
 
-Each is a test of what was learned on the other (prompt tuning, domain shift). So their inputs are
-T5's without the task's name, `sentence1: ... sentence2: ...`, and their answers the same: with
-answers of its own, a model of one task could never be right on the other.
+Each tests transfer from the other (prompt tuning, domain shift). So their inputs are T5's without
+the task's name, `sentence1: ... sentence2: ...`, and both have the same answers: otherwise a model
+of one task could never be right on the other.
 
 Read from `$ROBUST_FT_DATA_DIR/mrpc/msr_paraphrase_{train,test}.txt` and `qqp/{train,dev}.tsv`
 (GLUE's files), else TFDS's `glue` 2.0.0, where the test labels of MRPC are hidden. The validation
-pairs of MRPC are those in GLUE's `mrpc/mrpc_dev_ids.tsv`; without that file every tenth training
-pair stands in, which are as many, but others. GLUE's file of QQP has a few broken lines, which are
+pairs of MRPC are those in GLUE's `mrpc/mrpc_dev_ids.tsv`; without that file they are every tenth
+training pair, the same number of other pairs. GLUE's file of QQP has a few broken lines, which are
 left out and counted in the log.
 """
 

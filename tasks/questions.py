@@ -1,4 +1,4 @@
-"""What closed-book QA tasks share: records with a question and all its answers."""
+"""Shared by closed-book QA tasks: records with a question and all its answers."""
 
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,8 +1,8 @@
 """The inputs of ProMoT's tasks (ProMoT, appendix A.2.1, table 4), word for word.
 
-The answers, which the table writes behind them, are the targets. The split `reported` of these
-tasks is the one that the paper reports on: the development set for SuperGLUE, the test set for all
-others.
+The answers, which the table appends to the inputs, are the targets. The split `reported` of these
+tasks is the one whose scores the paper reports: the development set for SuperGLUE, the test set for
+all others.
 """
 
 from collections.abc import Sequence

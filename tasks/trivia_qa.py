@@ -5,8 +5,8 @@ questions of the unfiltered version (`topics.dpr.trivia.{dev,test}.txt`); else T
 `trivia_qa/rc.nocontext` 1.1.0 (train 138,384, validation 18,669).
 
 The answers of the official test questions are not public, so ProMoT's numbers must be on the
-development questions: `test` and `validation` are both these, but for DPR's files, which have a
-development and a test set of their own.
+development questions: these are both `test` and `validation`. DPR's files have a development and a
+test set of their own.
 """
 
 from collections.abc import Iterator, Sequence

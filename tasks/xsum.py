@@ -6,10 +6,10 @@
 
 The category is what follows `/news/`, up to the first hyphen where that ends in the article's
 number: `/news/uk-england-london-1234` and `/news/uk/1234` are "uk", `/news/uk-england/1234` is
-"uk-england". That is how the data of prefix-tuning was made, and it explains the paper's list.
-Articles outside `/news/` (sport, newsround) are in neither. The paper has 129K, 7K and 7K ID
-examples and 20K OOD ones, more than the official validation and test splits leave: `xsum_ood` is
-the OOD articles of all three. OOD data is never used for a choice.
+"uk-england". This rule made the data of prefix-tuning, and it explains the paper's list of
+categories. Articles outside `/news/` (sport, newsround) are in neither. The paper has 129K, 7K and
+7K ID examples and 20K OOD ones, more than the official validation and test splits leave: `xsum_ood`
+is the OOD articles of all three. OOD data is never used for a choice.
 
 Read from `$ROBUST_FT_DATA_DIR/xsum`: XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json and, in any folders
 beside it, `<id>.data` or `<id>.summary` as published. Else TFDS's `xsum` 1.1.0, which has no
@@ -57,8 +57,8 @@ _PARTS = {
 
 def category(url: str) -> str | None:
     """Returns the news category of an article's address, None if it is not news."""
-    found = re.search(r"/news/(?:([\w-]+)/\d+|([a-z]+)(?:-[\w-]+)?)/?$", url.split("?")[0])
-    return (found[1] or found[2]) if found else None
+    match = re.search(r"/news/(?:([\w-]+)/\d+|([a-z]+)(?:-[\w-]+)?)/?$", url.split("?")[0])
+    return (match[1] or match[2]) if match else None
 
 
 def parse(content: str) -> dict[str, str]:
@@ -69,10 +69,10 @@ def parse(content: str) -> dict[str, str]:
     """
     lines = (line for line in content.splitlines() if line.strip() and line not in _BUTTONS)
     pieces = re.split(r"\[(?:XSUM|SN)\]([A-Z-]+)\[(?:XSUM|SN)\]", "\n".join(lines))
-    found = {name: piece.strip() for name, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
+    parts = {name: piece.strip() for name, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
     record = {}
     for part, names in _PARTS.items():
-        present = [found[name] for name in names if name in found]
+        present = [parts[name] for name in names if name in parts]
         if not present:
             raise ValueError(f"it has no part [{'] or ['.join(names)}]")
         record[part] = present[0]

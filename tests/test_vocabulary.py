@@ -130,23 +130,3 @@ def test_broken_file(make, tmp_path):
 def test_missing_special_token(word_file):
     with pytest.raises(UserError, match=r"no token '<PAD>' \(pad_token\)"):
         _ = TokenizersVocabulary(word_file, pad_token="<PAD>").pad_id
-
-
-def test_seqio_vocabulary_wraps_ours(word_file):
-    pytest.importorskip("seqio")
-    import tensorflow as tf
-
-    from robust_ft.data.seqio_vocabulary import SeqioVocabulary
-
-    wrapped = SeqioVocabulary(TokenizersVocabulary(word_file))
-    assert (wrapped.vocab_size, wrapped.eos_id, wrapped.unk_id) == (6, 1, 2)
-    assert wrapped.encode("the capital") == [4, 5]
-    assert wrapped.encode_tf(tf.constant("the capital")).numpy().tolist() == [4, 5]
-    dataset = tf.data.Dataset.from_tensors("the city").map(wrapped.encode_tf)
-    assert [x.tolist() for x in dataset.as_numpy_iterator()] == [[4, 2]]
-    assert wrapped.decode([4, 5, 1, 4]) == "the capital"
-    assert wrapped.decode_tf(tf.constant([4, 5, 1, 4])).numpy() == b"the capital"
-    batch = wrapped.decode_tf(tf.constant([[4, 1, 0], [5, 4, 1]])).numpy().tolist()
-    assert batch == [b"the", b"capital the"]
-    assert wrapped == SeqioVocabulary(TokenizersVocabulary(word_file))
-    assert wrapped != SeqioVocabulary(ByteVocabulary())

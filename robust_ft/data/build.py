@@ -228,7 +228,7 @@ def _report(info: cache.CacheInfo, data: cache.TaskData) -> None:
                 info.num_truncated[feature],
                 info.num_examples,
                 feature,
-                getattr(data, f"{feature}_length"),
+                data.lengths[feature],
                 info.max_length[feature],
             )
 
@@ -268,8 +268,7 @@ def _write_parts(
 ) -> None:
     """Writes the missing parts that `is_ours` accepts; the examples of others are only read."""
     tokenizers = {feature: FeatureTokenizer(task, feature, data) for feature in _FEATURES}
-    lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
-    rows = task_rows.rows(task_rows.dataset(task, data.split, lengths))
+    rows = task_rows.rows(task_rows.dataset(task, data.split, data.lengths))
     progress = _Progress(f"{data.task} {data.split}", task.num_input_examples(data.split))
     seen = 0
     for number in itertools.count():

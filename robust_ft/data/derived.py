@@ -163,8 +163,7 @@ class _DerivedSource(seqio.DataSource):
                     f"Task '{self._base.name}' makes token ids, so it has no k-shot or shuffled "
                     "version; that needs a task of texts."
                 )
-        lists = ("references", "choices", "answer_choices")
-        return dataset, [name for name in lists if name in dataset.element_spec]
+        return dataset, [name for name in task_rows.LISTS if name in dataset.element_spec]
 
 
 class _ShotsSource(_DerivedSource):

@@ -20,10 +20,10 @@ class FileTask:
     """Files of examples and how to read them.
 
     A file ends in `.csv` (quoted where needed), `.tsv` (never quoted) or `.jsonl` (an object a
-    line), behind which `.gz` may stand. The first line of `.csv` and `.tsv` names the columns.
+    line), optionally followed by `.gz`. The first line of `.csv` and `.tsv` names the columns.
 
     Attributes:
-        name: Of the task, as MIXTURE_OR_TASK_NAME has it.
+        name: Name of the task: letters, digits and underscores.
         inputs: The input text, with columns in braces: 'Q: {question} A:'. Doubled braces stand for
             themselves.
         targets: The target text likewise. Where it is one column that holds a list (`.jsonl`), the

@@ -192,7 +192,7 @@ def train_batches(
         return BatchSource(blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD), identity)
     packed = grain.experimental.FirstFitPackIterDataset(
         _flat(blocks.map(reader.examples), _PACKING_BLOCK),
-        length_struct={"inputs": data.inputs_length, "targets": data.targets_length},
+        length_struct=data.lengths,
         num_packing_bins=max(_PACKING_ROWS, rows),
         seed=_seed(seed, "packing"),
     )

@@ -32,8 +32,7 @@ def previews(data: TaskData) -> Iterator[Preview]:
     """
     task = build.find_task(data)
     tokenizers = {name: FeatureTokenizer(task, name, data) for name in task_rows.FEATURES}
-    lengths = {"inputs": data.inputs_length, "targets": data.targets_length}
-    for row in task_rows.rows(task_rows.dataset(task, data.split, lengths)):
+    for row in task_rows.rows(task_rows.dataset(task, data.split, data.lengths)):
         dropped = build.fit_exemplars(row, tokenizers["inputs"]) if "exemplars" in row else 0
         features = {name: tokenize(row) for name, tokenize in tokenizers.items()}
         yield Preview(tokenization.texts(row, features, data.vocabulary), features, dropped)

@@ -89,7 +89,7 @@ def model_batch(
 ) -> Arrays:
     """Returns t5x's features for examples without padding, one a row.
 
-    Decoder inputs are the targets shifted right by one, behind `start_id`. Loss weights are 0 after
+    Decoder inputs are the targets shifted right by one, after `start_id`. Loss weights are 0 after
     the end of a row's targets. They go by position and not by id, since the padding of some models
     is a token that they also use, such as EOS.
 

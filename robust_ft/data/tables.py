@@ -13,7 +13,9 @@ from robust_ft.errors import UserError
 
 
 def read(files: Sequence[Path]) -> Iterator[Row]:
-    """Yields the rows of Parquet, Arrow, JSON Lines and TFRecord files, told by their names.
+    """Yields the rows of Parquet, Arrow, JSON Lines and TFRecord files.
+
+    A file's name says which of these it is.
 
     Raises:
         UserError: A file is of none of these kinds, or not what its name says.

@@ -12,16 +12,9 @@ import tensorflow as tf
 from robust_ft.errors import UserError
 
 FEATURES = ("inputs", "targets")
-_TEXTS = (
-    "inputs_pretokenized",
-    "targets_pretokenized",
-    "references",
-    "choices",
-    "answer_choices",
-    "id",
-)
+LISTS = ("references", "choices", "answer_choices")
 _EXEMPLARS = ("query", "exemplars")  # of k-shot tasks, see `derived`
-_LISTS = ("references", "choices", "answer_choices", "exemplars")
+_FIELDS = (*FEATURES, "inputs_pretokenized", "targets_pretokenized", *LISTS, "id", *_EXEMPLARS)
 _CHUNK = 256
 
 
@@ -48,7 +41,7 @@ def dataset(
     missing = [f"'{feature}'" for feature in FEATURES if feature not in examples.element_spec]
     if missing:
         raise UserError(f"Task '{task.name}' makes no feature {' and '.join(missing)}.")
-    fields = [name for name in (*FEATURES, *_TEXTS, *_EXEMPLARS) if name in examples.element_spec]
+    fields = [name for name in _FIELDS if name in examples.element_spec]
     return examples.map(lambda example: {name: _ranked(name, example[name]) for name in fields})
 
 
@@ -85,7 +78,7 @@ def _ranked(name: str, value: tf.Tensor) -> tf.Tensor:
     """Sets the rank of a value, which a task's Python code may leave open; batching needs it."""
     if value.shape.rank is not None:
         return value
-    is_list = name in _LISTS or (name in FEATURES and value.dtype != tf.string)
+    is_list = name in (*LISTS, "exemplars") or (name in FEATURES and value.dtype != tf.string)
     return tf.ensure_shape(value, [None] if is_list else [])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import seqio
 
 from robust_ft.data.cache import TaskData
-from robust_ft.data.task_rows import FEATURES
+from robust_ft.data.task_rows import FEATURES, LISTS
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import Vocabulary, cut
 
@@ -31,7 +31,7 @@ class FeatureTokenizer:
         self._where = f"Task '{task.name}', feature '{feature}'"
         self._feature = feature
         self._vocabulary = data.vocabulary
-        self._length: int = getattr(data, f"{feature}_length")
+        self._length = data.lengths[feature]
         declared = task.output_features.get(feature)
         ours = data.vocabulary
         self._prefix: tuple[int, ...] = ours.target_prefix_ids
@@ -119,7 +119,7 @@ def texts(
             texts[feature] = value.decode("utf-8")
         else:
             texts[feature] = vocabulary.decode(features[feature].ids.tolist())
-    for name in ("references", "choices", "answer_choices"):
+    for name in LISTS:
         if name in example:
             texts[name] = [text.decode("utf-8") for text in np.atleast_1d(example[name]).tolist()]
     if "id" in example and np.issubdtype(np.asarray(example["id"]).dtype, np.integer):

@@ -2,7 +2,6 @@
 
 Every vocabulary is a frozen, hashable dataclass that holds the paths of its files and reads them on
 first use; `vocabulary_from_directory` returns the right one for a Hugging Face model directory.
-`robust_ft.data.seqio_vocabulary` wraps one for seqio.
 
 `encode_inputs(vocabulary, text, length)` gives a model's input ids for a text and `encode_targets`
 its target ids: caches, evaluation and `Predictor` all use these.

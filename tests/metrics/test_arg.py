@@ -46,9 +46,9 @@ def test_against_its_definition(accuracies):
 
 
 def test_guessing_never_and_always():
-    assert average_relative_gain({"cb": [100 / 3], "rte": [50, 50]}) == pytest.approx(0)
-    assert average_relative_gain({"cb": [0], "rte": [0]}) == pytest.approx(-100)
-    assert average_relative_gain({"cb": [100]}) == pytest.approx(200)
+    assert average_relative_gain({"cb": [100 / 3], "rte": [50.0, 50.0]}) == pytest.approx(0)
+    assert average_relative_gain({"cb": [0.0], "rte": [0.0]}) == pytest.approx(-100)
+    assert average_relative_gain({"cb": [100.0]}) == pytest.approx(200)
     assert average_relative_gain({"mine": [30.0]}, {"mine": 10.0}) == pytest.approx(200)
 
 

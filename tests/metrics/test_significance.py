@@ -84,20 +84,20 @@ def test_bootstrap_in_blocks_is_the_same(monkeypatch):
 
 @pytest.mark.parametrize(("share", "p_value"), [(0.5, 1.0), (1.0, 0.0)])
 def test_bootstrap_at_its_ends(share, p_value):
-    second = {i: i % 2 for i in range(100)}
-    first = second if share == 0.5 else dict.fromkeys(second, 2)
+    second = {i: float(i % 2) for i in range(100)}
+    first = second if share == 0.5 else dict.fromkeys(second, 2.0)
     assert paired_bootstrap(first, second).p_value == p_value
 
 
 def test_bootstrap_refuses():
     with pytest.raises(UserError, match=r"same examples on both sides; 'b' is only on one \(2 are"):
-        paired_bootstrap({"a": 1, "b": 1}, {"a": 1, "c": 1})
+        paired_bootstrap({"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0})
     with pytest.raises(UserError, match="needs examples"):
         paired_bootstrap({}, {})
     with pytest.raises(UserError, match="same templates on both sides"):
-        paired_bootstrap_arg({"cb": [{1: 0}]}, {"cb": [{1: 0}, {1: 0}]})
+        paired_bootstrap_arg({"cb": [{1: 0.0}]}, {"cb": [{1: 0.0}, {1: 0.0}]})
     with pytest.raises(UserError, match="under template 0 of cb; '1' is only on one"):
-        paired_bootstrap_arg({"cb": [{1: 0}]}, {"cb": [{2: 0}]})
+        paired_bootstrap_arg({"cb": [{1: 0.0}]}, {"cb": [{2: 0.0}]})
 
 
 def test_bootstrap_of_arg_against_one_that_goes_step_by_step():

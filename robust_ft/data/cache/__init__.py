@@ -66,6 +66,11 @@ class TaskData:
                     " (one token and the end of the sequence)."
                 )
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The maximum lengths by feature."""
+        return {"inputs": self.inputs_length, "targets": self.targets_length}
+
 
 @dataclass(frozen=True)
 class CacheInfo:

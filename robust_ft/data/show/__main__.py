@@ -82,7 +82,7 @@ def _show(data: "TaskData", count: int, limit: int) -> None:
     is_all = next(examples, None) is None
     whose = f"all {measured}" if is_all else f"the first {measured}"
     for feature, counts in lengths.items():
-        _show_lengths(feature, counts, getattr(data, f"{feature}_length"), whose)
+        _show_lengths(feature, counts, data.lengths[feature], whose)
     if dropped:
         console.print_line(f"{dropped} exemplars do not fit into the inputs and are left out.")
 
