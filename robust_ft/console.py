@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
-_WINDOW = 50  # updates that a rate is measured over, so that compilation soon leaves it
+_WINDOW = 50  # updates over which rates are measured, so that compilation soon drops out
 
 
 class Progress:
@@ -68,9 +68,9 @@ class Progress:
         """Shows that `step` of the total are done.
 
         Args:
-            step: steps done, counted from the start of the stage.
-            examples: examples done since the last update; zero leaves their rate out.
-            **numbers: such as `loss=0.53`; those of earlier updates stay on show.
+            step: Number of steps done, counted from the start of the stage.
+            examples: Number of examples since the last update; 0 leaves their rate out.
+            **numbers: Metrics, such as `loss=0.53`; those of earlier updates stay.
         """
         if not self._console.enabled:
             return
@@ -80,14 +80,15 @@ class Progress:
         self._numbers |= numbers
         self._times.append((now, step, self._examples))
         if self._live is not None:
-            shown, rate, left = self._parts()
+            shown, rate, left = self._columns()
             self._live.update(self._bar, completed=step, numbers=shown, rate=rate, left=left)
             return
         due = now - self._printed_at >= self._interval
         if due or (self._every is not None and step - self._printed_step >= self._every):
             self._print_line()
 
-    def _parts(self) -> tuple[str, str, str]:
+    def _columns(self) -> tuple[str, str, str]:
+        """Returns the texts of metrics, rate and time left."""
         (then, first, before), (now, last, examples) = self._times[0], self._times[-1]
         seconds = now - then
         shown = "  ".join(f"{name} {number:.4g}" for name, number in self._numbers.items())
@@ -102,17 +103,17 @@ class Progress:
     def _print_line(self) -> None:
         self._printed_at, self._printed_step = self._console.clock(), self._step
         done = f"[{self._stage}] {self._step:>{len(str(self._total))}}/{self._total} {self._unit}"
-        self._console.print("  ".join(part for part in (done, *self._parts()) if part))
+        self._console.print("  ".join(filter(None, (done, *self._columns()))))
 
 
 class Console:
     """Where the library prints.
 
     Args:
-        enabled: False prints nothing at all, as on every process but the first.
-        file: stdout if None, looked up at each print (a notebook replaces it).
-        width: columns; a terminal's own width, or 100, if None.
-        clock: seconds, monotonic; tests pass their own.
+        enabled: Whether to print; False on every process but the first.
+        file: The output; by default stdout, looked up at each print (a notebook replaces it).
+        width: Columns; by default the terminal's, or 100.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -154,8 +155,8 @@ class Console:
         """Prints the first lines of a run: what runs, on what data, on which devices.
 
         Args:
-            title: such as "robust_ft: promot_rte".
-            facts: name and value, such as `{"model": ..., "parameters": ..., "devices": ...}`.
+            title: Such as "robust_ft: promot_rte".
+            facts: Names and values, such as `{"model": ..., "parameters": ..., "devices": ...}`.
         """
         if not self.enabled:
             return
@@ -171,13 +172,13 @@ class Console:
         rows: Iterable[Sequence[object]],
         caption: str | None = None,
     ) -> None:
-        """Prints a table: the first column at the left, columns of numbers at the right.
+        """Prints a table; columns of numbers are right-aligned, except the first column.
 
         Args:
-            title: the line above.
-            columns: one head a column.
-            rows: as many cells a row as columns; floats are shown with one decimal.
-            caption: notes below.
+            title: The line above the table.
+            columns: Column heads.
+            rows: Cells of each row; floats are shown with one decimal.
+            caption: Notes below the table.
         """
         if not self.enabled:
             return
@@ -214,12 +215,12 @@ class Console:
         """Returns a context manager that shows progress.
 
         Args:
-            stage: what runs, at the left of the line.
-            total: steps in all.
-            initial: steps already done, when a run resumes.
-            unit: what is counted.
-            interval: seconds between plain lines, where there is no terminal.
-            every: steps between plain lines, if that comes sooner.
+            stage: Name of the stage.
+            total: Total number of steps.
+            initial: Steps already done, when a run resumes.
+            unit: What is counted.
+            interval: Seconds between plain lines, where there is no terminal.
+            every: Steps between plain lines, if that comes sooner.
         """
         return Progress(self, stage, total, initial, unit, interval, every)
 

@@ -18,7 +18,7 @@ from typing import Any
 from robust_ft.errors import UserError
 from robust_ft.files import json_line, write_json_lines
 
-NOT_FINITE = "not_finite"  # key of the note that tells a null's real value: {"loss": "nan"}
+NOT_FINITE = "not_finite"  # key of the note with the values that null stands for: {"loss": "nan"}
 EVALUATIONS = "inference_eval"
 _FIELDS = {"step", "split", "task", NOT_FINITE}
 _FLUSH_SECONDS = 30.0
@@ -26,12 +26,12 @@ _file_numbers = itertools.count()  # two event files opened in one second need d
 
 
 class _EventFile:
-    """One TensorBoard event file, opened in `directory` under a name of its own.
+    """One TensorBoard event file, under a unique name in `directory`.
 
     Args:
-        directory: created if it is missing.
-        purge_from: steps from here on that older files of the folder hold are hidden; without
-            it, a run that resumes from a checkpoint would show the same steps twice.
+        directory: The folder, created if it is missing.
+        purge_from: TensorBoard hides what older files of the folder hold from this step on, so that
+            a resumed run does not show steps twice.
     """
 
     def __init__(self, directory: pathlib.Path, purge_from: int | None = None):
@@ -91,8 +91,8 @@ class MetricWriter:
     write, so that a writer that is never used leaves no empty files.
 
     Args:
-        directory: the folder of the stage.
-        enabled: False on every process but the first; nothing is then created or written.
+        directory: The folder of the stage.
+        enabled: Whether anything is created or written; False on every process but the first.
     """
 
     def __init__(self, directory: str | os.PathLike[str], enabled: bool = True):
@@ -115,18 +115,17 @@ class MetricWriter:
         split: str = "train",
         task: str | None = None,
     ) -> None:
-        """Writes scalars that are on the host already (a device array would be waited for).
+        """Writes scalars, which should be on the host: reading a device array waits for its step.
 
         Args:
-            step: the step of the stage, counted from its start.
-            scalars: numbers, or arrays of one element. Not-a-number and infinity become null
-                with a note beside it, which `read_metrics` turns back.
-            split: recorded in the line.
-            task: an evaluation of this task (with shots where names should differ by them);
-                None for training.
+            step: The step of the stage, counted from its start.
+            scalars: Numbers, or arrays of one element. NaN and infinity are written as null, with a
+                note from which `read_metrics` restores them.
+            split: The split, recorded in the line.
+            task: The evaluated task, with its number of shots; None for training.
 
         Raises:
-            ValueError: a scalar is named as one of the line's own fields.
+            ValueError: A scalar has the name of one of the line's own fields.
         """
         if not self.enabled:
             return
@@ -141,12 +140,12 @@ class MetricWriter:
         self._event_file(task).scalars(int(step), values)
 
     def write_text(self, step: int, name: str, text: str, task: str | None = None) -> None:
-        """Writes a text (Markdown) for TensorBoard's text page; not into `metrics.jsonl`."""
+        """Writes Markdown for TensorBoard's text page; not to `metrics.jsonl`."""
         if self.enabled:
             self._event_file(task).text(int(step), name, text)
 
     def truncate(self, step: int) -> None:
-        """Drops what was written after `step`, when a run resumes from its checkpoint.
+        """Drops everything after `step`, when a run resumes from its checkpoint.
 
         The JSONL files are replaced whole, so that a crash leaves either the old or the new
         one. Event files stay; TensorBoard is told to hide their later steps.
@@ -163,7 +162,7 @@ class MetricWriter:
             events.purge(self._purge_from)
 
     def flush(self) -> None:
-        """Brings buffered events to disk."""
+        """Writes buffered events to disk."""
         for events in self._events.values():
             events.flush()
 
@@ -190,12 +189,12 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; one dict a line, with not-a-number and infinities restored.
+    """Reads a `metrics.jsonl`: one dict a line, with NaN and infinity restored.
 
-    A last line that is cut off, as after a crash or while the run is still writing, is left out.
+    A truncated last line, as after a crash or while the run is writing, is left out.
 
     Raises:
-        UserError: the file is missing, or a line in it is not a JSON object.
+        UserError: The file is missing, or a line in it is not a JSON object.
     """
     return [_restore(record) for record in _parse(pathlib.Path(path))]
 
@@ -223,7 +222,7 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _mend(path: pathlib.Path) -> None:
-    """Ends the file with a newline; a last line that a crash cut off is dropped."""
+    """Drops a last line that a crash truncated, and ends the file with a newline."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         write_json_lines(path, _parse(path))
@@ -248,5 +247,5 @@ def _restore(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_name(task: str) -> str:
-    """Seqio names may hold characters that would make folders, as in `wmt14:enfr/v003`."""
+    """Returns a seqio name without characters of paths, as in `wmt14:enfr/v003`."""
     return task.replace("/", "_").replace(":", "_")

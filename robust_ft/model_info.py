@@ -1,4 +1,4 @@
-"""The report of a model before it trains: every parameter, and whether it trains."""
+"""The table of a model's parameters, and which of them train."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ _LAYER = re.compile(r"(?<=layers_)\d+")
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One line: a parameter, or those at the same place of several layers that are alike."""
+    """One line: a parameter, or equal ones of several layers."""
 
     path: str
     copies: int
@@ -28,17 +28,17 @@ class _Row:
 def report(
     params: Params, trained: frozenset[str], peft: Sequence[Peft] = (), compact: bool = False
 ) -> str:
-    """Returns a table: path, shape, type, number and share of all, trainable or frozen.
+    """Returns a table: path, shape, dtype, size, share of all, trainable or frozen.
 
-    Parameters of each PEFT method stand together at the end, below the method's name. The last
-    lines are sums.
+    The parameters of each PEFT method follow at the end, below the method's name. The last lines
+    are totals.
 
     Args:
-        params: All parameters, or shapes and types in their place.
-        trained: The paths of those that train.
+        params: All parameters, or their shapes and dtypes.
+        trained: Paths of the parameters that train.
         peft: The model's PEFT methods.
-        compact: Whether layers that are alike share a line: `decoder/layers_{0..11}/mlp/wo/kernel`
-            stands for twelve parameters, of one shape, type and lot, and their number is the sum.
+        compact: Whether equal layers share a line: `decoder/layers_{0..11}/mlp/wo/kernel` is twelve
+            parameters of one shape and dtype, all trainable or all frozen; the size is their sum.
     """
     sections = {
         title: list(_rows(leaves, trained, compact))
@@ -52,8 +52,8 @@ def report(
     width = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         f"{path:{width[0]}}  {copies:>{width[1]}}  {shape:{width[2]}}  {dtype:{width[3]}}  "
-        f"{size:>{width[4]}}  {share:>{width[5]}}  {lot}".rstrip()
-        for path, copies, shape, dtype, size, share, lot in lines
+        f"{size:>{width[4]}}  {share:>{width[5]}}  {state}".rstrip()
+        for path, copies, shape, dtype, size, share, state in lines
     ]
     return "\n".join([*table, *_sums(sections, total), summary(params, trained)])
 
@@ -79,13 +79,13 @@ def _sections(params: Params, peft: Sequence[Peft]) -> dict[str, dict[str, Any]]
 
 
 def _rows(leaves: Mapping[str, Any], trained: frozenset[str], compact: bool) -> Iterator[_Row]:
-    alike: dict[tuple[str, str, str, bool], list[str]] = {}
+    groups: dict[tuple[str, str, str, bool], list[str]] = {}
     for path, leaf in leaves.items():
         template = _LAYER.sub("{}", path, count=1) if compact else path
         key = (template, str(tuple(leaf.shape)), str(leaf.dtype), path in trained)
-        alike.setdefault(key, []).append(path)
-    for (template, shape, dtype, trains), paths in alike.items():
-        numbers = sorted(int(found[0]) for path in paths if (found := _LAYER.search(path)))
+        groups.setdefault(key, []).append(path)
+    for (template, shape, dtype, trains), paths in groups.items():
+        numbers = sorted(int(match[0]) for path in paths if (match := _LAYER.search(path)))
         path = template.replace("{}", f"{{{_ranges(numbers)}}}") if len(paths) > 1 else paths[0]
         size = sum(math.prod(leaves[each].shape) for each in paths)
         yield _Row(path, len(paths), shape, dtype, size, trains)
@@ -106,14 +106,14 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _cells(row: _Row, total: int) -> tuple[str, ...]:
     copies = f"{row.copies} ×" if row.copies > 1 else ""
-    lot = "trainable" if row.trains else "frozen"
+    state = "trainable" if row.trains else "frozen"
     return (
-        row.path, copies, row.shape, row.dtype, f"{row.size:,}", f"{row.size / total:.4%}", lot
+        row.path, copies, row.shape, row.dtype, f"{row.size:,}", f"{row.size / total:.4%}", state
     )  # fmt: skip
 
 
 def _sums(sections: Mapping[str, Iterable[_Row]], total: int) -> list[str]:
-    """Returns how much the base and each PEFT method has, nothing where there is only a base."""
+    """Returns the totals of the base and each PEFT method; nothing if there is only a base."""
     sizes = {title or "Base": sum(row.size for row in rows) for title, rows in sections.items()}
     lines = [f"{title}: {size:,} parameters ({size / total:.4%})" for title, size in sizes.items()]
     return lines if len(lines) > 1 else []

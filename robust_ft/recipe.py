@@ -1,4 +1,4 @@
-"""What a recipe is: stages one after the other, each starting where an earlier one ended."""
+"""A recipe: stages that run in order, each from a checkpoint or an earlier stage."""
 
 import dataclasses
 
@@ -13,16 +13,16 @@ class Recipe:
     """A finetuning method as data.
 
     Attributes:
-        name: What the report calls the run.
-        model_dir: Where everything is written.
-        stages: Run in this order.
+        name: Name of the run in reports.
+        model_dir: The folder of all outputs, MODEL_DIR.
+        stages: Stages, in the order they run.
         seed: All randomness comes from it.
-        partitioner: The mesh and the rules that place arrays on it.
-        selections: Made when all stages have finished: of the weight of an ensemble of their
-            models, or among students that were trained with different weights. The last one is
-            what the recipe ends with.
-        compile_effort: Of the compiler, from -1, for models of so many layers that it would take
-            an hour, to 1; JAX's exec_time_optimization_effort.
+        partitioner: The mesh and its partitioning rules.
+        selections: Selections of lambda, made when all stages have finished: the weight of an
+            ensemble of their models, or one of several students. The last one is the recipe's
+            result.
+        compile_effort: The compiler's effort from -1 to 1, JAX's exec_time_optimization_effort; -1
+            for models so deep that compiling would take an hour.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from robust_ft import multihost
 from robust_ft.evaluator import Result
@@ -15,6 +15,7 @@ from robust_ft.train_step import TrainState
 from robust_ft.types import Sums
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Follows the training loop; inherit from it and override what you need.
 

@@ -1,4 +1,4 @@
-"""What one stage of a recipe is: data only."""
+"""A stage of a recipe: data only."""
 
 import dataclasses
 import zlib
@@ -13,10 +13,10 @@ from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective
 from robust_ft.objectives.gradients import GradientFn, backprop
 
-# What `Stage.restore` and `Stage.teacher` begin with if they name an earlier stage.
+# The prefix of `Stage.restore` and `Stage.teacher` that names an earlier stage.
 STAGE = "stage:"
 SCRATCH = "scratch"
-# The teacher that is the model which the first stage started from.
+# As a teacher: the model that the first stage started from.
 PRETRAINED = "pretrained"
 
 TYPES = ("bfloat16", "float32")
@@ -24,7 +24,7 @@ TYPES = ("bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe: what trains, on what, and for how long.
+    """One stage of a recipe: what trains, on which data, and for how long.
 
     Attributes:
         name: The stage's folder in MODEL_DIR, and what `"stage:<name>"` refers to.
@@ -32,29 +32,30 @@ class Stage:
         restore: Where parameters come from: a checkpoint's path, `"stage:<name>"` of an earlier
             stage, or "scratch".
         trainable: "peft" for the parameters of the model's PEFT methods, "base" for all others,
-            or regexes, which match paths in full; what one of them names trains.
+            or regexes, which must match a parameter's path in full.
         data: The training data.
         steps: Number of updates.
-        batch_size: Examples (packed rows, if packing) an update.
+        batch_size: Examples per update; with packing, packed rows.
         optimizer: Optimizer and learning rate.
-        objective: From logits to loss.
-        teacher: What the objective's teacher is, if it needs one: `"stage:<name>"` of an earlier
-            stage; "pretrained", the model that the first stage started from, without PEFT methods;
-            or a model directory, optionally with what is laid over it, such as "DIRECTORY,EXPORT".
-        teacher_dtype: Type in which the teacher's parameters are kept, "bfloat16" or "float32".
-        gradient: From a batch to a gradient.
-        gradient_dtype: Type in which a gradient is kept until it is applied, such as "bfloat16" to
-            save memory; by default each parameter's own.
-        microbatches: Parts of a batch that are computed one after the other, to save memory.
-        packing: Put several short examples into one row.
-        by_length: So many batches' examples are divided anew, by length, and padded to less where
-            that is enough, at the price of up to four compiled steps; 0 for off.
-        evaluations: Run before the first step, every `eval_period` steps and after the last. The
-            mean over those with the role "target" scores checkpoints.
+        objective: The loss.
+        teacher: The objective's teacher, if it needs one: `"stage:<name>"` of an earlier stage;
+            "pretrained", the model that the first stage started from, without PEFT methods; or a
+            model directory, optionally with an adapter, such as "DIRECTORY,EXPORT".
+        teacher_dtype: Dtype of the teacher's parameters, "bfloat16" or "float32".
+        gradient: The gradient rule.
+        gradient_dtype: Dtype of gradients until they are applied, such as "bfloat16" to save
+            memory; by default each parameter's own.
+        microbatches: Number of microbatches over which gradients are accumulated.
+        packing: Whether to pack several short examples into one row.
+        by_length: Length bucketing: the examples of this many batches are re-sorted into length
+            buckets and padded to the bucket's length. Up to four programs are compiled; 0 for off.
+        evaluations: Evaluations of tasks, or analyses, run before the first step, every
+            `eval_period` steps and after the last step. The mean score of those with the role
+            "target" scores the checkpoint.
         final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
-        eval_period: Steps from one evaluation and checkpoint to the next.
-        log_period: Steps from one line of training metrics to the next.
-        select_best: Keep and hand on the checkpoint with the best score; otherwise the last one.
+        eval_period: Steps between evaluations, each followed by a checkpoint.
+        log_period: Steps between lines of training metrics.
+        select_best: Whether to select the checkpoint with the best score; otherwise the last.
     """
 
     name: str
@@ -122,13 +123,14 @@ class Stage:
 
 
 def stage_seed(seed: int, stage: str) -> int:
-    """Returns the stage's own seed, so that no two stages see the same randomness."""
+    """Returns a stage's own seed, so that no two stages share randomness."""
     return zlib.crc32(f"{seed}/{stage}".encode())
 
 
 def stage_key(seed: int, stage: str, use: str) -> jax.Array:
-    """Returns the key of one use of randomness in a stage.
+    """Returns the key for one use of randomness in a stage.
 
-    By name: `split(key)[i]` and `fold_in(key, i)` are the same key, so numbers would collide.
+    Uses have names, not numbers: `split(key)[i]` and `fold_in(key, i)` are the same key, so numbers
+    would collide.
     """
     return jax.random.key(stage_seed(seed, f"{stage}/{use}"))
