@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    return members.told_apart(load_runs(folders))
+    return members.split_members(load_runs(folders))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_recipes_with_choices_are_named_where_there_are_several(folders, tmp_pat
     about = (other / "run.json").read_text().replace('"table2"', '"other"')
     (other / "run.json").write_text(about)
     plain = make_run(tmp_path / "full_rte_0", "full_rte", 0)
-    names = [run.name for run in members.told_apart(load_runs([folders[0], other, plain]))]
+    names = [run.name for run in members.split_members(load_runs([folders[0], other, plain]))]
     assert names == [f"{r}: {m}" for r in ("table2", "other") for m in METHODS] + ["full_rte"]
 
 
@@ -112,7 +112,7 @@ def test_without_outputs_or_seeds_there_are_no_tests(folders, tmp_path):
     lone = make_cocktail_run(tmp_path / "lone", 0)
     for file in lone.glob("full/inference_eval/*"):
         file.unlink()
-    made = tradeoff.make_tradeoff(members.told_apart(load_runs([lone])))
+    made = tradeoff.make_tradeoff(members.split_members(load_runs([lone])))
     assert all(c.p_value is None for c in made.comparisons)
     tested = {(c.first, c.second) for c in made.comparisons if c.bootstrap}
     assert tested == {p for p in itertools.combinations(METHODS, 2) if "full" not in p}

@@ -1,7 +1,7 @@
 """Reports from finished runs: a table, a picture and a page that needs nothing else.
 
-`runs` reads run folders, `members` tells the models of a run apart, `results` and `tradeoff`
-compute from their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and `page` draw.
+`runs` reads run folders, `members` splits a run into its models, `results` and `tradeoff` compute
+from their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and `page` draw.
 `python -m robust_ft.report MODEL_DIR [MODEL_DIR ...] --output=DIR`.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where the files of a report are; `tradeoff` is None if no OOD data was evaluated."""
+    """The files of a report; `tradeoff` is None if no OOD data was evaluated."""
 
     html: pathlib.Path
     png: pathlib.Path
@@ -23,8 +23,8 @@ class Report:
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         """All of them."""
-        found = (self.html, self.png, self.tradeoff, self.markdown)
-        return tuple(path for path in found if path is not None)
+        paths = (self.html, self.png, self.tradeoff, self.markdown)
+        return tuple(path for path in paths if path is not None)
 
 
 def write_report(
@@ -35,11 +35,11 @@ def write_report(
     `tradeoff.png` is written as well if there is data that is out of distribution.
 
     Args:
-        model_dirs: folders of finished runs; runs of one name and different seeds are averaged.
-        output: created if it is missing; may be a run folder itself.
+        model_dirs: Folders of finished runs; runs of one name and different seeds are averaged.
+        output: Folder of the report, created if it is missing; may be a run folder itself.
 
     Raises:
-        UserError: a folder is not a finished run, or a file in it cannot be read.
+        UserError: A folder is not a finished run, or a file in it cannot be read.
     """
     from robust_ft.report import (
         figure,
@@ -52,22 +52,22 @@ def write_report(
         tradeoff_figure,
     )
 
-    loaded = members.told_apart(runs.load_runs(model_dirs))
-    made = results.make_table(loaded)
-    found = tradeoff.make_tradeoff(loaded)
+    loaded = members.split_members(runs.load_runs(model_dirs))
+    all_results = results.make_table(loaded)
+    id_and_ood = tradeoff.make_tradeoff(loaded)
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         folder / "report.html",
         folder / "report.png",
         folder / "report.md",
-        folder / "tradeoff.png" if found.columns else None,
+        folder / "tradeoff.png" if id_and_ood.columns else None,
     )
     figure.save_picture(loaded, report.png)
     if report.tradeoff is not None:
-        tradeoff_figure.save(found, figure.colors(loaded), report.tradeoff)
-    report.html.write_text(page.render(loaded, made, found), encoding="utf-8")
-    text = [table.markdown(made), table.tradeoff_markdown(found)]
+        tradeoff_figure.save(id_and_ood, figure.colors(loaded), report.tradeoff)
+    report.html.write_text(page.render(loaded, all_results, id_and_ood), encoding="utf-8")
+    text = [table.markdown(all_results), table.tradeoff_markdown(id_and_ood)]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
-    table.show(made)
+    table.show(all_results)
     return report

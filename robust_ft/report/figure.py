@@ -69,7 +69,7 @@ def describe(runs: Sequence[Run], quantity: str) -> str:
         if len({run.target for run in runs}) > 1:
             return "Target task of each method"
         return f"Target task: {column.task}, {column.metric.replace('_', ' ')}"
-    tasks = {r.task for r in run.rows if r.shots == column.shots}
+    tasks = {r.task for r in run.rows if r.shots == column.shots and r.role != "analysis"}
     count = len(tasks - {run.target, results.HELD_OUT})
     return f"Other tasks: mean of {count} held-out tasks, {column.shots}-shot"
 
@@ -100,7 +100,7 @@ def save_picture(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 
 def svg_panels(runs: Sequence[Run]) -> dict[str, str]:
-    """Returns the panels as SVG elements, without those of what the runs did not measure.
+    """Returns SVG elements of the panels for which the runs have results.
 
     They are `bars_target`, `bars_norm_avg`, a panel a quantity, and `loss` (in training).
     """
@@ -217,7 +217,7 @@ def _draw_curve(axes: "Axes", curve: results.Curve, color: str, limit: float) ->
 
 
 def _baseline(runs: Sequence[Run], quantity: str) -> float | None:
-    """Returns the pretrained model's value in validation, or in test where that is all there is."""
+    """Returns the pretrained model's value on the validation split, or else on the test split."""
     column = None if quantity == "loss" else results.quantity_column(runs[0], quantity)
     rows = [
         row

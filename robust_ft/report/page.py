@@ -23,18 +23,18 @@ _CAPTIONS = {
 }
 
 
-def render(runs: Sequence[Run], made: results.Table, between: tradeoff.Tradeoff) -> str:
+def render(runs: Sequence[Run], all_results: results.Table, id_and_ood: tradeoff.Tradeoff) -> str:
     """Returns the whole page.
 
     Args:
-        runs: with their samples and configs.
-        made: the table of these runs.
-        between: their ID and OOD results.
+        runs: The runs with their samples and configs.
+        all_results: The table of these runs.
+        id_and_ood: Their ID and OOD results.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
     found = results.verdicts(runs)
     panels = figure.svg_panels(runs)
-    targets = ", ".join(made.targets)
+    targets = ", ".join(all_results.targets)
     title = f"Finetuning on {targets}"
     sentence = results.headline(found, numbers=False)
     body = [
@@ -42,9 +42,9 @@ def render(runs: Sequence[Run], made: results.Table, between: tradeoff.Tradeoff)
         f"<p class='lead'>{_text(_lead(runs, targets))}</p></header>",
         _cards(runs, found),
         _section("Before and after", _before_after(runs, panels)),
-        _section("In and out of distribution", _tradeoff(runs, between)),
+        _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
-        _section("All results", _table(made)),
+        _section("All results", _table(all_results)),
         _samples(runs),
         _section("Configuration", _configs(runs)),
     ]

@@ -1,7 +1,7 @@
-"""What a report says, computed from the rows of runs: tables, curves, verdicts, samples.
+"""Computes a report from the rows of runs: tables, curves, verdicts, samples.
 
-Pure functions on plain data; drawing is elsewhere. Scores are on a 0 to 100 scale, the share of
-answers in the target's format is turned into percent as well.
+Pure functions on plain data; drawing is elsewhere. Scores are on a scale from 0 to 100; the share
+of outputs in the target's format is in percent too.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Column:
 class Line:
     """A model in the table: the pretrained one, or the checkpoint a stage of a method selected.
 
-    `weights` are the lambdas that its seeds chose, if it is an ensemble or a cocktail.
+    `weights` are the lambdas that its seeds selected, if it is an ensemble or a cocktail.
     """
 
     method: str
@@ -69,7 +69,7 @@ class Line:
 
     @property
     def checkpoint(self) -> str:
-        """Stage and selected steps, as a reader meets them."""
+        """The stage and its selected steps as text."""
         if self.stage == PRETRAINED:
             return "step 0"
         if self.weights:
@@ -159,8 +159,8 @@ def aggregate(groups: Sequence[Sequence[Row]]) -> dict[Column, Cell]:
     """Averages over seeds.
 
     Args:
-        groups: the rows of one model, a sequence for each seed. Where a seed has rows on
-            several splits, its test rows count.
+        groups: The rows of one model, a sequence for each seed. Of several splits the test
+            split counts.
     """
     values: dict[Column, list[Row]] = {}
     for rows in groups:
@@ -172,17 +172,17 @@ def aggregate(groups: Sequence[Sequence[Row]]) -> dict[Column, Cell]:
         for column, row in best.items():
             values.setdefault(column, []).append(row)
     cells = {}
-    for column, found in values.items():
-        mean, sd = spread([percent(row) for row in found])
-        if all(row.step == 0 for row in found) and sd == 0:
-            sd = None  # one pretrained model, measured again in every run: no sample of seeds
-        split = next((row.split for row in found if row.split != "test"), "test")
-        cells[column] = Cell(mean, sd, len(found), found[0].num_examples, split)
+    for column, rows in values.items():
+        mean, sd = spread([percent(row) for row in rows])
+        if all(row.step == 0 for row in rows) and sd == 0:
+            sd = None  # the same pretrained model in every run: no sample of seeds
+        split = next((row.split for row in rows if row.split != "test"), "test")
+        cells[column] = Cell(mean, sd, len(rows), rows[0].num_examples, split)
     return cells
 
 
 def lambdas(weights: Iterable[float]) -> str:
-    """Returns weights that several seeds chose, each once: `0.25, 0.5`."""
+    """Returns the distinct lambdas that several seeds selected: `0.25, 0.5`."""
     return ", ".join(f"{weight:g}" for weight in sorted(set(weights)))
 
 
@@ -195,13 +195,13 @@ def make_table(runs: Sequence[Run]) -> Table:
         if start:
             before.append(Line(name, PRETRAINED, (0,), len(group), start))
         for stage in dict.fromkeys(stage for run in group for stage in run.stages):
-            rows = [(run, selected_rows(run, stage)) for run in group if stage in run.stages]
-            rows = [(run, found) for run, found in rows if found]
-            if rows:
-                steps = tuple(selected_step(run, stage) or 0 for run, _ in rows)
-                cells = aggregate([found for _, found in rows])
-                weights = tuple(run.weight for run, _ in rows if run.weight is not None)
-                after.append(Line(name, stage, steps, len(rows), cells, weights))
+            by_run = [(run, selected_rows(run, stage)) for run in group if stage in run.stages]
+            by_run = [(run, rows) for run, rows in by_run if rows]
+            if by_run:
+                steps = tuple(selected_step(run, stage) or 0 for run, _ in by_run)
+                cells = aggregate([rows for _, rows in by_run])
+                weights = tuple(run.weight for run, _ in by_run if run.weight is not None)
+                after.append(Line(name, stage, steps, len(by_run), cells, weights))
     targets = tuple(dict.fromkeys(run.target for run in runs))
     if before and _agree(before):
         merged: dict[Column, Cell] = {}
@@ -214,7 +214,7 @@ def make_table(runs: Sequence[Run]) -> Table:
 
 
 def _agree(lines: Sequence[Line]) -> bool:
-    """Whether lines say the same wherever both say something."""
+    """Returns whether lines are equal in all cells that they share."""
     first: dict[Column, Cell] = {}
     for line in lines:
         for column, cell in line.cells.items():
@@ -244,7 +244,7 @@ def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...
 
 
 def target_column(run: Run) -> Column | None:
-    """Returns the column that tells how good the target is: its fewest shots, first metric."""
+    """Returns the target's column: its fewest shots and first metric."""
     rows = [row for row in run.rows if row.task == run.target and row.metric != FORMAT_SHARE]
     if not rows:
         return None
@@ -272,7 +272,7 @@ def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
     over changing seeds would jump.
 
     Args:
-        runs: of any methods.
+        runs: Runs of any methods.
         quantity: `"target"`, `"norm_avg"` or `"format_share"` on the validation split, or
             `"loss"` in training.
     """
@@ -365,8 +365,9 @@ def headline(found: Sequence[Verdict], numbers: bool = True) -> str:
     """Returns one sentence on what the methods did to the other tasks, the worst one first.
 
     Args:
-        found: of all methods; of more than three, only how many keep the other tasks is told.
-        numbers: whether to give the scores before and after.
+        found: The verdicts of all methods; for more than three, the sentence only counts those that
+            keep the other tasks.
+        numbers: Whether to give the scores before and after.
     """
     known = [v for v in found if v.others_before and v.others_after is not None]
     if len(known) > 3:

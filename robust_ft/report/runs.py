@@ -18,7 +18,7 @@ _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class SampleFile:
-    """Outputs of one evaluation; `name` is the task with what else its file name tells."""
+    """The predictions of one evaluation; `name` is the file's name without the step."""
 
     stage: str
     step: int
@@ -35,18 +35,19 @@ class Run:
     """One finished run.
 
     Attributes:
-        directory: its folder.
-        name: of the method; runs that share it differ by their seed.
-        target: the task that is finetuned on.
-        stages: in the order they ran.
-        rows: of `summary.json`.
-        config: text of `config.gin`, or "".
-        train: for each stage, the lines of `metrics.jsonl` on split "train".
-        samples: the files with outputs; read when needed.
-        selected: for each finished stage, the step that it selected (`outcome.json`).
-        selections: the selections of a weight that were made, by name.
-        weight: the chosen lambda, if the run stands for one selection (`report.members`).
-        grid: for such a run, the final rows of each lambda.
+        directory: The folder of the run.
+        name: Name of the method; runs of one name differ by their seed.
+        seed: The seed.
+        target: The finetuned task.
+        stages: Names of the stages, in the order they ran.
+        rows: The rows of `summary.json`.
+        config: The text of `config.gin`, or "".
+        train: The training metrics of each stage, from `metrics.jsonl`.
+        samples: Files with predictions; read when needed.
+        selected: The selected step of each finished stage, from `outcome.json`.
+        selections: The finished selections of lambda, by name.
+        weight: The selected lambda, if the run is one selection (`report.members`).
+        grid: The final rows for each lambda, if the run is one selection.
     """
 
     directory: pathlib.Path
@@ -68,7 +69,7 @@ def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """Reads runs, in the order given.
 
     Raises:
-        UserError: one is not a finished run, or two are the same method with the same seed.
+        UserError: A folder is not a finished run, or two are the same method with the same seed.
     """
     runs: list[Run] = []
     seen: dict[tuple[str, int], Run] = {}
@@ -88,7 +89,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     """Reads `run.json`, `summary.json`, `config.gin` and the stages' files of one run.
 
     Raises:
-        UserError: the folder is not a finished run, or a file in it is not what it should be.
+        UserError: The folder is not a finished run, or a file in it is malformed.
     """
     folder = pathlib.Path(directory)
     _check_folder(folder)
@@ -98,7 +99,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
             raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
     stages = tuple(s["name"] if isinstance(s, dict) else str(s) for s in about["stages"])
     selections = about.get("selections") or about.get("choices") or ()  # runs before version 0.2
-    made = {name: SelectedWeight.read(folder / name) for name in selections}
+    weights = {name: SelectedWeight.read(folder / name) for name in selections}
     config = folder / "config.gin"
     return Run(
         directory=folder,
@@ -106,7 +107,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         seed=int(about.get("seed", 0)),
         target=str(about["target"]),
         stages=stages,
-        rows=_rows(folder / "summary.json", (*stages, *made)),
+        rows=_rows(folder / "summary.json", (*stages, *weights)),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in sample_files(folder, stage)),
@@ -115,7 +116,9 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
             for stage in stages
             if (outcome := folder / stage / "outcome.json").exists()
         },
-        selections={name: selection for name, selection in made.items() if selection is not None},
+        selections={
+            name: selection for name, selection in weights.items() if selection is not None
+        },
     )
 
 
@@ -152,9 +155,9 @@ def _train_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def sample_files(folder: pathlib.Path, stage: str) -> list[SampleFile]:
-    """Returns the files with outputs in a stage's folder."""
-    found = []
+    """Returns the files with predictions in a stage's folder."""
+    files = []
     for path in sorted((folder / stage / EVALUATIONS).glob("*.jsonl")):
         if match := _SAMPLES.fullmatch(path.name):
-            found.append(SampleFile(stage, int(match["step"]), match["task"], path))
-    return found
+            files.append(SampleFile(stage, int(match["step"]), match["task"], path))
+    return files

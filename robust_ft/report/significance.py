@@ -1,4 +1,4 @@
-"""Whether two methods of a report differ: over seeds, and over examples drawn from the test set."""
+"""Tests whether two methods differ: over seeds, and by a bootstrap over test examples."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ from robust_ft.report.tradeoff import DRAWS
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Returns the p of Welch's t-test over seeds, None if a side has fewer than two."""
+    """Returns the p-value of Welch's t-test over seeds; None if a side has fewer than two."""
     if min(len(first), len(second)) < 2:
         return None
     return welch_t_test(first, second).p_value
 
 
 class Draws:
-    """Draws each test set once for all methods, so that all comparisons are paired."""
+    """Bootstrap draws: each test set is drawn once for all methods, so comparisons are paired."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[Column, int], Float[np.ndarray, "draws examples"]] = {}
@@ -30,7 +30,7 @@ class Draws:
     def compare(
         self, first: Sequence[Run], second: Sequence[Run], column: Column, difference: float
     ) -> Bootstrap | None:
-        """Compares what two methods said, seed by seed, in the draws; None if it is not known."""
+        """Compares two methods' predictions, seed by seed; None where predictions are missing."""
         others = {run.seed: run for run in second}
         differences = []
         for run in first:
@@ -59,12 +59,12 @@ class Draws:
         ]  # fmt: skip
         if not files or not resampling.known(column.metric):
             return None
-        said = files[0].read()
-        size = len(said)
+        records = files[0].read()
+        size = len(records)
         if (column, size) not in self._counts:
             drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), DRAWS)
             self._counts[column, size] = drawn.astype(np.float64)
-        targets = [entry.get("references", [entry["target"]]) for entry in said]
-        texts = [entry["prediction"] for entry in said]
+        targets = [entry.get("references", [entry["target"]]) for entry in records]
+        texts = [entry["prediction"] for entry in records]
         counts = self._counts[column, size]
         return resampling.resampled_scores(column.metric, targets, texts, counts)

@@ -100,7 +100,7 @@ def show(table: results.Table) -> None:
 
 
 def _rows(table: results.Table) -> list[list[str]]:
-    """Returns the number of seeds and a row for each task: tasks are many and pages are narrow."""
+    """Returns a row with the number of seeds and one for each task; methods are columns."""
     columns = [cells(table, line) for line in table.lines]
     rows = [["seeds", *(str(line.seeds) for line in table.lines)]]
     for index, column in enumerate(table.columns):

@@ -23,7 +23,7 @@ DRAWS = 1000  # of the bootstrap
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A method's row: a cell for each column, and the lambdas that its seeds chose, if any."""
+    """A method's row: a cell for each column, and the lambdas that its seeds selected, if any."""
 
     method: str
     weights: tuple[float, ...]
@@ -35,9 +35,9 @@ class Comparison:
     """Two methods in one column.
 
     Attributes:
-        p_value: of Welch's t-test over seeds, two-sided; None if a method has one seed.
-        bootstrap: paired, over examples, the mean over the seeds that both have; None if the
-            outputs were not kept or the metric is not known to be a function of sums.
+        p_value: The p-value of Welch's t-test over seeds, two-sided; None if a method has one seed.
+        bootstrap: The paired bootstrap over examples, the mean over the seeds that both have; None
+            if the predictions are missing or the metric cannot be resampled from sums.
     """
 
     first: str
@@ -61,7 +61,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Tradeoff:
-    """All that a report says about ID and OOD; columns are empty if no OOD data was evaluated."""
+    """A report's results on ID and OOD data; columns are empty if no OOD data was evaluated."""
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
@@ -73,7 +73,7 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
     """Returns the table, the tests of all pairs of methods and the points of each method.
 
     Args:
-        runs: of one target, with selections told apart (`report.members`).
+        runs: Runs of one target, one for each model (`report.members`).
     """
     columns = _columns(runs)
     groups = results.methods(runs)
@@ -116,8 +116,8 @@ def _final(run: Run) -> list[Row]:
 
 
 def _value(rows: Sequence[Row], column: Column) -> float | None:
-    found = [r.value for r in rows if Column(r.task, r.shots, r.metric) == column]
-    return found[0] if found else None
+    values = [r.value for r in rows if Column(r.task, r.shots, r.metric) == column]
+    return values[0] if values else None
 
 
 def _compare(
