@@ -75,14 +75,14 @@ class Model:
         names = [method.name for method in self.peft]
         if len(set(names)) < len(names):
             raise UserError(f"Model.peft needs methods with different names, not {names}.")
-        tasks = {method.tasks for method in self.peft if method.tasks}
+        tasks = {tuple(method.tasks) for method in self.peft if method.tasks}
         if len(tasks) > 1:
             raise UserError(f"Model.peft needs methods for the same tasks, not {sorted(tasks)}.")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that have PEFT parameters of their own, see `task_index`."""
-        return next((method.tasks for method in self.peft if method.tasks), ())
+        return next((tuple(method.tasks) for method in self.peft if method.tasks), ())
 
     def task_index(self, task: str) -> int:
         """Returns the value of "task_index" [batch] for rows of a task: its position in `tasks`.

@@ -4,6 +4,7 @@ Parameter names and shapes are t5x's. `T5Config` is flat; the module reads top t
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class T5Config(ModelConfig):
     mlp_dim: int = 1024
     num_encoder_layers: int = 8
     num_decoder_layers: int = 8
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    mlp_activations: Sequence[str] = ("gelu", "linear")
     logits_via_embedding: bool = False
     relative_num_buckets: int = 32
     relative_max_distance: int = 128

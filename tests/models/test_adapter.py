@@ -70,7 +70,7 @@ def test_it_is_a_bottleneck_around_what_a_sublayer_adds():
         def __call__(self, x):
             return adapter.residual(self, "mlp", adapter.residual(self, "encoder_decoder", x))
 
-    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 6)), jnp.float32)
     shapes = jax.eval_shape(lambda: layers.nn.unbox(Layer().init(jax.random.key(0), x)["params"]))
     assert shapes.keys() == {"adapter_mlp"}
     rng = np.random.default_rng(1)

@@ -371,7 +371,7 @@ def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.15
     assert np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32)) < 0.1
-    cache = jax.eval_shape(lambda p: half.prefill(p, batch, 4), half.shapes())
+    cache = jax.eval_shape(lambda p, b: half.prefill(p, b, 4), half.shapes(), batch)
     assert cache["layers"][0]["memory"]["key"].dtype == jnp.bfloat16
     kept = flatten(tiny_model(dtype="bfloat16", param_dtype="bfloat16").shapes())
     assert {leaf.dtype for leaf in kept.values()} == {jnp.dtype("bfloat16")}
@@ -402,7 +402,8 @@ def test_inputs_and_targets_beyond_the_positions():
         with pytest.raises(UserError, match=f"{what}.* of 33 .*num_positions=32"):
             jax.eval_shape(model.logits, model.shapes(), batch)
     with pytest.raises(UserError, match=r"Targets of 33 .*num_positions=32"):
-        jax.eval_shape(lambda p: model.prefill(p, batch_of(0, [5], [9]), 33), model.shapes())
+        batch = batch_of(0, [5], [9])
+        jax.eval_shape(lambda p, b: model.prefill(p, b, 33), model.shapes(), batch)
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):
         jax.eval_shape(prompted.logits, prompted.shapes(), batch_of(0, [28], [9]))
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):

@@ -61,7 +61,7 @@ def test_it_is_the_model_with_rescaled_kernels(family):
         else:
             for leaf in (f"{layer}/kernel", f"{layer}/bias"):
                 if leaf in flat:
-                    flat[leaf] = flat[leaf] * vector
+                    flat[leaf] = flat[leaf] * (vector if leaf.endswith("bias") else vector[None])
     plain = model.without("ia3")
     expected = logits_of(plain, unflatten(flat), batch)
     np.testing.assert_allclose(logits_of(model, params, batch), expected, rtol=0, atol=1e-4)

@@ -27,6 +27,7 @@ from robust_ft.optim import AdamW, Schedule
 from robust_ft.predictor import Predictor
 from robust_ft.train_step import init_state, make_train_step
 from robust_ft.trainable import flatten, split, trainable_paths, unflatten
+from robust_ft.vocabulary import Vocabulary
 
 HERE = Path(__file__).parent
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -293,7 +294,7 @@ def test_a_predictor_computes_the_mlp_once():
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class Words(Vocabulary):
     """A vocabulary whose words are numbers."""
 
     pad_id: int = 0

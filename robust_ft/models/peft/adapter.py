@@ -6,6 +6,7 @@ y + W_up f(W_down y + b_down) + b_up, where only the adapter trains.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class Adapter(Peft):
 
     name: str = "adapter"
     size: int = 200
-    sites: tuple[str, ...] = HOULSBY
+    sites: Sequence[str] = HOULSBY
     activation: str = "gelu"
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""The hook sites that a parameter-efficient finetuning (PEFT) method can use.
+"""The hooks that a parameter-efficient finetuning (PEFT) method can implement.
 
-`models/layers.py` and the models call these hooks in one line each; a method overrides those it
+`models/layers.py` and the families call these hooks in one line each; a method overrides those it
 needs. Inside a hook, `scope` is the Linen module at the hook site: `scope.param` creates the
 method's parameters below that module's path, under `self.name`.
 """
@@ -44,7 +44,17 @@ class Peft:
         mask: Bool[Array, "batch length"],
         batch: Batch,
     ) -> tuple[Float[Array, "batch longer embed"], Bool[Array, "batch longer"]]:
-        """Changes the embedded input of the encoder (or of a decoder-only model)."""
+        """Changes the embedded input of the encoder (or of a decoder-only model).
+
+        Args:
+            scope: The encoder, or the decoder.
+            x: The embedded input.
+            mask: Which of it is not padding.
+            batch: Where it comes from.
+
+        Returns:
+            The input with the method's vectors, and its mask.
+        """
         return x, mask
 
     def dense_input(
@@ -65,18 +75,21 @@ class Peft:
         blocks: Sequence[KeyValues],
         bias: Float[Array, "#batch #heads query key"],
     ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query longer"]]:
-        """Changes what attention attends to.
+        """Changes the keys and values that attention reads.
 
         Args:
             scope: The attention.
-            blocks: Keys and values in parts, as the cache keeps them; positions are in the keys.
-            bias: Added to the scores of all parts' keys. Where there are relative positions, it has
-                columns for `decoder_slots` before them.
+            blocks: Keys and values, see `attention.attend`; rotary keys are already rotated.
+            bias: Added to the scores of all blocks' keys. With relative positions, it has columns
+                for `decoder_slots` before them.
+
+        Returns:
+            The blocks, and a bias with a column for each of their keys.
         """
         return blocks, bias
 
     def decoder_slots(self) -> int:
-        """Returns how many positions the method's keys take before the decoder's tokens."""
+        """Returns how many positions the method's keys occupy before the decoder's tokens."""
         return 0
 
     def residual(
@@ -114,7 +127,7 @@ class Peft:
         """
 
     def reparameterize(self, rng: jax.Array, params: Params) -> Params:
-        """Puts what trains in the place of the method's parameters that the model reads.
+        """Replaces the method's parameters that the model reads by those that train.
 
         Args:
             rng: A key.
@@ -131,7 +144,7 @@ class Peft:
         return self
 
     @property
-    def tasks(self) -> tuple[str, ...]:
+    def tasks(self) -> Sequence[str]:
         """Names of the tasks that have parameters of their own; none if all share them.
 
         Batches then have a "task_index" [batch], a position in this tuple.
@@ -144,11 +157,12 @@ class Peft:
 
 
 def decoder_slots(peft: Sequence[Peft]) -> int:
-    """Returns how many positions methods' keys take before those of the decoder's tokens.
+    """Returns how many positions the keys of all methods occupy before the decoder's tokens.
 
     Raises:
-        UserError: A method without positions would stand between these keys and the tokens.
+        UserError: Keys without positions would come between these keys and the tokens.
     """
+    # Methods that override `kv` add keys; each puts its own before those of the methods before it.
     counts = [method.decoder_slots() for method in peft if type(method).kv is not Peft.kv]
     if counts != sorted(counts, key=lambda count: count == 0):
         raise UserError("In Model.peft, prefixes that are counted must come before those that not.")

@@ -1,7 +1,7 @@
 """Prefixes: trainable keys and values that attention sees at every layer (prefix-tuning).
 
-Li and Liang, 2021, section 4. Their MLP (section 4.3) is no part of the modules, which read plain
-keys and values: it stands in these parameters' place while it trains and computes them.
+Li and Liang, 2021, section 4. The modules read plain keys and values. While their MLP (section 4.3)
+trains, its parameters replace these, and `Prefix.materialize` computes them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from robust_ft.vocabulary import Vocabulary
 
 INITIALIZATIONS = ("random", "text")
 PARTS = ("key", "value")
-# A switch of `Prefix` -> what its attention is called in the models.
+# A switch of `Prefix` -> the name of its attention in the models.
 SITES = {
     "encoder": "attention",
     "decoder": "self_attention",
@@ -97,16 +97,17 @@ class Prefix(Peft):
     ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query longer"]]:
         if scope.path[-1] not in self._sites():
             return blocks, bias
-        like = blocks[0]["key"]  # [batch, part, heads, head_dim]
+        like = blocks[0]["key"]  # [batch, key, heads, head_dim]
         slots = _Slots((self.length, *like.shape[2:]), name=self.name)()
-        mine = {
+        prefix = {  # [batch, length, heads, head_dim]
             part: jnp.broadcast_to(leaf.astype(like.dtype)[None], (like.shape[0], *leaf.shape))
             for part, leaf in slots.items()
         }
-        blocks, missing = [mine, *blocks], self.length
+        blocks, missing = [prefix, *blocks], self.length
         if self.counted and scope.path[-1] == SITES["decoder"]:
-            # Relative positions give the slots a bias of their own.
+            # A relative position bias already has columns for the slots.
             missing = max(0, sum(block["key"].shape[1] for block in blocks) - bias.shape[-1])
+        # A bias of 0: every token sees every slot.
         return blocks, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (missing, 0)))
 
     def decoder_slots(self) -> int:
@@ -124,20 +125,21 @@ class Prefix(Peft):
                     f"Prefix.vocabulary gives Prefix.text the token {largest}, but the model has "
                     f"{config.vocab_size} tokens; give the model's vocabulary."
                 )
-            # Models say themselves how many positions they have.
+            # Raises the model's own error if the text is longer than its positions.
             jax.eval_shape(lambda params: self._activations(params, config), shapes)
 
     def initialize(self, rng: jax.Array, params: Params, config: Any) -> Mapping[str, Any]:
         del rng
         if self.initialization == "random":
             return {}
-        seen = self._activations(params, config)
+        activations = self._activations(params, config)
         if self.mid_dim is None:
-            return seen
+            return activations
         values: dict[str, jax.Array] = {}
         for switch, mlp in params[self.name].items():
             layers = range(mlp["out"]["kernel"].shape[1])
-            slots = [[seen[self._path(switch, i, part)] for part in PARTS] for i in layers]
+            slots = [[activations[self._path(switch, i, part)] for part in PARTS] for i in layers]
+            # From [layers, key or value, length, heads, head_dim] to the length first.
             out = _fitted(mlp, jnp.moveaxis(jnp.array(slots), 2, 0))
             values |= {f"{self.name}/{switch}/out/{name}": leaf for name, leaf in out.items()}
         return values
@@ -168,6 +170,7 @@ class Prefix(Peft):
         rest = {name: leaf for name, leaf in params.items() if name != self.name}
         flat = traverse_util.flatten_dict(rest, sep="/")
         for switch, mlp in params[self.name].items():
+            # [length, layers, key or value, heads, head_dim]
             slots = _linear(_hidden(mlp), mlp["out"])
             slots = constrain(slots, "prompt", None, None, "heads", "kv")
             for i in range(slots.shape[1]):
@@ -197,9 +200,9 @@ class Prefix(Peft):
     def _activations(
         self, params: Params, config: Any
     ) -> dict[str, Float[Array, "length heads head_dim"]]:
-        """Returns what attention sees of the text in the model without PEFT methods, by path."""
+        """Returns the text's keys and values in the model without PEFT methods, by path."""
         tokens = jnp.array([self._tokens()], jnp.int32)
-        # In decoder-only models the target comes after the words, and is not asked for.
+        # In decoder-only models the target comes after the text, and its keys are cut off below.
         target = tokens if "encoder" in params else tokens[:, :1]
         batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": target}
         module = config.module((_Recorder(self.name),))
@@ -212,7 +215,7 @@ class Prefix(Peft):
 
 
 class _Recorder(Peft):
-    """Keeps the keys and values that attention sees, under the paths of a prefix."""
+    """Records the keys and values that attention sees, under the paths of a prefix."""
 
     def kv(
         self,
@@ -220,8 +223,8 @@ class _Recorder(Peft):
         blocks: Sequence[KeyValues],
         bias: Float[Array, "#batch #heads query key"],
     ) -> tuple[Sequence[KeyValues], Float[Array, "#batch #heads query key"]]:
-        seen = dict(blocks[0])
-        scope.sow("intermediates", self.name, seen, init_fn=dict, reduce_fn=lambda _, new: new)
+        keys = dict(blocks[0])
+        scope.sow("intermediates", self.name, keys, init_fn=dict, reduce_fn=lambda _, new: new)
         return blocks, bias
 
 
@@ -297,8 +300,8 @@ def _fitted(
     """Returns the MLP's last layer with which its output comes closest to `slots`.
 
     Of several such layers it is the one of least norm (kernel and bias together). Hidden states
-    are random, so that `length` of them are independent wherever mid_dim >= length: the output is
-    then exact. The authors fit the whole MLP by gradient descent instead.
+    are random, so that `length` of them are linearly independent if mid_dim >= length: the output
+    is then exact. The authors fit the whole MLP by gradient descent instead.
     """
     hidden = _hidden(mlp)
     inputs = jnp.concatenate([hidden, jnp.ones_like(hidden[:, :1])], 1)  # [length, mid + 1]

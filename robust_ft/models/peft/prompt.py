@@ -4,7 +4,7 @@ Lester et al., 2021, sections 2 and 3.2; between input and output, Li and Liang,
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,11 +63,11 @@ class Prompt(Peft):
     low: float = -0.5
     high: float = 0.5
     vocabulary: Vocabulary | None = None
-    labels: tuple[str, ...] = ()
+    labels: Sequence[str] = ()
     text: str = ""
-    file: str | tuple[str, ...] = ""
+    file: str | Sequence[str] = ""
     position: str = "before"
-    tasks: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +123,7 @@ class Prompt(Peft):
 
     @property
     def _files(self) -> tuple[str, ...]:
-        return (self.file,) if isinstance(self.file, str) else self.file
+        return (self.file,) if isinstance(self.file, str) else tuple(self.file)
 
     def embed(
         self,
@@ -207,7 +207,7 @@ class Prompt(Peft):
                     f"a model with embeddings of {width} asks for {[self.length, width]}."
                 )
 
-    def _texts(self) -> tuple[str, ...]:
+    def _texts(self) -> Sequence[str]:
         return (self.text,) if self.initialization == "text" else self.labels
 
     def _encoded(self, text: str, vocab_size: int) -> list[int]:
