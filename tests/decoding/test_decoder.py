@@ -51,7 +51,7 @@ def test_a_decoder_is_a_static_argument_and_keeps_the_minimum(table_model):
         ({"num_return": 2}, "num_return"),
         ({"beam_size": 4, "length_penalty": "hugging"}, "only t5x and hf"),
         ({"top_k": 5}, "temperature"),
-        ({"temperature": 1.0, "beam_size": 4}, "beam_size 1"),
+        ({"temperature": 1.0, "beam_size": 4}, "Decoder.beam_size=1"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 1.0, "num_return": 0}, "num_return"),
     ],
