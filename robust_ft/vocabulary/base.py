@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsInt, runtime_checkable
 
 from robust_ft import assets
 from robust_ft.errors import UserError, nearest
@@ -55,7 +55,7 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, with nothing before or after."""
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of `ids` up to the first EOS; padding and BOS are dropped."""
 
 
@@ -86,7 +86,7 @@ def cut(ids: list[int], length: int | None, suffix: Sequence[int]) -> list[int]:
     return [*ids[: max(0, length - len(suffix))], *suffix]
 
 
-def until_eos(ids: Iterable[int], eos_id: int, dropped: Container[int | None]) -> list[int]:
+def until_eos(ids: Iterable[SupportsInt], eos_id: int, dropped: Container[int | None]) -> list[int]:
     """Returns `ids` up to the first EOS, without those that are `dropped`."""
     tokens = []
     for i in ids:

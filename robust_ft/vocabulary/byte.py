@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsInt
 
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, until_eos
 
@@ -45,7 +46,7 @@ class ByteVocabulary(Vocabulary):
         """See `Vocabulary`."""
         return [byte + 3 for byte in text.encode("utf-8")]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """See `Vocabulary`; invalid UTF-8 is dropped."""
         tokens = until_eos(ids, self.eos_id, (self.pad_id,))
         return bytes(i - 3 for i in tokens if 3 <= i < 259).decode("utf-8", errors="ignore")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsInt, cast
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import parse_json
@@ -102,7 +102,7 @@ class _HubVocabulary(Vocabulary):
         """See `Vocabulary`. A special token that `text` spells out is that token, as in the hub."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """See `Vocabulary`. Sentinels such as `<extra_id_0>` stay: post-processing needs them."""
         dropped = (self.pad_id, self.bos_id, *self.target_prefix_ids)
         tokens = until_eos(ids, self.eos_id, dropped)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsInt
 
 from robust_ft.errors import UserError
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, read, until_eos
@@ -81,7 +81,7 @@ class SentencePieceVocabulary(Vocabulary):
         ids: list[int] = self._processor.encode(text, out_type=int)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """See `Vocabulary`. Ids past the end (a rounded-up embedding) read as unknown."""
         size, unk = self.vocab_size, self.unk_id
         tokens = until_eos(ids, self.eos_id, (self.pad_id,))
