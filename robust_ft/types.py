@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 # A nested dict of arrays. Paths are t5x's own, joined by "/":
 # "encoder/layers_0/attention/query/kernel".
 Params = Mapping[str, Any]
+
+# What tokens and masks come in: NumPy arrays on the host, JAX's on devices.
+AnyArray = jax.Array | np.ndarray
 
 # Named arrays that lead with the batch axis, under t5x's feature names:
 #   encoder_input_tokens   int32[batch, source]
@@ -16,7 +20,7 @@ Params = Mapping[str, Any]
 #   decoder_loss_weights   float32[batch, target]  0 at padding
 # Packed batches add int32 encoder_segment_ids and decoder_segment_ids (0 on padding).
 # Batches of models with a prompt for each task add int32[batch] task_index (`Model.task_index`).
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, AnyArray]
 
 # Scalar sums over examples or tokens, never means: sums add up over microbatches and hosts.
 Sums = dict[str, jax.Array]

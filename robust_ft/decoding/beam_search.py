@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn, repeat_rows
 from robust_ft.errors import UserError, nearest
+from robust_ft.types import AnyArray
 
 # What a sum of log-probabilities is divided by; the length counts the end-of-sequence token.
 LENGTH_PENALTIES: Mapping[str, Callable[[Any, float], Any]] = {
@@ -51,7 +52,7 @@ class SearchState:
 def beam_search(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, "batch"],
+    start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
     eos_id: int,
     beam_size: int = 4,
@@ -187,7 +188,7 @@ def check_beam_settings(
 
 def _first_state(
     cache: Cache,
-    start_tokens: Int[Array, "batch"],
+    start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
     beam_size: int,
     slots: int,
@@ -202,7 +203,7 @@ def _first_state(
         live_tokens=jnp.full([batch, beam_size, max_decode_len], pad_id, jnp.int32),
         finished_scores=jnp.full([batch, slots], -jnp.inf),
         finished_tokens=jnp.full([batch, slots, max_decode_len], pad_id, jnp.int32),
-        last=jnp.repeat(start_tokens.astype(jnp.int32), beam_size),
+        last=jnp.repeat(jnp.asarray(start_tokens, jnp.int32), beam_size),
         cache=repeat_rows(cache, beam_size),
     )
 

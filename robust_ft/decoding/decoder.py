@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_ft.decoding.beam_search import beam_search, check_beam_settings
@@ -10,6 +11,7 @@ from robust_ft.decoding.greedy import check_sampling, greedy, sample
 from robust_ft.decoding.process import banned, chained, forced, min_length, no_repeat_ngrams
 from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn
 from robust_ft.errors import UserError
+from robust_ft.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Decoder:
         self,
         step_fn: StepFn,
         cache: Cache,
-        start_tokens: Int[Array, "batch"],
+        start_tokens: Int[AnyArray, "batch"],
         eos_id: int,
         pad_id: int,
         rng: jax.Array | None = None,
@@ -121,7 +123,7 @@ class Decoder:
         Raises:
             UserError: There is no key for sampling, or a token that the vocabulary does not have.
         """
-        history = start_tokens[:, None] if history is None else history
+        history = jnp.asarray(start_tokens)[:, None] if history is None else history
         process = chained(self._processors(eos_id, history))
         shared = (step_fn, cache, start_tokens, self.max_decode_len, eos_id)
         if self.temperature > 0:

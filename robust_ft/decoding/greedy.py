@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn, repeat_rows
 from robust_ft.errors import UserError
+from robust_ft.types import AnyArray
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,7 @@ class SearchState:
 def greedy(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, "batch"],
+    start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
     eos_id: int,
     pad_id: int = 0,
@@ -72,7 +73,7 @@ def greedy(
 def sample(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, "batch"],
+    start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
     eos_id: int,
     rng: jax.Array,
@@ -159,7 +160,7 @@ def reshape_distribution(
 def _run(
     step_fn: StepFn,
     cache: Cache,
-    start_tokens: Int[Array, "batch"],
+    start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
     eos_id: int,
     pad_id: int,
@@ -195,7 +196,7 @@ def _run(
         SearchState(
             step=jnp.array(0, jnp.int32),
             done=jnp.zeros([batch], bool),
-            last=start_tokens.astype(jnp.int32),
+            last=jnp.asarray(start_tokens, jnp.int32),
             tokens=jnp.full([batch, max_decode_len], pad_id, jnp.int32),
             scores=jnp.zeros([batch], jnp.float32),
             cache=cache,

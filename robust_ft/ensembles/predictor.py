@@ -14,7 +14,7 @@ from robust_ft.errors import UserError
 from robust_ft.models.model import LanguageModel
 from robust_ft.models.peft.base import Peft
 from robust_ft.predictor import BasePredictor
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 
 class Ensemble(BasePredictor):
@@ -119,7 +119,7 @@ class MixedModel:
         return {"position": jnp.zeros(rows, jnp.int32), "members": caches}
 
     def extend(
-        self, params: Any, cache: Any, tokens: Int[Array, "batch new"]
+        self, params: Any, cache: Any, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[tuple[Any, ...], Any]:
         """Reads the target's next tokens; returns each member's hidden states, and the cache."""
         extended = [
@@ -197,7 +197,7 @@ def _vocab_size(model: Any) -> int:
 
 
 def _with_start(
-    member: LanguageModel, cache: Any, tokens: Int[Array, "batch new"]
+    member: LanguageModel, cache: Any, tokens: Int[AnyArray, "batch new"]
 ) -> Int[Array, "batch new"]:
     """Puts a member's own start token at the target's position 0, in place of the ensemble's."""
     positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]  # [batch, new]

@@ -17,7 +17,7 @@ from robust_ft.errors import UserError
 from robust_ft.models import attention_kernels
 from robust_ft.models.peft.base import KeyValues
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 # Large enough to vanish after softmax, small enough to add to scores in bfloat16.
 MASKED = -1e10
@@ -31,7 +31,7 @@ def input_mask(batch: Batch, pad_id: int) -> Bool[Array, "batch source"]:
 
 
 def same_segment(
-    query_segments: Int[Array, "batch query"], key_segments: Int[Array, "batch key"]
+    query_segments: Int[AnyArray, "batch query"], key_segments: Int[AnyArray, "batch key"]
 ) -> Bool[Array, "batch query key"]:
     """Returns which pairs belong to the same example of a packed row."""
     return query_segments[:, :, None] == key_segments[:, None, :]
@@ -39,7 +39,7 @@ def same_segment(
 
 def input_segments(
     batch: Batch, mask: Bool[Array, "batch input"]
-) -> Int[Array, "batch input"] | None:
+) -> Int[AnyArray, "batch input"] | None:
     """Returns the example that each token of a packed row's input belongs to, None if unpacked.
 
     Args:

@@ -20,7 +20,7 @@ from robust_ft.models.encoder_decoder import Cache
 from robust_ft.models.options import ACTIVATIONS, rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 # The first rows of BART's tables of positions are never used.
 OFFSET = 2
@@ -301,7 +301,7 @@ class Bart(nn.Module):
         return self.decoder.empty_cache(*self._encode(batch), max_length)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "batch new"]
+        self, cache: Cache, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self._embed(tokens), cache)
@@ -311,7 +311,7 @@ class Bart(nn.Module):
     ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         return self.encoder(self._embed(batch["encoder_input_tokens"]), batch)
 
-    def _embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+    def _embed(self, tokens: Int[AnyArray, "batch length"]) -> Float[Array, "batch length embed"]:
         x = self.token_embedder(tokens)
         return x * self.config.emb_dim**0.5 if self.config.scale_embedding else x
 
@@ -328,7 +328,7 @@ def _position_embedder(cfg: BartConfig, name: str | None = None) -> layers.Embed
 
 
 def _positions(
-    length: int, segments: Int[Array, "batch length"] | None
+    length: int, segments: Int[AnyArray, "batch length"] | None
 ) -> Int[Array, "#batch length"]:
     """Returns positions that start at 0 in every example of a packed row."""
     slots = jnp.arange(length)[None]  # [1, length]

@@ -21,7 +21,7 @@ from robust_ft.models.decoder_only import Cache
 from robust_ft.models.options import ACTIVATIONS, rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,7 +278,7 @@ class GPT2(nn.Module):
         return self.decoder.prefill(*self._inputs(batch), max_length)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "batch new"]
+        self, cache: Cache, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)

@@ -17,7 +17,7 @@ from robust_ft.models.options import ACTIVATIONS
 from robust_ft.models.peft.base import KeyValues, Peft
 from robust_ft.models.product import product
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 Initializer = Callable[..., jax.Array]
 
@@ -140,7 +140,7 @@ class Embedding(nn.Module):
             self.param_dtype,
         )
 
-    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+    def __call__(self, tokens: Int[AnyArray, "batch length"]) -> Float[Array, "batch length embed"]:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return constrain(x, "batch", "length", "activation_embed")
 

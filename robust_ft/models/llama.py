@@ -23,7 +23,7 @@ from robust_ft.models.decoder_only import Cache, Layout
 from robust_ft.models.options import rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
@@ -309,7 +309,7 @@ class Llama(nn.Module):
         return self.decoder.prefill(x, batch, max_length)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "batch new"]
+        self, cache: Cache, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)

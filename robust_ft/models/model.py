@@ -17,7 +17,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.attention import input_mask
 from robust_ft.models.config import ModelConfig
 from robust_ft.models.peft.base import Peft
-from robust_ft.types import Batch, Params
+from robust_ft.types import AnyArray, Batch, Params
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class LanguageModel(Protocol):
     def prefill(self, params: Any, batch: Batch, max_length: int) -> Any: ...
 
     def extend(
-        self, params: Any, cache: Any, tokens: Int[Array, "batch new"]
+        self, params: Any, cache: Any, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Any, Any]: ...
 
     def head(self, params: Any, hidden: Any) -> Float[Array, "*rest vocab"]: ...
@@ -248,7 +248,7 @@ class Model:
         return self._apply(params, None, "prefill")(batch, max_length)
 
     def extend(
-        self, params: Params, cache: Any, tokens: Int[Array, "batch new"]
+        self, params: Params, cache: Any, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Any]:
         """Reads the target's next tokens; returns what `head` turns into logits, and the cache."""
         hidden, cache = self._apply(params, None, "extend")(cache, tokens)

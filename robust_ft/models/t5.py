@@ -19,7 +19,7 @@ from robust_ft.models.encoder_decoder import Cache
 from robust_ft.models.options import rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
-from robust_ft.types import Batch
+from robust_ft.types import AnyArray, Batch
 
 PAD_ID = 0
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
@@ -317,7 +317,7 @@ class T5(nn.Module):
         return self.decoder.empty_cache(*self._encode(batch), max_length)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "batch new"]
+        self, cache: Cache, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)

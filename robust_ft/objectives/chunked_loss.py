@@ -100,7 +100,7 @@ def logit_statistics(
         teacher: A model over the same vocabulary. Its parameters get no gradient.
         temperature: Divides the logits of both models in the KL divergence.
     """
-    targets = batch["decoder_target_tokens"]
+    targets = jnp.asarray(batch["decoder_target_tokens"])  # JAX, as custom_vjp needs
     rows, length = targets.shape
     config = model.config
     chunks = VocabChunks.fitting(

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft import prompt_values
 from robust_ft.models.peft.base import Peft
-from robust_ft.types import Batch, Params
+from robust_ft.types import AnyArray, Batch, Params
 from robust_ft.vocabulary import Vocabulary
 
 # An initialization -> the setting that it alone reads, and needs.
@@ -145,7 +145,7 @@ class Prompt(Peft):
         prompt_mask = jnp.ones(prompt.shape[:2], bool)
         return jnp.concatenate([prompt, x], 1), jnp.concatenate([prompt_mask, mask], 1)
 
-    def _task_index(self, batch: Batch) -> jax.Array:
+    def _task_index(self, batch: Batch) -> Int[AnyArray, "batch"]:
         if "task_index" not in batch:
             raise UserError(
                 f"The model has prompts for the tasks {', '.join(self.tasks)}, but the batch does "
