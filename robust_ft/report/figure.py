@@ -172,12 +172,12 @@ def draw_curves(
     title: bool = True,
 ) -> None:
     """Draws a quantity against steps; stages before a method's last get a panel to its left."""
-    found = results.curves(runs, quantity)
-    early, last = [c for c in found if not c.last], [c for c in found if c.last]
+    curves = results.curves(runs, quantity)
+    early, last = [c for c in curves if not c.last], [c for c in curves if c.last]
     groups = [group for group in (early, last) if group] or [[]]
     ratios = [1.0, 1.5] if len(groups) == 2 else [1.0]
     grid = spec.subgridspec(1, len(groups), width_ratios=ratios, wspace=0.14)
-    top = max([m + s for c in found for m, s in zip(c.mean, c.sd, strict=True)] + [1e-9])
+    top = max([m + s for c in curves for m, s in zip(c.mean, c.sd, strict=True)] + [1e-9])
     limit = 104.0 if top > 60 or quantity == results.FORMAT_SHARE else 1.12 * top
     baseline = _baseline(runs, quantity)
     for index, group in enumerate(groups):
@@ -230,8 +230,8 @@ def _baseline(runs: Sequence[Run], quantity: str) -> float | None:
 
 
 def _titles(figure: "Figure", runs: Sequence[Run]) -> None:
-    found = results.verdicts(runs)
-    figure.text(0.02, 0.955, _wrapped(results.headline(found)) or "Results", fontsize=16,
+    headline = results.headline(results.verdicts(runs))
+    figure.text(0.02, 0.955, _wrapped(headline) or "Results", fontsize=16,
                 fontweight="bold", color=LIGHT.ink, va="center")  # fmt: skip
     targets = ", ".join(dict.fromkeys(run.target for run in runs))
     seeds = max(len(group) for group in results.methods(runs).values())

@@ -32,15 +32,15 @@ def render(runs: Sequence[Run], all_results: results.Table, id_and_ood: tradeoff
         id_and_ood: Their ID and OOD results.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
-    found = results.verdicts(runs)
+    verdicts = results.verdicts(runs)
     panels = figure.svg_panels(runs)
     targets = ", ".join(all_results.targets)
     title = f"Finetuning on {targets}"
-    sentence = results.headline(found, numbers=False)
+    sentence = results.headline(verdicts, numbers=False)
     body = [
         f"<header><p class='over'>robust_ft report</p><h1>{_text(sentence or title)}</h1>",
         f"<p class='lead'>{_text(_lead(runs, targets))}</p></header>",
-        _cards(runs, found),
+        _cards(runs, verdicts),
         _section("Before and after", _before_after(runs, panels)),
         _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
@@ -73,10 +73,10 @@ def _lead(runs: Sequence[Run], targets: str) -> str:
     )
 
 
-def _cards(runs: Sequence[Run], found: Sequence[results.Verdict]) -> str:
+def _cards(runs: Sequence[Run], verdicts: Sequence[results.Verdict]) -> str:
     palette = figure.colors(runs)
     cards = []
-    for verdict in found:
+    for verdict in verdicts:
         rows = [
             _change(f"Target task, {verdict.target}", verdict.target_before, verdict.target_after),
             _change("Other tasks", verdict.others_before, verdict.others_after),
@@ -141,21 +141,21 @@ def _curves(runs: Sequence[Run], panels: dict[str, str]) -> str:
     )
 
 
-def _tradeoff(runs: Sequence[Run], between: tradeoff.Tradeoff) -> str:
-    if not between.columns:
+def _tradeoff(runs: Sequence[Run], id_and_ood: tradeoff.Tradeoff) -> str:
+    if not id_and_ood.columns:
         return ""
     drawing = _panel(
         "Each λ on both",
-        tradeoff_figure.svg_panel(between, figure.colors(runs)),
+        tradeoff_figure.svg_panel(id_and_ood, figure.colors(runs)),
         "Small points are seeds, large ones their means. λ is chosen on ID validation data alone; "
         "OOD data is never used for a selection.",
     )
-    rows = _plain_table(table.tradeoff_rows(between))
+    rows = _plain_table(table.tradeoff_rows(id_and_ood))
     tests = ""
-    if between.comparisons:
+    if id_and_ood.comparisons:
         tests = (
             f"<details><summary>All pairs of methods</summary>"
-            f"{_plain_table(table.comparison_rows(between))}"
+            f"{_plain_table(table.comparison_rows(id_and_ood))}"
             f"<p class='note'>{_text(table.TESTS)}</p></details>"
         )
     return f"{rows}{drawing}{tests}"
@@ -221,12 +221,12 @@ def _cell(line: results.Line, column: results.Column, start: dict[str, float]) -
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    found = results.samples(runs)
-    if not found.rows:
+    samples = results.samples(runs)
+    if not samples.rows:
         return ""
     cards = []
-    for sample in found.rows:
-        outputs = "".join(_output(m, o, sample) for m, o in zip(found.models, sample.outputs,
+    for sample in samples.rows:
+        outputs = "".join(_output(m, o, sample) for m, o in zip(samples.models, sample.outputs,
                                                                 strict=True))  # fmt: skip
         cards.append(
             f"<article class='sample'><p class='over'>{_text(sample.task)}</p>"

@@ -226,7 +226,7 @@ def _agree(lines: Sequence[Line]) -> bool:
 
 def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...]:
     # Single tasks' format shares stay in summary.json; the table has their mean.
-    found = dict.fromkeys(
+    columns = dict.fromkeys(
         column
         for line in lines
         for column in line.cells
@@ -240,7 +240,7 @@ def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...
             return 1, column.shots, int(column.percent)
         return 2, column.shots, 0
 
-    return tuple(sorted(found, key=place))  # stable: tasks stay in the order of the runs
+    return tuple(sorted(columns, key=place))  # stable: tasks stay in the order of the runs
 
 
 def target_column(run: Run) -> Column | None:
@@ -276,7 +276,7 @@ def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
         quantity: `"target"`, `"norm_avg"` or `"format_share"` on the validation split, or
             `"loss"` in training.
     """
-    found = []
+    curves = []
     for name, group in methods(runs).items():
         for stage in dict.fromkeys(stage for run in group for stage in run.stages):
             if quantity == "loss":
@@ -289,8 +289,8 @@ def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
             if curve:
                 known = [step for step in picked if step is not None]
                 one = known[0] if len(set(known)) == 1 else None
-                found.append(dataclasses.replace(curve, selected=one))
-    return found
+                curves.append(dataclasses.replace(curve, selected=one))
+    return curves
 
 
 def _losses(run: Run, stage: str, limit: int = 200) -> dict[int, float]:
@@ -347,7 +347,7 @@ def before_and_after(runs: Sequence[Run], quantity: str) -> tuple[Cell | None, d
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     """Returns what each method did to the target and to the other tasks, from its last stage."""
-    found = []
+    verdicts = []
     for name, group in methods(runs).items():
         before = aggregate([pretrained_rows(run) for run in group])
         after = aggregate([selected_rows(run, run.stages[-1]) for run in group])
@@ -357,19 +357,19 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
             for cells in (before, after):
                 cell = cells.get(column) if column else None
                 scores.append(cell.mean if cell else None)
-        found.append(Verdict(name, group[0].target, *scores))
-    return found
+        verdicts.append(Verdict(name, group[0].target, *scores))
+    return verdicts
 
 
-def headline(found: Sequence[Verdict], numbers: bool = True) -> str:
+def headline(verdicts: Sequence[Verdict], numbers: bool = True) -> str:
     """Returns one sentence on what the methods did to the other tasks, the worst one first.
 
     Args:
-        found: The verdicts of all methods; for more than three, the sentence only counts those that
-            keep the other tasks.
+        verdicts: The verdicts of all methods; for more than three, the sentence only counts those
+            that keep the other tasks.
         numbers: Whether to give the scores before and after.
     """
-    known = [v for v in found if v.others_before and v.others_after is not None]
+    known = [v for v in verdicts if v.others_before and v.others_after is not None]
     if len(known) > 3:
         kept = [v for v in known if v.word != "loses"]
         return f"{len(kept)} of {len(known)} methods keep the other tasks"

@@ -1,7 +1,8 @@
 """The table of a report as text: for a terminal and as Markdown."""
 
 from robust_ft import console
-from robust_ft.report import results, tradeoff
+from robust_ft.report import results
+from robust_ft.report.tradeoff import DRAWS, Comparison, Tradeoff
 
 CAPTION = (
     "Scores from 0 to 100; ± is the sample standard deviation over seeds. Norm. Avg. is the plain "
@@ -13,7 +14,7 @@ DAGGER = "† measured on the validation split: this run has no test result ther
 TESTS = (
     "Differences are the first method minus the second. p is of Welch's two-sided t-test over "
     "seeds; in brackets are the 2.5th and 97.5th percentile of a paired bootstrap over examples "
-    f"({tradeoff.DRAWS:,} draws, the mean over seeds)."
+    f"({DRAWS:,} draws, the mean over seeds)."
 )
 
 
@@ -33,8 +34,8 @@ def cells(table: results.Table, line: results.Line) -> list[str]:
 
 def caption(table: results.Table) -> str:
     """Returns the notes below a table."""
-    found = [cell for line in table.lines for cell in line.cells.values()]
-    return CAPTION + (f" {DAGGER}" if any(cell.split != "test" for cell in found) else "")
+    splits = {cell.split for line in table.lines for cell in line.cells.values()}
+    return CAPTION + (f" {DAGGER}" if splits - {"test"} else "")
 
 
 def markdown(table: results.Table) -> str:
@@ -43,32 +44,34 @@ def markdown(table: results.Table) -> str:
     return f"{_markdown([['', *names], *_rows(table)])}\n\n{caption(table)}\n"
 
 
-def tradeoff_rows(found: tradeoff.Tradeoff) -> list[list[str]]:
+def tradeoff_rows(tradeoff: Tradeoff) -> list[list[str]]:
     """Returns a row for each method, below a row of heads: lambda, ID, OOD."""
-    kinds = ["ID", *["OOD"] * len(found.columns[1:])]
-    heads = [f"{kind}: {head(column)}" for kind, column in zip(kinds, found.columns, strict=True)]
+    kinds = ["ID", *["OOD"] * len(tradeoff.columns[1:])]
+    heads = [
+        f"{kind}: {head(column)}" for kind, column in zip(kinds, tradeoff.columns, strict=True)
+    ]
     rows = [["", "seeds", "λ", *heads]]
-    for line in found.lines:
-        cells = [line.cells.get(column) for column in found.columns]
+    for line in tradeoff.lines:
+        cells = [line.cells.get(column) for column in tradeoff.columns]
         seeds = max(cell.seeds for cell in line.cells.values())
         texts = [cell.text() if cell else "–" for cell in cells]
         rows.append([line.method, str(seeds), results.lambdas(line.weights) or "–", *texts])
     return rows
 
 
-def comparison_rows(found: tradeoff.Tradeoff) -> list[list[str]]:
+def comparison_rows(tradeoff: Tradeoff) -> list[list[str]]:
     """Returns a row for each pair of methods, below a row of heads."""
     rows: dict[tuple[str, str], dict[results.Column, str]] = {}
-    for c in found.comparisons:
+    for c in tradeoff.comparisons:
         rows.setdefault((c.first, c.second), {})[c.column] = _difference(c)
-    heads = [head(column) for column in found.columns]
+    heads = [head(column) for column in tradeoff.columns]
     return [["", *heads]] + [
-        [f"{first} − {second}", *(cells.get(column, "–") for column in found.columns)]
+        [f"{first} − {second}", *(cells.get(column, "–") for column in tradeoff.columns)]
         for (first, second), cells in rows.items()
     ]
 
 
-def _difference(c: tradeoff.Comparison) -> str:
+def _difference(c: Comparison) -> str:
     parts = [f"{c.difference:+.1f}"]
     if c.p_value is not None:
         parts.append("p < 0.001" if c.p_value < 0.001 else f"p = {c.p_value:.3f}")
@@ -77,13 +80,13 @@ def _difference(c: tradeoff.Comparison) -> str:
     return ", ".join(parts).replace("-", "−")
 
 
-def tradeoff_markdown(found: tradeoff.Tradeoff) -> str:
+def tradeoff_markdown(tradeoff: Tradeoff) -> str:
     """Returns both tables as Markdown, "" if no OOD data was evaluated."""
-    if not found.columns:
+    if not tradeoff.columns:
         return ""
-    text = f"## In and out of distribution\n\n{_markdown(tradeoff_rows(found))}\n"
-    if found.comparisons:
-        text += f"\n{_markdown(comparison_rows(found))}\n\n{TESTS}\n"
+    text = f"## In and out of distribution\n\n{_markdown(tradeoff_rows(tradeoff))}\n"
+    if tradeoff.comparisons:
+        text += f"\n{_markdown(comparison_rows(tradeoff))}\n\n{TESTS}\n"
     return text
 
 

@@ -83,8 +83,8 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
 
     lines = []
     for name, group in groups.items():
-        found = results.aggregate([_final(run) for run in group])
-        cells = {column: found[column] for column in columns if column in found}
+        means = results.aggregate([_final(run) for run in group])
+        cells = {column: means[column] for column in columns if column in means}
         weights = tuple(run.weight for run in group if run.weight is not None)
         if cells:
             lines.append(Line(name, weights, cells))
@@ -137,7 +137,7 @@ def _points(group: Sequence[Run], columns: Sequence[Column]) -> tuple[Point, ...
     """Returns a point for each lambda of a selection, or one for a method without."""
     weights = sorted({weight for run in group for weight in run.grid})
     alternatives: list[float | None] = [*weights] or [None]
-    found = []
+    points = []
     for weight in alternatives:
         pairs = []
         for run in group:
@@ -150,5 +150,5 @@ def _points(group: Sequence[Run], columns: Sequence[Column]) -> tuple[Point, ...
         if pairs:
             means = [statistics.fmean(side) for side in zip(*pairs, strict=True)]
             chosen = any(run.weight == weight for run in group)
-            found.append(Point(weight, means[0], means[1], tuple(pairs), chosen))
-    return tuple(found)
+            points.append(Point(weight, means[0], means[1], tuple(pairs), chosen))
+    return tuple(points)

@@ -16,26 +16,26 @@ COLORS = "viridis"  # from 0, full finetuning, to 1, the lightweight model
 MARKERS = "osD^vP*X"
 
 
-def save(found: Tradeoff, palette: Mapping[str, str], path: pathlib.Path) -> None:
+def save(tradeoff: Tradeoff, palette: Mapping[str, str], path: pathlib.Path) -> None:
     """Writes the picture as PNG."""
     with style(LIGHT):
-        _draw(found, palette, LIGHT).savefig(path)
+        _draw(tradeoff, palette, LIGHT).savefig(path)
 
 
-def svg_panel(found: Tradeoff, palette: Mapping[str, str]) -> str:
+def svg_panel(tradeoff: Tradeoff, palette: Mapping[str, str]) -> str:
     """Returns the picture as an SVG element."""
     with style(STAND_IN):
-        return svg(_draw(found, palette, STAND_IN), "tradeoff")
+        return svg(_draw(tradeoff, palette, STAND_IN), "tradeoff")
 
 
-def _draw(found: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figure":
+def _draw(tradeoff: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figure":
     """Draws a panel for each selection of lambda, with all methods that have none in each."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    grids = {name: points for name, points in found.points.items() if len(points) > 1}
-    single = {name: points[0] for name, points in found.points.items() if len(points) == 1}
+    grids = {name: points for name, points in tradeoff.points.items() if len(points) > 1}
+    single = {name: points[0] for name, points in tradeoff.points.items() if len(points) == 1}
     count = max(1, len(grids))
     columns = min(2, count)
     rows = -(-count // columns)
@@ -49,8 +49,8 @@ def _draw(found: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figure"
             _single(panel, method, point, marker, palette[method], theme)
         if name:
             _grid(panel, name, grids[name], theme)
-        panel.set_xlabel(f"ID: {table.head(found.columns[0])}")
-        panel.set_ylabel("OOD: " + ", ".join(map(table.head, found.columns[1:])))
+        panel.set_xlabel(f"ID: {table.head(tradeoff.columns[0])}")
+        panel.set_ylabel("OOD: " + ", ".join(map(table.head, tradeoff.columns[1:])))
         panel.grid(color=theme.grid, linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, loc="best")
