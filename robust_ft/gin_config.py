@@ -151,6 +151,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Inference": Inference,
     "LlamaConfig": llama.LlamaConfig,
     "Model": model,
+    "ModelConfig": ModelConfig,
     "Partitioner": Partitioner,
     "Recipe": recipe,
     "Schedule": optim.Schedule,
@@ -219,7 +220,9 @@ def load(
         texts = [*(text for file in files for text in _texts(file, folders)), *statements]
         _check_names(texts, statements)
         gin.parse_config(defaults)
-        gin.parse_config_files_and_bindings(list(files), statements)
+        gin.parse_config_files_and_bindings(list(files), statements, finalize_config=False)
+        _bind_families()
+        gin.finalize()
         recipe = gin.get_configurable("Recipe")()
         inference = gin.get_configurable("Inference")()
         # Last, so that it holds all that a later `train`, `eval` or `infer` needs.
@@ -253,6 +256,23 @@ def _prepare(folders: Sequence[str]) -> None:
         if name not in _known_to_gin:
             gin.external_configurable(gin_types.typed(name, target), name=name, module="robust_ft")
             _known_to_gin.add(name)
+
+
+def _bind_families() -> None:
+    """Gives each model family what `ModelConfig` is bound to, unless its own config is bound."""
+    families = [
+        name
+        for name, target in REGISTERED.items()
+        if isinstance(target, type) and ModelConfig in target.__bases__
+    ]
+    for (scope, selector), values in list(gin.config._CONFIG.items()):
+        if not selector.endswith(".ModelConfig"):
+            continue
+        for family in families:
+            own = gin.config._CONFIG.get((scope, selector.replace("ModelConfig", family)), {})
+            for field in values.keys() - own.keys():
+                parameter = f"{scope}/{family}.{field}".removeprefix("/")
+                gin.bind_parameter(parameter, values[field])
 
 
 def _quoted(binding: str) -> str:

@@ -10,7 +10,7 @@ from tiny_models import tiny_model, tree_equal
 
 from robust_ft import trainable
 from robust_ft.errors import UserError
-from robust_ft.models.peft import Prompt
+from robust_ft.models.peft import Lora, Prompt
 
 NAMES = st.text("ab_1", min_size=1, max_size=3)
 LEAVES = st.integers(0, 5).map(lambda n: np.arange(n, dtype=np.float32))
@@ -131,6 +131,15 @@ def test_peft_and_base_partition_the_parameters_of_renamed_methods(family, metho
         for plugged, name in zip(PLUGGED[method].peft, names, strict=False)
     ]
     assert_partition(model_of(family, *peft))
+
+
+@families
+@pytest.mark.parametrize("method", [Lora(name="decoder", rank=2), Prompt(name="mlp", length=3)])
+def test_a_method_may_not_have_the_name_of_a_part_of_the_model(family, method):
+    message = rf"{type(method).__name__}.name='{method.name}' is a part of .*'.*{method.name}/.*'"
+    with pytest.raises(UserError, match=message):
+        model_of(family, method).check()
+    dataclasses.replace(model_of(family, method), peft=(Prompt(length=3),)).check()
 
 
 @families

@@ -151,6 +151,13 @@ class Model:
         shapes = self.shapes()
         for method in self.peft:
             method.check(shapes, self.config)
+            for path in _pretrained_paths(self.config):
+                if method.owns(path):
+                    kind = type(method).__name__
+                    raise UserError(
+                        f"{kind}.name='{method.name}' is a part of the model's own parameter "
+                        f"'{path}'; choose another name."
+                    )
 
     def check_lengths(self, inputs: int, targets: int) -> None:
         """Raises a UserError if the model has too few positions for inputs and targets.
@@ -284,3 +291,9 @@ class Model:
         rngs = None if rng is None else {"dropout": rng}
         params = self.export(params)
         return lambda *args: module.apply({"params": params}, *args, rngs=rngs, method=method)
+
+
+@functools.lru_cache(maxsize=16)
+def _pretrained_paths(config: ModelConfig) -> frozenset[str]:
+    """Returns the paths of a model's parameters without PEFT methods; tracing takes seconds."""
+    return frozenset(traverse_util.flatten_dict(Model(config).shapes(), sep="/"))
