@@ -71,7 +71,8 @@ class Evaluation:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise UserError(
-                    f"{field}={value} of the evaluation on '{self.task}' must be at least 1."
+                    f"Evaluation.{field}={value} of the evaluation on '{self.task}' must be at "
+                    "least 1."
                 )
 
     @property
@@ -252,6 +253,8 @@ def suite(
         ood_tasks: Names of the out-of-distribution tasks, evaluated like the target.
         limit: Number of examples of each task, spread over its split; None for all.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"suite.limit={limit} must be at least 1, or None.")
 
     def on(evaluation: Evaluation, task: str, role: str, shots: int) -> Evaluation:
         data = dataclasses.replace(evaluation.data, task=task, split=split)

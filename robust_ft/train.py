@@ -67,7 +67,7 @@ def _banner(recipe: "Recipe") -> None:
         {
             "model": f"{type(stage.model.config).__name__.removesuffix('Config')} with "
             f"{sum(sizes):,} parameters from {recipe.stages[0].restore}",
-            "data": f"{stage.data.task} of {stage.data.module}",
+            "data": stage.data.task + (f" of {stage.data.module}" if stage.data.module else ""),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "output": recipe.model_dir,
         },

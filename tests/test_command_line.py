@@ -60,7 +60,7 @@ MISTAKES = {
     "decay": ("--gin.Schedule.decay=lineer", "'lineer'", "mean 'linear'"),
     "prompt": ("--gin.Prompt.initialization=sampled", "mean 'sampled_vocabulary'"),
     "empty prompt": ("--gin.PROMPT_LENGTH=0", "Prompt.length=0"),
-    "limit": ("--gin.EVAL_LIMIT=0", "limit=0", "'toy'"),
+    "limit": ("--gin.EVAL_LIMIT=0", "suite.limit=0", "(in the config: EVAL_LIMIT)"),
     "no patterns": ("--gin.model/Stage.trainable=[]", "'model' trains nothing"),
     "restore": ("--gin.model/Stage.restore=stage:promt", "'stage:promt'", "mean 'prompt'"),
     "pattern": ("--gin.model/Stage.trainable=['decodr/.*']", "'decodr/.*'", "none of the"),

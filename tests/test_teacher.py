@@ -220,12 +220,15 @@ def test_preflight_traces_a_step_with_the_pretrained_teacher(tmp_path):
     base = write_base(tmp_path / "base")
     promot = promot_with_teacher(tmp_path / "run", base)
     checks.check(promot)
-    alone = dataclasses.replace(promot.stages[1], objective=CrossEntropy(), teacher=None)
-    with_teacher, without = (
-        programs.train_step(promot, stage).parameter_bytes for stage in (promot.stages[1], alone)
+    student = promot.stages[1]
+    alone = dataclasses.replace(student, objective=CrossEntropy(), teacher=None)
+    unused = dataclasses.replace(student, objective=Cocktail(0.0))
+    with_teacher, without, with_unused = (
+        programs.train_step(promot, stage).parameter_bytes for stage in (student, alone, unused)
     )
     shapes = flatten(toy.PLAIN.shapes())
     assert with_teacher - without == sum(2 * leaf.size for leaf in shapes.values())
+    assert with_unused == without
 
 
 def larger(model):

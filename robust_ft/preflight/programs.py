@@ -49,7 +49,8 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
     shapes, shardings = state_shardings(stage, trained, partitioner)
     state = _placed(shapes, shardings)
     teacher = None
-    if (model_of_teacher := teacher_model(recipe, stage)) is not None:
+    model_of_teacher = teacher_model(recipe, stage) if stage.objective.needs_teacher else None
+    if model_of_teacher is not None:
         teacher = Teacher(model_of_teacher, _placed_params(partitioner, model_of_teacher))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (state, frozen, teacher, _train_batch(stage, partitioner), key)

@@ -175,22 +175,22 @@ def _plain_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _table(made: results.Table) -> str:
+def _table(all_results: results.Table) -> str:
     """Tasks are rows and models are columns, so that many tasks fit on a phone."""
     heads = "".join(
         f"<th scope='col'>{_text(line.method)}<small>{_text(line.checkpoint)}</small>"
         f"<small>{line.seeds} seed{'s' * (line.seeds > 1)}</small></th>"
-        for line in made.lines
+        for line in all_results.lines
     )
     rows = []
-    for column in made.columns:
+    for column in all_results.columns:
         start = {
             line.method: line.cells[column].mean
-            for line in made.lines
+            for line in all_results.lines
             if line.stage == results.PRETRAINED and column in line.cells
         }
-        cells = [_cell(line, column, start) for line in made.lines]
-        group = "target" if column.task in made.targets else "all"
+        cells = [_cell(line, column, start) for line in all_results.lines]
+        group = "target" if column.task in all_results.targets else "all"
         group = "mean" if column.task == results.HELD_OUT else group
         rows.append(
             f"<tr class='{group}'><th scope='row'>{_text(table.head(column))}</th>"
@@ -199,8 +199,8 @@ def _table(made: results.Table) -> str:
     return (
         f"<div class='scroll'><table><thead><tr><td></td>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<p class='note'>{_text(table.caption(made))} Small numbers are the change from the "
-        "pretrained model.</p>"
+        f"<p class='note'>{_text(table.caption(all_results))} Small numbers are the change from "
+        "the pretrained model.</p>"
     )
 
 
