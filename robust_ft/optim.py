@@ -180,7 +180,9 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return optimizer.init(widen(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        new_updates, new_state = optimizer.update(widen(updates), state, widen(params))
+        # Optax promotes dtypes and ranks implicitly, where callers may be strict.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            new_updates, new_state = optimizer.update(widen(updates), state, widen(params))
         return new_updates, new_state
 
     return optax.GradientTransformation(init, update)

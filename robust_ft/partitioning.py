@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,12 +73,11 @@ class Partitioner:
     sequence_parallel: int = 1
     fully_sharded: int = 1
     slices: int = 1
-    rules: Rules = ()
+    rules: Sequence[Sequence[str | Sequence[str] | None]] = ()
     _devices: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Config files give lists, which are not hashable.
-        rules = tuple((axis, _frozen(place)) for axis, place in self.rules)
+        rules = _frozen(self.rules)
         object.__setattr__(self, "rules", rules)
         known = [axis for axis, _ in STANDARD_RULES]
         for axis, place in rules:
@@ -244,7 +243,7 @@ class Partitioner:
     @property
     def _rules(self) -> Rules:
         # A dict keeps the standard order, and with it which rule gets a mesh axis first.
-        return tuple((dict(STANDARD_RULES) | dict(reversed(self.rules))).items())
+        return tuple((dict(STANDARD_RULES) | dict(reversed(_frozen(self.rules)))).items())
 
     @property
     def _batch_axes(self) -> tuple[str, ...]:
@@ -323,8 +322,11 @@ def _mesh_axes(place: Place) -> tuple[str, ...]:
     return (place,) if isinstance(place, str) else place
 
 
-def _frozen(place: Any) -> Place:
-    return tuple(place) if isinstance(place, list) else place
+def _frozen(rules: Iterable[Any]) -> Rules:
+    # Config files give lists, which are not hashable.
+    return tuple(
+        (axis, tuple(place) if isinstance(place, list) else place) for axis, place in rules
+    )
 
 
 def _is_axes(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 
 import jax
 
@@ -61,7 +62,7 @@ class Stage:
     name: str
     model: Model
     restore: str
-    trainable: tuple[str, ...]
+    trainable: Sequence[str]
     data: TaskData
     steps: int
     batch_size: int
@@ -74,8 +75,8 @@ class Stage:
     microbatches: int = 1
     packing: bool = False
     by_length: int = 0
-    evaluations: tuple[Evaluator, ...] = ()
-    final_evaluations: tuple[Evaluator, ...] = ()
+    evaluations: Sequence[Evaluator] = ()
+    final_evaluations: Sequence[Evaluator] = ()
     eval_period: int = 1000
     log_period: int = 20
     select_best: bool = True

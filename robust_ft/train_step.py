@@ -84,9 +84,14 @@ def make_train_step(
         gradient, sums = accumulate(gradient_of, batch, rng, microbatches)
         # The mean over target positions; without any that counts, the gradient is 0 and not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        # Added in the updates' float32, then rounded to the parameter's dtype.
+        trainable = jax.tree.map(
+            lambda param, update: (param.astype(update.dtype) + update).astype(param.dtype),
+            state.trainable,
+            updates,
+        )
         sums["grad_norm"] = optax.tree.norm(gradient)
         sums["learning_rate"] = optimizer.learning_rate(state.step)
         return TrainState(state.step + 1, trainable, opt_state), sums
@@ -144,8 +149,6 @@ def accumulate(
 
     shapes = jax.eval_shape(gradient_of, microbatch(jnp.asarray(0)), rng)
     # In float32 also for bfloat16 gradients: a bfloat16 sum loses terms below 1/256 of it.
-    zeros: tuple[Params, Sums] = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
+    zeros: tuple[Params, Sums] = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     total: tuple[Params, Sums] = jax.lax.fori_loop(0, microbatches, body, zeros)
     return total

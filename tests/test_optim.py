@@ -221,8 +221,7 @@ def test_state_of_bfloat16_parameters_is_float32_and_goes_on_moving(optimizer):
     largest = max(float(leaf.max()) for leaf in moments if leaf.size > 1)
     assert largest > 3.5 if isinstance(optimizer, Adafactor) else largest > 1
     updates, _ = update(gradient, state, params)
-    new = optax.apply_updates(params, updates)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(new))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
 
 
 def axes_of_state(optimizer, shapes, axes):
@@ -276,7 +275,7 @@ def test_axes_of_a_square_leaf_are_those_that_optax_keeps():
     # Rows and columns of a square leaf look the same: only their values tell them apart.
     params = {"kernel": jnp.ones((128, 128))}
     tx = Adafactor(Schedule(0.1)).build()
-    gradient = {"kernel": jnp.arange(128.0)[:, None] * jnp.ones(128)}
+    gradient = {"kernel": jnp.tile(jnp.arange(128.0)[:, None], 128)}
     _, state = jax.jit(tx.update)(gradient, tx.init(params), params)
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     values = {jax.tree_util.keystr(path): leaf for path, leaf in flat if leaf.shape == (128,)}

@@ -2,6 +2,7 @@ import types
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -222,7 +223,7 @@ def test_shardings_keep_a_trees_structure():
 
 
 def test_constrain_does_nothing_outside_and_checks_names_inside():
-    x = np.ones((2, 3), np.float32)
+    x = jnp.ones((2, 3))
     assert constrain(x, "batch", "no axis") is x
     partitioner = Partitioner()
     with partitioner.activate():

@@ -115,14 +115,12 @@ def test_a_detached_predictor_has_neither_prompt_nor_its_parameters():
 
 
 @dataclasses.dataclass(frozen=True)
-class Parrot:
-    """A model that says what it read, token by token."""
+class Parrot(Model):
+    """A model that repeats what it read, token by token."""
 
-    start_id: int = 0
+    config: None = None
     eos_id: int = VOCABULARY.eos_id
     pad_id: int = VOCABULARY.pad_id
-    peft: tuple = ()
-    tasks: tuple = ()
 
     def history(self, params, batch):
         return jnp.zeros_like(batch["encoder_input_tokens"][:, :1])

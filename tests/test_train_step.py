@@ -251,10 +251,20 @@ def test_dropout_differs_by_microbatch():
     assert len(set(losses)) == 4
 
 
+def test_bfloat16_parameters_stay_so():
+    state, frozen = prepared([".*/mlp/.*"])
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.trainable)
+    step = jitted_step(MODEL, ADAM)
+    state, _ = step.eval_shape(init_state(ADAM, trained), frozen, None, BATCH, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("bfloat16")}
+
+
 def test_gradient_fn_and_teacher_are_handed_on():
     seen = {}
 
     class Objective:
+        takes_teacher = needs_teacher = True
+
         def __call__(self, model, params, batch, rng, teacher=None):
             seen["teacher"] = teacher
             return CrossEntropy()(model, params, batch, rng)
@@ -265,9 +275,9 @@ def test_gradient_fn_and_teacher_are_handed_on():
 
     state, frozen = prepared([".*/prompt"])
     step = make_train_step(MODEL, Objective(), ADAM, gradient_fn)
-    teacher = {"anything": jnp.ones(3)}
+    teacher = Teacher(MODEL, {"anything": jnp.ones(3)})
     _, sums = jax.eval_shape(step, state, frozen, teacher, BATCH, jax.random.key(0))
-    assert seen["teacher"]["anything"].shape == (3,)
+    assert seen["teacher"].params["anything"].shape == (3,)
     assert sums.keys() == {
         "loss",
         "weight",

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,17 @@ from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn, repeat_r
 from robust_ft.errors import UserError, nearest
 from robust_ft.types import AnyArray
 
-# What a sum of log-probabilities is divided by; the length counts the end-of-sequence token.
-LENGTH_PENALTIES: Mapping[str, Callable[[Any, float], Any]] = {
+Scalar = Float[Array, ""] | float
+
+# From a length and alpha to what a sum of log-probabilities is divided by. The length counts the
+# end-of-sequence token.
+LENGTH_PENALTIES: Mapping[str, Callable[[Scalar, Scalar], Scalar]] = {
     "t5x": lambda length, alpha: ((5.0 + length) / 6.0) ** alpha,
-    "hf": lambda length, alpha: (1.0 * length) ** alpha,
+    "hf": lambda length, alpha: length**alpha,
 }
 
 # From a length to the penalty.
-Penalty = Callable[[Any], Any]
+Penalty = Callable[[Scalar], Scalar]
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +58,7 @@ def beam_search(
     max_decode_len: int,
     eos_id: int,
     beam_size: int = 4,
-    alpha: float = 0.6,
+    alpha: Scalar = 0.6,
     length_penalty: str = "t5x",
     num_return: int = 1,
     early_stopping: bool | str = False,
@@ -106,7 +108,7 @@ def beam_search(
     batch, like_hf = start_tokens.shape[0], length_penalty == "hf"
     slots, stopping = (beam_size, early_stopping) if like_hf else (num_return, "never")
 
-    def penalty(length: Any) -> Any:
+    def penalty(length: Scalar) -> Scalar:
         return LENGTH_PENALTIES[length_penalty](length, alpha)
 
     def unfinished(state: SearchState) -> Bool[Array, ""]:
@@ -121,6 +123,8 @@ def beam_search(
         log_probs = log_probs.reshape(batch, beam_size, -1)  # [batch, beam, vocab]
         log_probs += state.live_log_probs[..., None]
 
+        length = (state.step + 1).astype(jnp.float32)
+
         # [batch, 2 * beam], [batch, 2 * beam, length], [batch, 2 * beam]
         log_probs, tokens, parents = _best_extensions(state, log_probs)
         ended = tokens[:, :, state.step] == eos_id
@@ -131,16 +135,14 @@ def beam_search(
             scores = jnp.where(may_end & ~state.done[:, None], log_probs, -jnp.inf)
         finished_scores, (finished_tokens,) = _keep_best(
             slots,
-            jnp.concatenate([state.finished_scores, scores / penalty(state.step + 1)], axis=1),
+            jnp.concatenate([state.finished_scores, scores / penalty(length)], axis=1),
             jnp.concatenate([state.finished_tokens, tokens], axis=1),
         )
         live_log_probs, (live_tokens, parents) = _keep_best(
             beam_size, jnp.where(ended, -jnp.inf, log_probs), tokens, parents
         )
         best_live, worst_finished = live_log_probs[:, 0], finished_scores[:, -1]
-        done = _is_done(
-            best_live, worst_finished, state.step + 1, max_decode_len, penalty, stopping
-        )
+        done = _is_done(best_live, worst_finished, length, max_decode_len, penalty, stopping)
         return SearchState(
             step=state.step + 1,
             done=state.done | done,
@@ -211,7 +213,7 @@ def _first_state(
 def _is_done(
     best_live: Float[Array, "batch"],
     worst_finished: Float[Array, "batch"],
-    length: Int[Array, ""],
+    length: Float[Array, ""],
     max_decode_len: int,
     penalty: Penalty,
     stopping: bool | str,
@@ -224,7 +226,7 @@ def _is_done(
     Hugging Face's search, where it may stop too early, takes the present length's instead.
     """
     if stopping == "never":
-        largest = jnp.maximum(penalty(length + 1), penalty(max_decode_len))
+        largest: Scalar = jnp.maximum(penalty(length + 1), penalty(max_decode_len))
     else:
         largest = penalty(length)
     done = best_live / largest <= worst_finished
@@ -281,7 +283,7 @@ def _reorder(cache: Cache, before: Cache, parents: Int[Array, "batch beam"]) -> 
     return jax.tree.map(gather, cache, before)
 
 
-def _fill_with_live(state: SearchState, num_return: int, penalty: Any, pad_id: int) -> Decoded:
+def _fill_with_live(state: SearchState, num_return: int, penalty: Scalar, pad_id: int) -> Decoded:
     """Puts the best live beams into the finished slots that stayed empty.
 
     A slot can only be empty after max_decode_len steps, or when no beam is live.

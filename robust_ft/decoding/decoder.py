@@ -1,6 +1,7 @@
 """The decoder: settings of greedy decoding, sampling and beam search in one object."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class Decoder:
     top_k: int = 0
     top_p: float = 1.0
     num_return: int = 1
-    banned_tokens: tuple[int, ...] = ()
+    banned_tokens: Sequence[int] = ()
     no_repeat_ngram_size: int = 0
     forced_first_token: int | None = None
     forced_last_token: int | None = None

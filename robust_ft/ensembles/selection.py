@@ -37,7 +37,7 @@ class Selection(Protocol):
         ...
 
     @property
-    def weights(self) -> tuple[float, ...]:
+    def weights(self) -> Sequence[float]:
         """The lambdas that are tried."""
         ...
 
@@ -80,9 +80,9 @@ class EnsembleSelection:
     name: str = "ensemble"
     light: str
     full: str
-    weights: tuple[float, ...] = GRID
-    evaluations: tuple[Evaluation, ...]
-    final_evaluations: tuple[Evaluation, ...] = ()
+    weights: Sequence[float] = GRID
+    evaluations: Sequence[Evaluation]
+    final_evaluations: Sequence[Evaluation] = ()
 
     def __post_init__(self) -> None:
         for field in ("weights", "evaluations", "final_evaluations"):
@@ -135,7 +135,7 @@ class CocktailSelection:
     name: str = "cocktail"
     student: str
     full: str
-    weights: tuple[float, ...] = GRID
+    weights: Sequence[float] = GRID
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

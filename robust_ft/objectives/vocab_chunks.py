@@ -89,7 +89,7 @@ class VocabChunks:
                 one chunk, and no wider type is needed.
         """
         if axis is None:
-            return jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32))
+            return jnp.zeros(param.shape, jnp.float32)
         return jnp.zeros_like(self.split(param, axis))
 
     def split(self, array: jax.Array, axis: int) -> jax.Array:

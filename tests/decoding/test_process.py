@@ -157,7 +157,8 @@ def test_chained():
         return lambda log_probs, tokens, generated: log_probs * 2 + number
 
     assert chained([]) is None
-    assert chained([plus(1), plus(3)])(1, None, 0) == 9
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    assert chained([plus(1), plus(3)])(jnp.ones((1, 1)), tokens, jnp.asarray(0)) == 9
 
 
 @pytest.mark.parametrize(

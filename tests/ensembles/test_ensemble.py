@@ -176,7 +176,7 @@ def test_interpolated_parameters():
         ]
         np.testing.assert_allclose(leaf, sum(parts), rtol=0, atol=1e-6)
         assert leaf.dtype == flatten(trees[0])[path].dtype
-    for i, alone in enumerate(np.eye(3)):
+    for i, alone in enumerate(np.eye(3).tolist()):
         for path, leaf in flatten(interpolate(trees, alone)).items():
             np.testing.assert_array_equal(leaf, flatten(trees[i])[path])
     halves = interpolate([{"a": jnp.array([1.0, 3.0], jnp.bfloat16)}] * 2, [0.5, 0.5])

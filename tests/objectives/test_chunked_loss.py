@@ -37,7 +37,7 @@ UNEVEN = VocabChunks(VOCAB, 1, 14)
 TWO_SHARDS = VocabChunks(VOCAB, 2, 8)
 DIFFERENTIABLE = ("log_z", "target_logit", "logit_sum", "kl")
 BATCH = batch_of()
-TARGETS = BATCH["decoder_target_tokens"]
+TARGETS = jnp.asarray(BATCH["decoder_target_tokens"])
 CASES = {
     "t5": {},
     "t5 tied": {"logits_via_embedding": True},

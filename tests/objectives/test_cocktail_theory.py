@@ -1,22 +1,30 @@
 """The propositions of Ensembles and Cocktails, section 9, on multi-class logistic regression."""
 
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_ft.models.model import Model
 from robust_ft.objectives import Cocktail, Teacher
 
 CLASSES, EXAMPLES, FEATURES = 6, 12, 3
 SEEN = 4  # labels of the training data are below it
 
 
-class LogisticRegression:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    vocab_size: int = CLASSES
+    emb_dim: int = FEATURES
+
+
+@dataclasses.dataclass(frozen=True)
+class LogisticRegression(Model):
     """One target position an example, whose logits are linear in its features."""
 
-    config = types.SimpleNamespace(vocab_size=CLASSES, emb_dim=FEATURES)
+    config: Sizes = Sizes()
 
     def logits(self, params, batch, rng=None):
         return (batch["features"] @ params["theta"].T)[:, None]
