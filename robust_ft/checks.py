@@ -13,6 +13,7 @@ from robust_ft.models.peft import Peft
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
 from robust_ft.stage_start import teacher_model
+from robust_ft.vocabulary.base import same_vocabulary
 
 
 def claim(recipe: Recipe) -> None:
@@ -83,6 +84,11 @@ def _check_tasks(stage: Stage) -> None:
         model = stage.model.without(*evaluation.detached(stage.model))
         if model.tasks:
             model.task_index(evaluation.task)
+        if not same_vocabulary(evaluation.data.vocabulary, stage.data.vocabulary):
+            raise UserError(
+                f"The evaluation on '{evaluation.task}' of stage '{stage.name}' has another "
+                "vocabulary than Stage.data; a model has one, so give both the same."
+            )
     _check_packing(stage, stage.model)
 
 

@@ -83,7 +83,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     If anything goes wrong, what was written is removed and what was at `path` stays. Processes on
     one or several machines may write the same path at the same time; the last one wins.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).absolute()
     writer = f"{socket.gethostname()}.{os.getpid()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     earlier = path.with_name(f".{path.name}.{writer}.earlier")

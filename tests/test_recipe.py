@@ -23,6 +23,7 @@ from robust_ft.models.peft import Prompt
 from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
 from robust_ft.summary import Row
+from robust_ft.vocabulary import ByteVocabulary
 
 # Validation scores at steps 0, 2, 4 and 6: the prompt's best is step 4, the model's first best 2.
 SCORES = [0.0, 10.0, 30.0, 20.0, 0.0, 9.0, 5.0, 9.0]
@@ -372,6 +373,16 @@ def test_soft_prompts_are_not_packed(tmp_path):
     assert not (tmp_path / "run").exists()
     plain = toy.promot(tmp_path / "run", model={"packing": True, "model": toy.PLAIN})
     checks.claim(plain)
+
+
+def test_evaluations_have_the_vocabulary_of_their_stage(tmp_path):
+    data = dataclasses.replace(toy.DATA, vocabulary=ByteVocabulary(extra_ids=5))
+    evaluation = dataclasses.replace(toy.TARGET_EVALUATION, data=data)
+    recipe = toy.promot(tmp_path / "run", model={"final_evaluations": (evaluation,)})
+    message = "The evaluation on 'toy' of stage 'model' has another vocabulary than Stage.data"
+    with pytest.raises(UserError, match=message):
+        runner.run(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_prompt_longer_than_the_positions(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from robust_ft import console
+from robust_ft import console, multihost
 from robust_ft.ensembles.mixture_weight import GRID, Candidate, SelectedWeight, check_weights
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
@@ -22,6 +22,7 @@ from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.stage import STAGE, Stage
 from robust_ft.summary import Summary
+from robust_ft.vocabulary.base import same_vocabulary
 
 # From a stage's name to a predictor with the parameters that the stage ended with.
 Load = Callable[[str], Predictor]
@@ -105,7 +106,8 @@ class EnsembleSelection:
             results = [evaluate(e, weighted) for e in (*selecting, *self.final_evaluations)]
             folder = f"{self.name}/lambda_{weight:g}"
             for result in results:
-                result.write(directory / folder / EVALUATIONS, step)
+                if multihost.is_first():
+                    result.write(directory / folder / EVALUATIONS, step)
                 rows = result.rows(self.name, step)
                 summary.add(dataclasses.replace(row, weight=weight) for row in rows)
             score = norm_avg([result.score for result in results[: len(selecting)]])
@@ -204,12 +206,8 @@ def check_vocabularies(selection: Selection, stages: Mapping[str, Stage]) -> Non
     """
     first, *others = (stages[name] for name in selection.stages)
     for other in others:
-        vocabulary, other_vocabulary = first.data.vocabulary, other.data.vocabulary
         sizes = [stage.model.config.vocab_size for stage in (first, other)]
-        # A fingerprint needs the files, which preflight can do without.
-        same = (
-            vocabulary == other_vocabulary or vocabulary.fingerprint == other_vocabulary.fingerprint
-        )
+        same = same_vocabulary(first.data.vocabulary, other.data.vocabulary)
         if not same or sizes[0] != sizes[1]:
             raise UserError(
                 f"'{selection.name}' needs stages with one vocabulary, but '{first.name}' and "

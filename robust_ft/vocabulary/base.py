@@ -59,6 +59,12 @@ class Vocabulary(Protocol):
         """Text of `ids` up to the first EOS; padding and BOS are dropped."""
 
 
+def same_vocabulary(vocabulary: Vocabulary, other: Vocabulary) -> bool:
+    """Returns whether two vocabularies give equal token ids."""
+    # A fingerprint needs the files, which preflight can do without.
+    return vocabulary == other or vocabulary.fingerprint == other.fingerprint
+
+
 def encode_inputs(vocabulary: Vocabulary, text: str, length: int | None = None) -> list[int]:
     """Returns a model's input ids for `text`, with the vocabulary's prefix and suffix.
 

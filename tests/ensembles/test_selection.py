@@ -182,6 +182,7 @@ def test_choices_that_do_not_fit_the_stages(tmp_path, selection, sentence):
 
 LARGER = dataclasses.replace(toy.PLAIN, config=dataclasses.replace(toy.CONFIG, vocab_size=512))
 OTHER = dataclasses.replace(toy.DATA, vocabulary=ByteVocabulary(extra_ids=5))
+ELSEWHERE = {"data": OTHER, "evaluations": (), "final_evaluations": ()}
 
 
 def with_vocabulary(stage, vocabulary):
@@ -192,10 +193,10 @@ def with_vocabulary(stage, vocabulary):
     ("selection", "full", "sentence"),
     [
         (ENSEMBLE, {"model": LARGER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 512"),
-        (ENSEMBLE, {"data": OTHER}, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 264"),
+        (ENSEMBLE, ELSEWHERE, "'ensemble' .* 'prompt' and 'full' .*, of 264 and 264"),
         # The student of weight 0, full finetuning, has no teacher to be checked with.
         (COCKTAIL, {"model": LARGER}, "'cocktail' .* 'full' and 's_0.5' .*, of 512 and 264"),
-        (COCKTAIL, {"data": OTHER}, "'cocktail' .* 'full' and 's_0.5' .*, of 264 and 264"),
+        (COCKTAIL, ELSEWHERE, "'cocktail' .* 'full' and 's_0.5' .*, of 264 and 264"),
     ],
 )
 def test_two_vocabularies_are_refused_before_anything_trains(tmp_path, selection, full, sentence):
