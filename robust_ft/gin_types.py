@@ -15,6 +15,7 @@ from robust_ft.errors import UserError
 
 _PLAIN = (bool, int, float, str, bytes, list, tuple, dict, types.NoneType)
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def typed(name: str, target: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +61,7 @@ def fits(value: Any, hint: Any) -> bool:
             and len(value) == len(inner)
             and all(map(fits, value, inner))
         )
-    if origin in (tuple, collections.abc.Sequence):
+    if _is_list(hint):
         return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
     if origin is collections.abc.Mapping:
         return isinstance(value, dict) and all(
@@ -71,11 +72,18 @@ def fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, _PLAIN)
 
 
+def _is_list(hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    return origin is collections.abc.Sequence or (origin is tuple and inner[-1] is Ellipsis)
+
+
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if hint is types.NoneType:
         return "None"
+    if _is_list(hint) and (plural := _PLURALS.get(typing.get_args(hint)[0])):
+        return f"a list of {plural}"
     if typing.get_origin(hint) is None and isinstance(hint, type):
         return _NAMES.get(hint, f"of type {hint.__name__}")
     return "of type " + str(hint).replace("collections.abc.", "")

@@ -160,7 +160,7 @@ def test_a_mistake_in_a_process(flags):
 
 
 def test_sigterm_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
-    def stopped(recipe):
+    def stopped(recipe, callbacks):
         raise Stopped("Stopped at step 3 of stage 'model'.")
 
     monkeypatch.setattr(runner, "run", stopped)

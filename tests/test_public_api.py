@@ -134,6 +134,8 @@ finally:
     assert "python -m robust_ft.train" in python(code, env=environment)
 
 
+# The test session has imported what is run here.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_command_gets_its_arguments(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("yes\nno\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["robust_ft", "metrics", "exact_match"])

@@ -65,7 +65,7 @@ def test_the_loss_falls_to_what_the_targets_leave_unknown(run):
     ran, summary = run
     found = losses(Path(ran.model_dir), "model")
     assert found[0] > 5 and np.mean(found[-5:]) < 0.5
-    final = [r["value"] for r in summary.rows if r["stage"] == "model" and r["split"] == "test"]
+    final = [r.value for r in summary.rows if r.stage == "model" and r.split == "test"]
     assert max(final) > 70  # always "a"
 
 
