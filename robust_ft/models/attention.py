@@ -27,14 +27,14 @@ Dropout = Callable[[jax.Array], jax.Array]
 
 def input_mask(batch: Batch, pad_id: int) -> Bool[Array, "batch source"]:
     """Returns which of `encoder_input_tokens` are tokens, and not padding."""
-    return batch["encoder_input_tokens"] != pad_id
+    return jnp.not_equal(batch["encoder_input_tokens"], pad_id)
 
 
 def same_segment(
     query_segments: Int[AnyArray, "batch query"], key_segments: Int[AnyArray, "batch key"]
 ) -> Bool[Array, "batch query key"]:
     """Returns which pairs belong to the same example of a packed row."""
-    return query_segments[:, :, None] == key_segments[:, None, :]
+    return jnp.equal(query_segments[:, :, None], key_segments[:, None, :])
 
 
 def input_segments(
