@@ -265,12 +265,10 @@ def _live_progress(console: "rich.console.Console") -> "rich.progress.Progress":
 _shared = Console()
 
 
-def configure(
-    enabled: bool = True, file: TextIO | None = None, width: int | None = None
-) -> Console:
+def configure(enabled: bool = True, file: TextIO | None = None) -> Console:
     """Replaces the shared console, by which the functions below print, and returns it."""
     global _shared
-    _shared = Console(enabled, file, width)
+    _shared = Console(enabled, file)
     return _shared
 
 

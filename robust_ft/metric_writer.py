@@ -69,11 +69,6 @@ class _EventFile:
         parts = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._write(step=step, summary=summary_pb2.Summary(value=parts))
 
-    def text(self, step: int, name: str, text: str) -> None:
-        from tensorboard.plugins.text.summary import text_pb
-
-        self._write(step=step, summary=text_pb(name, text))
-
     def flush(self) -> None:
         self._records.flush()
         self._flushed = time.monotonic()
@@ -138,11 +133,6 @@ class MetricWriter:
             line = {"step": int(step), "split": split} | _json(values)
             self._append(f"{EVALUATIONS}/{_file_name(task)}-metrics.jsonl", line)
         self._event_file(task).scalars(int(step), values)
-
-    def write_text(self, step: int, name: str, text: str, task: str | None = None) -> None:
-        """Writes Markdown for TensorBoard's text page; not to `metrics.jsonl`."""
-        if self.enabled:
-            self._event_file(task).text(int(step), name, text)
 
     def truncate(self, step: int) -> None:
         """Drops everything after `step`, when a run resumes from its checkpoint.

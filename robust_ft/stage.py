@@ -17,7 +17,7 @@ from robust_ft.objectives.gradients import GradientFn, backprop
 # The prefix of `Stage.restore` and `Stage.teacher` that names an earlier stage.
 STAGE = "stage:"
 SCRATCH = "scratch"
-# As a teacher: the model that the first stage started from.
+# As a teacher: the pretrained model behind the stage, see `Stage.teacher`.
 PRETRAINED = "pretrained"
 
 TYPES = ("bfloat16", "float32")
@@ -40,8 +40,9 @@ class Stage:
         optimizer: Optimizer and learning rate.
         objective: The loss.
         teacher: The objective's teacher, if it needs one: `"stage:<name>"` of an earlier stage;
-            "pretrained", the model that the first stage started from, without PEFT methods; or a
-            model directory, optionally with an adapter, such as "DIRECTORY,EXPORT".
+            "pretrained", the model that this stage or the first one before it restored, without
+            PEFT methods; or a model directory, optionally with an adapter, such as
+            "DIRECTORY,EXPORT".
         teacher_dtype: Dtype of the teacher's parameters, "bfloat16" or "float32".
         gradient: The gradient rule.
         gradient_dtype: Dtype of gradients until they are applied, such as "bfloat16" to save

@@ -30,14 +30,13 @@ class StageCheckpoints:
     """The checkpoints of one stage, `<directory>/checkpoint_<step>/`, written asynchronously.
 
     Each holds three items: `params` (the trainable parameters), `optimizer` (with the step) and
-    `data` (the position in the data). The newest one and those with the best scores are kept.
+    `data` (the position in the data). The newest one and the one with the best score are kept.
 
     Args:
         directory: The stage's directory.
-        keep_best: How many of those with the best scores are kept.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep_best: int = 1):
+    def __init__(self, directory: str | os.PathLike[str]):
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(),
@@ -49,7 +48,7 @@ class StageCheckpoints:
                     [
                         policies.LatestN(1),
                         policies.BestN(
-                            get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False
+                            get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False
                         ),
                     ]
                 ),

@@ -25,8 +25,6 @@ def events(folder):
         "acc = EventAccumulator(sys.argv[1]); acc.Reload()\n"
         "tags = acc.Tags()\n"
         "out = {t: [(e.step, e.value) for e in acc.Scalars(t)] for t in tags['scalars']}\n"
-        "out |= {t: [(e.step, e.tensor_proto.string_val[0].decode()) for e in acc.Tensors(t)]\n"
-        "        for t in tags['tensors']}\n"
         "print(json.dumps(out))"
     )
     done = subprocess.run(
@@ -40,7 +38,6 @@ def test_scalars_go_to_both_places(tmp_path):
         writer.write(1, {"loss": np.float32(0.5), "tokens": np.int64(7)})
         writer.write(2, {"loss": 0.25, "tokens": 9})
         writer.write(2, {"accuracy": 90.0}, split="validation", task="mini_rte_0shot")
-        writer.write_text(0, "config", "A *text*.")
     assert lines(tmp_path / "metrics.jsonl") == [
         {"step": 1, "split": "train", "loss": 0.5, "tokens": 7},
         {"step": 2, "split": "train", "loss": 0.25, "tokens": 9},
@@ -49,9 +46,7 @@ def test_scalars_go_to_both_places(tmp_path):
     assert lines(tmp_path / "inference_eval/mini_rte_0shot-metrics.jsonl") == [
         {"step": 2, "split": "validation", "accuracy": 90.0}
     ]
-    train = events(tmp_path / "train")
-    assert train["loss"] == [[1, 0.5], [2, 0.25]]
-    assert train["config"] == [[0, "A *text*."]]
+    assert events(tmp_path / "train")["loss"] == [[1, 0.5], [2, 0.25]]
     assert events(tmp_path / "inference_eval/mini_rte_0shot") == {"accuracy": [[2, 90.0]]}
 
 
@@ -142,7 +137,6 @@ def test_a_line_cut_off_by_a_crash(tmp_path, tail):
 def test_a_disabled_writer_touches_nothing(tmp_path):
     with MetricWriter(tmp_path / "run", enabled=False) as writer:
         writer.write(1, {"loss": 1.0})
-        writer.write_text(1, "a", "b")
         writer.truncate(0)
         writer.flush()
     assert not (tmp_path / "run").exists()
@@ -172,7 +166,7 @@ def test_tensorflow_is_never_imported(tmp_path):
         "sys.meta_path.insert(0, Forbid())\n"
         "from robust_ft.metric_writer import MetricWriter\n"
         "with MetricWriter(sys.argv[1]) as w:\n"
-        "    w.write(1, {'loss': 1.0}); w.write_text(1, 'a', 'b'); w.truncate(1); w.flush()\n"
+        "    w.write(1, {'loss': 1.0}); w.truncate(1); w.flush()\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert len(list((tmp_path / "train").iterdir())) == 1

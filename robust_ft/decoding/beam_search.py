@@ -159,7 +159,7 @@ def beam_search(
     if like_hf:
         scores, tokens = state.finished_scores, state.finished_tokens
         return Decoded(tokens[:, :num_return], scores[:, :num_return])
-    return _fill_with_live(state, num_return, penalty(max_decode_len), pad_id)
+    return _fill_with_live(state, penalty(max_decode_len), pad_id)
 
 
 def check_beam_settings(
@@ -168,22 +168,22 @@ def check_beam_settings(
     """Raises a UserError for settings of beam search that are out of range."""
     if length_penalty not in LENGTH_PENALTIES:
         raise UserError(
-            f"beam search: there is no length penalty '{length_penalty}', only "
-            f"{' and '.join(LENGTH_PENALTIES)}.{nearest(length_penalty, LENGTH_PENALTIES)}"
+            f"Decoder.length_penalty='{length_penalty}' is not one of "
+            f"{', '.join(LENGTH_PENALTIES)}.{nearest(length_penalty, LENGTH_PENALTIES)}"
         )
     if beam_size < 1:
-        raise UserError(f"beam search: beam_size must be at least 1, not {beam_size}.")
+        raise UserError(f"Decoder.beam_size must be at least 1, not {beam_size}.")
     if not 1 <= num_return <= beam_size:
         raise UserError(
-            f"beam search: num_return must be from 1 to beam_size ({beam_size}), not {num_return}."
+            f"Decoder.num_return must be from 1 to beam_size ({beam_size}), not {num_return}."
         )
     if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise UserError(
-            f"beam search: early_stopping must be True, False or 'never', not {early_stopping!r}."
+            f"Decoder.early_stopping must be True, False or 'never', not {early_stopping!r}."
         )
     if early_stopping is not False and length_penalty != "hf":
         raise UserError(
-            f"beam search: early_stopping={early_stopping!r} is for length_penalty='hf'; t5x's "
+            f"Decoder.early_stopping={early_stopping!r} is for length_penalty='hf'; t5x's "
             "search goes on while a better sequence can be found."
         )
 
@@ -283,7 +283,7 @@ def _reorder(cache: Cache, before: Cache, parents: Int[Array, "batch beam"]) -> 
     return jax.tree.map(gather, cache, before)
 
 
-def _fill_with_live(state: SearchState, num_return: int, penalty: Scalar, pad_id: int) -> Decoded:
+def _fill_with_live(state: SearchState, penalty: Scalar, pad_id: int) -> Decoded:
     """Puts the best live beams into the finished slots that stayed empty.
 
     A slot can only be empty after max_decode_len steps, or when no beam is live.

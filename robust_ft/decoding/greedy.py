@@ -111,7 +111,7 @@ def sample(
     """
     check_sampling(temperature, top_k, top_p)
     if num_return < 1:
-        raise UserError(f"sampling: num_return must be at least 1, not {num_return}.")
+        raise UserError(f"Decoder.num_return must be at least 1, not {num_return}.")
 
     def choose(log_probs: Float[Array, "batch vocab"], step: Int[Array, ""]) -> Int[Array, "batch"]:
         logits = reshape_distribution(log_probs, temperature, top_k, top_p)
@@ -128,11 +128,11 @@ def sample(
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raises a UserError for sampling settings out of range."""
     if temperature <= 0:
-        raise UserError(f"sampling: temperature must be above 0, not {temperature}.")
+        raise UserError(f"Decoder.temperature must be above 0, not {temperature}.")
     if top_k < 0:
-        raise UserError(f"sampling: top_k must be 0 (all tokens) or more, not {top_k}.")
+        raise UserError(f"Decoder.top_k must be 0 (all tokens) or more, not {top_k}.")
     if not 0 < top_p <= 1:
-        raise UserError(f"sampling: top_p must be above 0 and at most 1, not {top_p}.")
+        raise UserError(f"Decoder.top_p must be above 0 and at most 1, not {top_p}.")
 
 
 def reshape_distribution(

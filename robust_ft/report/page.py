@@ -103,9 +103,9 @@ def _change(label: str, before: float | None, after: float | None) -> str:
     )
 
 
-def _panel(title: str, svg: str, caption: str = "", alt: str = "") -> str:
+def _panel(title: str, svg: str, caption: str = "") -> str:
     note = f"<p>{_text(caption)}</p>" if caption else ""
-    svg = svg.replace("<svg", f"<svg role='img' aria-label='{_text(alt or title)}'", 1)
+    svg = svg.replace("<svg", f"<svg role='img' aria-label='{_text(title)}'", 1)
     return f"<figure><figcaption><h3>{_text(title)}</h3>{note}</figcaption>{svg}</figure>"
 
 

@@ -46,7 +46,7 @@ def _draw(tradeoff: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figu
     shown = list(axes.flat)
     for panel, name in zip(shown, grids or [""], strict=False):
         for marker, (method, point) in zip(MARKERS * 3, single.items(), strict=False):
-            _single(panel, method, point, marker, palette[method], theme)
+            _single(panel, method, point, marker, palette[method])
         if name:
             _grid(panel, name, grids[name], theme)
         panel.set_xlabel(f"ID: {table.head(tradeoff.columns[0])}")
@@ -65,7 +65,7 @@ def _draw(tradeoff: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figu
     return figure
 
 
-def _single(axes: "Axes", method: str, point: Point, marker: str, color: str, theme: Theme) -> None:
+def _single(axes: "Axes", method: str, point: Point, marker: str, color: str) -> None:
     axes.plot(*zip(*point.seeds, strict=True), marker, color=color, markersize=3, alpha=0.45)
     axes.plot(point.id, point.ood, marker, color=color, markersize=8, label=method, zorder=4)
 

@@ -49,7 +49,7 @@ def test_a_decoder_is_a_static_argument_and_keeps_the_minimum(table_model):
         ({"min_decode_len": 8}, "min_decode_len"),
         ({"beam_size": 0}, "beam_size"),
         ({"num_return": 2}, "num_return"),
-        ({"beam_size": 4, "length_penalty": "hugging"}, "only t5x and hf"),
+        ({"beam_size": 4, "length_penalty": "hugging"}, "not one of t5x, hf"),
         ({"top_k": 5}, "temperature"),
         ({"temperature": 1.0, "beam_size": 4}, "Decoder.beam_size=1"),
         ({"temperature": -1.0}, "temperature"),
