@@ -191,6 +191,23 @@ def test_promot_is_what_the_paper_says():
 # What wins.
 
 
+@pytest.mark.parametrize("name", ["mini_t5", "bart_base", "gpt2", "llama3_2_1b"])
+def test_a_value_for_all_families_and_of_one(name):
+    def dropout_rate(*bindings):
+        files = [PROMOT, f"gin_configs/models/{name}.gin"]
+        return load("DROPOUT_RATE=0.25", *bindings, files=files).stages[0].model.config.dropout_rate
+
+    assert dropout_rate() == 0.25
+    assert dropout_rate("ModelConfig.dropout_rate=0.5") == 0.5
+    families = ("T5Config", "BartConfig", "GPT2Config", "LlamaConfig")
+    own = [f"{family}.dropout_rate=0.125" for family in families]
+    assert dropout_rate(*own, "ModelConfig.dropout_rate=0.5") == 0.125
+    # In a scope, as any other: gin builds MODEL_CONFIG in a scope of its name.
+    assert dropout_rate("MODEL_CONFIG/ModelConfig.dropout_rate=0.5") == 0.5
+    with pytest.raises(UserError, match=r"no parameter 'droput_rate'.*'dropout_rate'"):
+        dropout_rate("ModelConfig.droput_rate=0.5")
+
+
 def test_later_files_win_over_earlier_ones_and_flags_over_files(tmp_path):
     for name, steps in (("one", 11), ("two", 22)):
         (tmp_path / f"{name}.gin").write_text(f"TRAIN_STEPS = {steps}\nBATCH_SIZE = {steps}\n")
