@@ -42,11 +42,14 @@ if TYPE_CHECKING:
     from robust_ft.models.peft import IA3 as IA3
     from robust_ft.models.peft import Adapter as Adapter
     from robust_ft.models.peft import Lora as Lora
+    from robust_ft.models.peft import Peft as Peft
     from robust_ft.models.peft import Prefix as Prefix
     from robust_ft.models.peft import Prompt as Prompt
     from robust_ft.models.t5 import T5Config as T5Config
     from robust_ft.objectives import Cocktail as Cocktail
     from robust_ft.objectives import CrossEntropy as CrossEntropy
+    from robust_ft.objectives import Objective as Objective
+    from robust_ft.objectives import Teacher as Teacher
     from robust_ft.optim import Adafactor as Adafactor
     from robust_ft.optim import AdamW as AdamW
     from robust_ft.optim import Schedule as Schedule
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from robust_ft.summary import Summary as Summary
     from robust_ft.trainable import bitfit as bitfit
     from robust_ft.trainable import top_layers as top_layers
+    from robust_ft.trainer import Stopped as Stopped
 
 # Where each public name lives; the imports above say the same to type checkers (a test compares).
 _HOMES = {
@@ -80,9 +84,9 @@ _HOMES = {
     "models.gpt2": ["GPT2Config"],
     "models.llama": ["LlamaConfig"],
     "models.model": ["Model"],
-    "models.peft": ["IA3", "Adapter", "Lora", "Prefix", "Prompt"],
+    "models.peft": ["IA3", "Adapter", "Lora", "Peft", "Prefix", "Prompt"],
     "models.t5": ["T5Config"],
-    "objectives": ["Cocktail", "CrossEntropy"],
+    "objectives": ["Cocktail", "CrossEntropy", "Objective", "Teacher"],
     "optim": ["Adafactor", "AdamW", "Schedule"],
     "partitioning": ["Partitioner"],
     "predictor": ["Predictor"],
@@ -93,6 +97,7 @@ _HOMES = {
     "stage": ["Stage"],
     "summary": ["Row", "Summary"],
     "trainable": ["bitfit", "top_layers"],
+    "trainer": ["Stopped"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
