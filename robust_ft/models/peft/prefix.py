@@ -19,7 +19,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import KeyValues, Peft
 from robust_ft.partitioning import constrain
-from robust_ft.types import Params
+from robust_ft.types import AnyArray, Params
 from robust_ft.vocabulary import Vocabulary
 
 INITIALIZATIONS = ("random", "text")
@@ -287,7 +287,7 @@ def _hidden(mlp: Params) -> Float[Array, "length mid"]:
     return jnp.tanh(_linear(mlp["embedding"], mlp["hidden"]))
 
 
-def _linear(x: Float[Array, "length inputs"], layer: Params) -> Float[Array, "length *outputs"]:
+def _linear(x: Float[AnyArray, "length inputs"], layer: Params) -> Float[Array, "length *outputs"]:
     # Accelerators would round to fewer digits by default. It is little work, once a step.
     y = jnp.tensordot(x, layer["kernel"], 1, precision=lax.Precision.HIGHEST)
     bias: jax.Array = layer["bias"]
