@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def reference_logits(model, batch):
 
 def our_logits(checkpoint, batch):
     model = native.model(checkpoint)
-    return np.asarray(model.logits(unflatten(checkpoint.load()), batch))
+    params = jax.tree.map(jnp.asarray, unflatten(checkpoint.load()))
+    return np.asarray(model.logits(params, batch))
 
 
 @pytest.mark.parity

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
@@ -66,7 +67,7 @@ def test_a_real_checkpoint(real, tmp_path):
     assert not config.logits_via_embedding and config.vocab_size == 32128
     assert len(tiny.tensors) == 52  # and nothing of the optimizer's state
     batch = random_batch(0, [30, 3], [12, 20], vocab=32100)
-    logits = native.model(tiny).logits(unflatten(tiny.load()), batch)
+    logits = native.model(tiny).logits(jax.tree.map(jnp.asarray, unflatten(tiny.load())), batch)
     assert logits.shape == (2, 20, 32128) and np.isfinite(logits).all() and np.std(logits) > 0
     convert(source, str(tmp_path / "ours"), "t5x", config={"relative_max_distance": 8})
     convert(str(tmp_path / "ours"), str(tmp_path / "hf"), output_format="hf")
