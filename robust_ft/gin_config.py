@@ -27,6 +27,7 @@ from robust_ft.ensembles.selection import (
 )
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation, suite
+from robust_ft.evaluator import Evaluator
 from robust_ft.inference import Inference
 from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.config import ModelConfig
@@ -117,6 +118,35 @@ model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 
 
+# A list in which `suite` may stand beside evaluations and analyses.
+_Evaluators = Sequence[Evaluator | Sequence[Evaluator]]
+
+
+def stage(
+    evaluations: _Evaluators = (), final_evaluations: _Evaluators = (), **fields: Any
+) -> Stage:
+    """Builds a `Stage`; a group of evaluations, as `suite` returns, counts as its evaluations."""
+    return Stage(
+        evaluations=_flat(evaluations), final_evaluations=_flat(final_evaluations), **fields
+    )
+
+
+def _flat(groups: Sequence[Any]) -> tuple[Any, ...]:
+    flat: list[Any] = []
+    for group in groups:
+        flat += group if isinstance(group, list | tuple) else [group]
+    return tuple(flat)
+
+
+# `**fields` written out, as those of `Stage`.
+stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        parameter.replace(annotation=_Evaluators) if "evaluations" in name else parameter
+        for name, parameter in inspect.signature(Stage).parameters.items()
+    ]
+)
+
+
 def recipe(
     name: str,
     model_dir: str,
@@ -127,9 +157,8 @@ def recipe(
     compile_effort: float = 0.0,
 ) -> Recipe:
     """Builds a `Recipe`; a group of stages, as `students` returns, counts as its stages."""
-    flat = [s for group in stages for s in ([group] if isinstance(group, Stage) else group)]
     return Recipe(
-        name, model_dir, tuple(flat), seed, partitioner, tuple(selections), compile_effort
+        name, model_dir, _flat(stages), seed, partitioner, tuple(selections), compile_effort
     )
 
 
@@ -156,7 +185,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Recipe": recipe,
     "Schedule": optim.Schedule,
     "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,
-    "Stage": Stage,
+    "Stage": stage,
     "T5Config": t5.T5Config,
     "TaskData": task_data,
     "TokenizersVocabulary": vocabulary.TokenizersVocabulary,

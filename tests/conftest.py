@@ -2,11 +2,26 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
-from robust_ft import cpu_settings, xla_flags
+# Shapes and types in annotations are checked where arrays are computed, before that is imported.
+# ROBUST_FT_CHECK_ANNOTATIONS=0 leaves it out, for tests of time and memory.
+CHECKED = ["objectives", "decoding", "ensembles", "predictor", "train_step", "stage_step"]
+CHECKED += ["optim", "trainable", "partitioning", "fingerprint"]
+# All of models/ but the configs, whose signatures gin reads.
+MODELS = Path(__file__).parent.parent / "robust_ft" / "models"
+CHECKED += [f"models.{path.stem}" for path in MODELS.iterdir() if path.stem != "config"]
+if os.environ.get("ROBUST_FT_CHECK_ANNOTATIONS", "1") == "1":
+    jaxtyping.install_import_hook([f"robust_ft.{name}" for name in CHECKED], "type_checker.check")
+    # No dtype and no rank is promoted without being said.
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from robust_ft import cpu_settings, xla_flags  # noqa: E402
 
 # As the command lines compile on CPUs; read when the first program compiles.
 os.environ["XLA_FLAGS"] = xla_flags.merged(

@@ -356,6 +356,15 @@ def test_prompts_of_every_kind():
             load(wrong)
 
 
+def test_evaluations_stand_beside_a_suite():
+    both = "[@test/suite(), @target/Evaluation(), @validation/suite()]"
+    stage = load(f"Stage.final_evaluations={both}").stages[0]
+    plain = load().stages[0]
+    extra = [e for e in stage.final_evaluations if e not in plain.final_evaluations]
+    assert len(stage.final_evaluations) == 2 * len(plain.final_evaluations) + 1
+    assert set(extra) >= set(plain.evaluations)
+
+
 def test_included_files_can_be_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load().name == "promot_rte"

@@ -1,16 +1,16 @@
 """The protocol of vocabularies, and the special ids that they put around a text."""
 
+import abc
 import hashlib
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, SupportsInt, runtime_checkable
+from typing import SupportsInt
 
 from robust_ft import assets
 from robust_ft.errors import UserError, nearest
 
 
-@runtime_checkable
-class Vocabulary(Protocol):
+class Vocabulary(abc.ABC):
     """Token ids of texts, and the special ids that a model was trained with.
 
     The three `..._ids` are T5's unless a class says otherwise: inputs and targets end in EOS and
@@ -18,22 +18,27 @@ class Vocabulary(Protocol):
     """
 
     @property
+    @abc.abstractmethod
     def pad_id(self) -> int:
         """Id of padding. It may be another token's: positions of padding follow from lengths."""
 
     @property
+    @abc.abstractmethod
     def eos_id(self) -> int:
         """Id that ends a sequence."""
 
     @property
+    @abc.abstractmethod
     def unk_id(self) -> int | None:
         """Id of the unknown token, None if every text can be encoded without one."""
 
     @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number of ids, with the extra ids; a model may round its embedding up from this."""
 
     @property
+    @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of content and settings: equal ones give equal token ids."""
 
@@ -52,9 +57,11 @@ class Vocabulary(Protocol):
         """Ids before every target, trained like the others: `<s>` for BART. Targets end in EOS."""
         return ()
 
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, with nothing before or after."""
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of `ids` up to the first EOS; padding and BOS are dropped."""
 
