@@ -40,7 +40,7 @@ class EvalContext:
         step: The stage's step; -1 outside training.
         teacher: The stage's teacher, if its objective needs one.
         pretrained: Loads the model that the recipe started from, without PEFT methods. Every call
-            reads it anew and takes the memory of a second model.
+            reads it anew and takes the memory of a second model: call it once in an evaluation.
     """
 
     predictor: BasePredictor

@@ -73,4 +73,4 @@ def write(
         temporary.mkdir()
         adapters.write(adapter, temporary)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    console.print_line(f"{len(tensors)} parameters ({adapter.kinds}), {size:,} bytes, in {folder}.")
+    console.print_line(f"{len(tensors)} arrays ({adapter.kinds}), {size:,} bytes, in {folder}.")

@@ -105,15 +105,18 @@ def attend(
         # An axis of its own for the heads of a group, "..." below; each key is read once for all.
         query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         bias = bias[:, :, None]  # [batch, 1, 1, query, key]
+    # Each [batch, kv_heads, (group,) query, block], accumulated in float32 also from bfloat16.
     scores = [
         jnp.einsum("bqh...d,bkhd->bh...qk", query, keys["key"], preferred_element_type=jnp.float32)
         for keys in blocks
     ]
+    # One softmax over all blocks: the scores are concatenated, which is cheaper than the keys.
     weights = jax.nn.softmax(jnp.concatenate(scores, -1) * scale + bias, axis=-1)
     weights = weights.astype(query.dtype)  # [batch, kv_heads, (group,) query, key]
     if dropout is not None:
         weights = dropout(weights)
     ends = np.cumsum([keys["key"].shape[1] for keys in blocks])
+    # The weighted values of each block, [batch, query, kv_heads, (group,) head_dim], add up.
     mixed = sum(
         jnp.einsum("bh...qk,bkhd->bqh...d", part, keys["value"])
         for part, keys in zip(jnp.split(weights, ends[:-1], axis=-1), blocks, strict=True)

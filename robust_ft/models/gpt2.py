@@ -84,6 +84,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Float[Array, "batch length embed"]) -> tuple[jax.Array, KeyValues]:
         """Returns the queries and {"key", "value"}, each [batch, length, heads, head_dim]."""
+        # One product, as GPT-2's checkpoints have one kernel for all three.
         joined = jnp.split(self.qkv(x), 3, axis=-1)  # 3 times [batch, length, heads * head_dim]
         query, key, value = (split_heads(each, self.config.num_heads) for each in joined)
         return query, {"key": key, "value": value}
@@ -95,6 +96,7 @@ class SelfAttention(nn.Module):
         blocks: Sequence[KeyValues],
         bias: Float[Array, "batch 1 query key"],
     ) -> Float[Array, "batch query embed"]:
+        # A prefix puts a block of keys before the others, and widens the bias by as many columns.
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
         dropout = active(self.dropout, self.deterministic)
@@ -145,12 +147,14 @@ class Layer(nn.Module):
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Returns the layer's output and cache for the target's tokens from number `length` on."""
         query, new = self.self_attention.project(self.pre_self_attention_layer_norm(x))
+        # The new tokens attend to the cache with themselves in it: [input block, target block].
         cache, blocks = decoder_only.update(cache, new, length)
         return self._sublayers(x, query, blocks, bias), cache
 
     def _sublayers(
         self, x: jax.Array, query: jax.Array, blocks: Sequence[KeyValues], bias: jax.Array
     ) -> jax.Array:
+        # Norms stand before sublayers, so the residual stream itself is never normalized.
         x = x + self._sublayer("self_attention", self.self_attention(query, blocks, bias))
         y = self.mlp(self.pre_mlp_layer_norm(x), self.deterministic)
         x = x + self._sublayer("mlp", y)
@@ -199,10 +203,11 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch target embed"]:
         self._check_length(inputs.shape[1], targets.shape[1])
         layout = decoder_only.layout(input_mask, batch)
-        bias = layout.bias()
+        bias = layout.bias()  # [batch, 1, input + target, input + target], the same in all layers
         x = self._with_positions(jnp.concatenate([inputs, targets], 1), layout.positions)
         for layer in self.layers:
             x = layer(x, bias)
+        # Only the target's states are read; the final norm works on each position by itself.
         return self.decoder_norm(x[:, inputs.shape[1] :])
 
     def prefill(
@@ -216,7 +221,7 @@ class Decoder(nn.Module):
         bias = layout.bias()
         x, keys = self._with_positions(inputs, layout.positions), []
         for layer in self.layers:
-            x, layer_keys = layer.read(x, bias)
+            x, layer_keys = layer.read(x, bias)  # [batch, input, heads, head_dim] each
             keys.append(layer_keys)
         return decoder_only.new_cache(input_mask, layout, keys, max_length)
 
@@ -233,6 +238,7 @@ class Decoder(nn.Module):
     def _with_positions(
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
+        # A prefix occupies positions although it has no tokens, as in Li and Liang's code.
         x = x + self.position_embedder(positions + decoder_slots(self.peft))
         x = self.dropout(x, deterministic=self.deterministic)
         return x
@@ -268,7 +274,7 @@ class GPT2(nn.Module):
 
     def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits of hidden states."""
-        return self.token_embedder.attend(hidden)
+        return self.token_embedder.attend(hidden)  # the head is tied to the embedding
 
     def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
         return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")

@@ -200,6 +200,7 @@ class RelativePositionBias(nn.Module):
             (self.num_heads, self.num_buckets),
             self.param_dtype,
         )
+        # [*batch, query, key]: positive where the key is ahead of the query
         distance = key_positions[..., None, :] - query_positions[..., :, None]
         buckets = relative_position_bucket(
             distance, self.bidirectional, self.num_buckets, self.max_distance
@@ -280,6 +281,8 @@ class Attention(nn.Module):
                 use_bias=self.use_bias,
             )
 
+        # T5 has no factor on the scores: it is in the query kernel from the start, and Adafactor's
+        # steps are relative to a parameter's size.
         def query_init(*args: Any) -> jax.Array:
             return fan_in_normal(*args) / (math.sqrt(self.head_dim) * self.scale)
 
@@ -335,6 +338,7 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], deterministic: bool
     ) -> Float[Array, "batch length embed"]:
+        # [batch, length, mlp]: T5 1.1 and Llama multiply two activations, T5 1.0 has one kernel.
         hidden: Any = 1
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"

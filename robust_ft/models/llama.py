@@ -126,6 +126,7 @@ class Attention(nn.Module):
         self.key = projection(cfg.num_kv_heads)
         self.value = projection(cfg.num_kv_heads)
         self.out = _dense(cfg, cfg.emb_dim, ("joined_kv", "embed"), self.peft, cfg.out_bias)
+        # Qwen3 normalizes each head's queries and keys, over head_dim.
         if cfg.qk_norm:
             self.query_norm = _norm(cfg, "kv")
             self.key_norm = _norm(cfg, "kv")
@@ -133,7 +134,7 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Array, "batch key embed"], rotary: Rotary) -> KeyValues:
         """Returns {"key", "value"}, each [batch, key, kv_heads, head_dim]; keys are rotated."""
-        key = split_heads(self.key(x), self.config.num_kv_heads)
+        key = split_heads(self.key(x), self.config.num_kv_heads)  # [batch, key, kv_heads, head_dim]
         if self.config.qk_norm:
             key = self.key_norm(key)
         # Cached keys are rotated: they keep their positions, whatever comes after them.
@@ -150,6 +151,7 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "batch query embed"]:
         cfg = self.config
+        # A prefix's keys are used as they are, not rotated.
         for method in self.peft:
             blocks, bias = method.kv(self, blocks, bias)
         query = split_heads(self.query(x), cfg.num_heads)
@@ -190,7 +192,7 @@ class DecoderLayer(nn.Module):
         y = _norm(cfg, name="pre_self_attention_layer_norm")(x)
         keys = attention.project(y, rotary)
         blocks: Sequence[KeyValues] = [keys]
-        state: Any = keys
+        state: Any = keys  # of a whole sequence; `new_cache` makes a cache of it
         if cache is not None and length is not None:
             state, blocks = decoder_only.update(cache, keys, length)
         y = attention(y, rotary, blocks, bias, self.deterministic)
@@ -234,6 +236,7 @@ class Decoder(nn.Module):
         x, input_mask = self._with_prompts(x, batch)
         layout = decoder_only.layout(input_mask, batch)
         hidden, _ = self._layers(jnp.concatenate([x, y], 1), layout)
+        # Only the target's states are read; the final norm works on each position by itself.
         return self.decoder_norm(hidden[:, x.shape[1] :])
 
     def prefill(
@@ -317,6 +320,7 @@ class Llama(nn.Module):
 
 def rotary_frequencies(cfg: LlamaConfig) -> Float[np.ndarray, "pairs"]:
     """Returns by how many radians a position rotates each of the head_dim / 2 pairs of entries."""
+    # On the host in float64, and rounded to float32 once, at the end.
     frequencies = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     if cfg.rope_scaling == "none":
         return frequencies.astype(np.float32)
@@ -335,6 +339,7 @@ def rotary_angles(
     positions: Int[Array, "batch length"], frequencies: Float[np.ndarray, "pairs"]
 ) -> Rotary:
     """Returns float32 cosines and sines of each position's angles."""
+    # [batch, length, 1, pairs], the same for all heads
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -344,6 +349,7 @@ def rotate(
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotates entries i and i + head_dim / 2 of every head by their angle, in float32."""
     cos, sin = rotary  # [batch, length, 1, head_dim / 2]
+    # Halves, not neighbours, are pairs: Hugging Face's layout. Meta's checkpoints have neighbours.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return rotated.astype(x.dtype)
