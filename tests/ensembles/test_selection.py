@@ -8,6 +8,7 @@ import pytest
 import toy
 
 from robust_ft import assets, checks, inference, runner, stage_start
+from robust_ft.ensembles import selection as selection_lib
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.ensembles.selection import (
@@ -129,7 +130,7 @@ def test_choices_are_what_validation_scores_say(finished):
 @pytest.mark.slow
 def test_a_finished_choice_is_not_made_again(finished, monkeypatch):
     directory, rows = finished
-    monkeypatch.setattr(selections, "evaluate", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(selection_lib, "evaluate", lambda *_: pytest.fail("decoded again"))
     assert runner.run(made(directory)).rows == rows
 
 

@@ -76,10 +76,11 @@ def test_it_is_a_bottleneck_around_what_a_sublayer_adds():
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     down, up = (params["adapter_mlp"][half] for half in ("down", "up"))
-    hidden = np.maximum(x @ down["kernel"] + down["bias"], 0)
-    expected = x + hidden @ up["kernel"] + up["bias"]
-    np.testing.assert_allclose(Layer().apply({"params": params}, x), expected, atol=1e-5)
-    halved = Layer().apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
+    hidden = np.maximum(np.asarray(x) @ down["kernel"] + down["bias"], 0)
+    expected = np.asarray(x) + hidden @ up["kernel"] + up["bias"]
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    np.testing.assert_allclose(Layer().apply(variables, x), expected, atol=1e-5)
+    halved = Layer().apply(variables, jnp.asarray(x, jnp.bfloat16))
     assert halved.dtype == jnp.bfloat16
     np.testing.assert_allclose(halved, expected, atol=0.2)
 

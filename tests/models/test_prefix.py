@@ -78,11 +78,12 @@ def test_attention_with_slots_is_attention_to_more_keys():
 
     x = rng.normal(size=(2, 5, 7)).astype(np.float32)
     bias = rng.normal(size=(1, 2, 5, 5)).astype(np.float32)
+    inputs = jnp.asarray(x), jnp.asarray(bias)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
-        layers.nn.unbox(Whole().init(jax.random.key(0), x, bias)["params"]),
+        layers.nn.unbox(Whole().init(jax.random.key(0), *inputs)["params"]),
     )
-    found = Whole().apply({"params": params}, x, bias)
+    found = Whole().apply({"params": params}, *inputs)
     p = jax.tree.map(np.asarray, params["self_attention"])
     split_ = lambda name: (x @ p[name]["kernel"]).reshape(2, 5, 2, 3)  # noqa: E731
     slots = {k: np.broadcast_to(v, (2, 4, 2, 3)) for k, v in p["prefix"].items()}
@@ -299,9 +300,15 @@ class Words(Vocabulary):
 
     pad_id: int = 0
     eos_id: int = 1
+    unk_id: int | None = None
+    vocab_size: int = 32
+    fingerprint: str = "words"
 
     def encode(self, text):
         return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(str(int(word)) for word in ids)
 
 
 TOKENS = [4, 17, 9, 30]
