@@ -86,6 +86,8 @@ def model(
     pad_id: int = 0,
     eos_id: int = 1,
     start_id: int = 0,
+    separator_id: int | None = None,
+    stop_ids: Sequence[int] = (),
     **methods: Peft | None,
 ) -> Model:
     """Builds a `Model`; each PEFT method has a parameter of its own, such as `Model.prompt`.
@@ -95,13 +97,16 @@ def model(
         peft: All methods, if given, in place of `methods`; None leaves one out.
         pad_id: Id of the padding token.
         eos_id: Id of the token that ends a sequence.
-        start_id: Id of the first token of every decoder input.
+        start_id: Id of the first token of every decoder input; in a decoder-only model, of what
+            stands for an input without tokens.
+        separator_id: Id of a token between input and target of a decoder-only model.
+        stop_ids: Further ids at which decoding stops.
         **methods: A method by its name in `METHODS`, whose order they get; None leaves one out.
     """
     if peft is None:
         peft = [methods.get(name) for name in METHODS]
     used = tuple(method for method in peft if method is not None)
-    return Model(config, used, pad_id, eos_id, start_id)
+    return Model(config, used, pad_id, eos_id, start_id, separator_id, tuple(stop_ids))
 
 
 # `**methods` written out, for gin and `gin_types`: they refuse what is no parameter.

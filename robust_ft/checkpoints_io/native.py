@@ -107,8 +107,10 @@ def check(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> No
 
 def model(checkpoint: Checkpoint) -> Model:
     """Returns a checkpoint's model, with its token ids."""
-    ids: Any = {f"{name}_id": value for name, value in checkpoint.token_ids.items()}
-    return Model(checkpoint.config, **ids)
+    ids: Any = dict(checkpoint.token_ids)
+    stop_ids = tuple(ids.pop("stop", ()))
+    named = {f"{name}_id": value for name, value in ids.items()}
+    return Model(checkpoint.config, stop_ids=stop_ids, **named)
 
 
 def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:

@@ -85,7 +85,8 @@ class Checkpoint:
         family: "t5", "bart", ...; see `families`.
         config: The family's config dataclass.
         tensors: {parameter path: tensor}, exactly the model's parameters.
-        token_ids: "pad", "eos" and "start", as far as the checkpoint knows them.
+        token_ids: "pad", "eos", "start" and, if there are any, "separator" and "stop" (a list of
+            further ids that end decoding), as far as the checkpoint knows them.
         vocabulary: {"kind": class name in `robust_ft.vocabulary`, and its fields}, None if there
             is none. "path" is a file's name among `files`.
         files: Files beside the weights that are copied into outputs, such as the vocabulary's.
@@ -97,7 +98,7 @@ class Checkpoint:
     family: str
     config: ModelConfig
     tensors: Mapping[str, Tensor]
-    token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vocabulary: Mapping[str, Any] | None = None
     files: tuple[Path, ...] = ()
     hugging_face: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flax import linen as nn
 
@@ -23,6 +24,7 @@ class ModelConfig(abc.ABC):
     Configs are flat and hashable, so that modules and jitted functions can hold them.
 
     Attributes:
+        decoder_only: Whether input and target are one sequence, read by a decoder alone.
         vocab_size: Number of tokens, which is also the number of logits.
         emb_dim: Width of the residual stream.
         dropout_rate: Of the embedded tokens and of what sublayers add.
@@ -33,6 +35,8 @@ class ModelConfig(abc.ABC):
         dtype: Type of activations. Softmax, norms and logits are float32 whatever it is.
         param_dtype: Type in which parameters are drawn and kept.
     """
+
+    decoder_only: ClassVar[bool] = False
 
     vocab_size: int
     emb_dim: int

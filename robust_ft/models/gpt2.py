@@ -7,6 +7,7 @@ padding alone, it models plain text. `GPT2Config` is flat; the module reads top 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class GPT2Config(ModelConfig):
             end of text serves as one.
         attention_dropout_rate: Of the attention weights.
     """
+
+    decoder_only: ClassVar[bool] = True
 
     vocab_size: int = 50257
     emb_dim: int = 768

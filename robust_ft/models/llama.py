@@ -7,7 +7,7 @@ RMSNorm before each sublayer, grouped-query attention, SwiGLU. Input and target 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class LlamaConfig(ModelConfig):
         rope_original_length: The length that "llama3" models were first trained on.
         pad_id: The token that is masked in the input.
     """
+
+    decoder_only: ClassVar[bool] = True
 
     vocab_size: int = 32000
     emb_dim: int = 4096

@@ -61,7 +61,13 @@ class Model:
     Attributes:
         config: Sizes; knows how to build the Linen module.
         peft: The PEFT methods that are plugged in.
-        start_id: The first token of every decoder input.
+        pad_id: Fills arrays up. What is padding is told by masks, so it may be a token's id.
+        eos_id: Ends every target.
+        start_id: The first token of every decoder input; in a decoder-only model, what stands for
+            an input without tokens.
+        separator_id: A token between input and target of a decoder-only model. None, the default:
+            the target continues the input, as in every program that serves such models.
+        stop_ids: Further ids at which decoding stops.
     """
 
     config: ModelConfig
@@ -69,9 +75,17 @@ class Model:
     pad_id: int = 0
     eos_id: int = 1
     start_id: int = 0
+    separator_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peft", tuple(self.peft))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        if self.separator_id is not None and not self.config.decoder_only:
+            raise UserError(
+                f"Model.separator_id={self.separator_id} is for decoder-only models; the decoder "
+                f"of a {type(self.config).__name__.removesuffix('Config')} starts with start_id."
+            )
         names = [method.name for method in self.peft]
         if len(set(names)) < len(names):
             raise UserError(f"Model.peft needs methods with different names, not {names}.")
