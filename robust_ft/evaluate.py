@@ -196,12 +196,7 @@ class Evaluation:
         data = self.data
         outputs: dict[int, list[str]] = {}
         batches = loader.eval_batches(
-            examples,
-            self.batch_size,
-            data.inputs_length,
-            data.targets_length,
-            pad_id=data.vocabulary.pad_id,
-            start_id=predictor.model.start_id,
+            examples, self.batch_size, data.inputs_length, data.vocabulary.pad_id
         )
         for batch in batches:
             # Padding rows repeat a real one: decoding ends when all rows have ended.
@@ -221,9 +216,7 @@ class Evaluation:
             by_example = best.reshape(len(indices), -1, best.shape[-1])
             for index, copies in zip(indices, by_example, strict=True):
                 if index >= 0:
-                    outputs[int(index)] = [
-                        predictor.vocabulary.decode(tokens.tolist()) for tokens in copies
-                    ]
+                    outputs[int(index)] = [predictor.text(tokens) for tokens in copies]
         return [outputs[i] for i in range(len(examples))]
 
 

@@ -172,13 +172,6 @@ def _model(
             f"to the model, load(..., config={{'vocab_size': {vocabulary.vocab_size}}})."
         )
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
-    if hasattr(config, "pad_id"):
-        changes["pad_id"] = vocabulary.pad_id
-    elif vocabulary.pad_id != 0:
-        raise UserError(
-            f"The vocabulary pads with {vocabulary.pad_id}, but T5s are padded with 0, as "
-            f"'{checkpoint.source}' is."
-        )
     return dataclasses.replace(
         native.model(checkpoint),
         config=dataclasses.replace(config, **changes),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from robust_ft import multihost
 from robust_ft.decoding import Decoded, Decoder, repeat_rows
@@ -68,7 +68,9 @@ class BasePredictor(abc.ABC):
 
         Args:
             batch: NumPy arrays under t5x's feature names: `encoder_input_tokens` [batch, source],
-                and `task_index` [batch] if tasks have prompts of their own (`Model.task_index`).
+                whole inputs; `encoder_input_mask` [batch, source], False or 0 at padding, unless
+                all are tokens; and `task_index` [batch] if tasks have prompts of their own
+                (`Model.task_index`).
             decoder: Settings of greedy decoding, beam search or sampling; by default greedy, up to
                 64 tokens.
             rng: A key, for sampling only.
@@ -78,9 +80,13 @@ class BasePredictor(abc.ABC):
             tokens [batch, num_return, length], best first, and scores [batch, num_return].
 
         Raises:
-            UserError: A setting is unknown or out of range.
+            UserError: A setting is unknown or out of range, the mask is missing, or the model has
+                no positions for inputs and outputs of this length.
         """
         decoder = _decoder(decoder, settings)
+        batch = self._masked(batch)
+        longest = int(batch["encoder_input_mask"].sum(axis=1).max(initial=0))
+        self.model.check_lengths(longest, decoder.max_decode_len)
         with self.partitioner.activate():
             sharded = self.partitioner.share_batch(_inputs(batch))
             decoded: Decoded = multihost.whole(
@@ -123,15 +129,22 @@ class BasePredictor(abc.ABC):
         encoded = [encode_inputs(self.vocabulary, text, inputs_length) for text in texts]
         outputs = [""] * len(texts)
         for i, indices in enumerate(self._batches([len(ids) for ids in encoded], batch_size)):
-            rows = self._padded([encoded[n] for n in indices], inputs_length, batch_size)
+            inputs = self._filled([encoded[n] for n in indices], batch_size)
             batch_rng = None if rng is None else jax.random.fold_in(rng, i)
-            batch = {"encoder_input_tokens": rows} | _task_rows(tasks, indices, len(rows))
+            batch = self._input_batch(inputs, inputs_length)
+            batch |= _task_rows(tasks, indices, len(inputs))
             decoded = self.generate(batch, decoder, batch_rng)
             best = np.asarray(decoded.tokens)[:, 0]  # [batch, length]
             # Not strict: rows behind the last index are padding.
             for index, tokens in zip(indices, best, strict=False):
-                outputs[index] = self.vocabulary.decode(tokens.tolist())
+                outputs[index] = self.text(tokens)
         return outputs
+
+    def text(self, tokens: Int[np.ndarray, " length"]) -> str:
+        """Returns the text of generated tokens, up to the first that ends decoding."""
+        ends = np.isin(tokens, self.model.eos_ids)  # [length]
+        length = int(np.argmax(ends)) if ends.any() else len(tokens)
+        return self.vocabulary.decode(tokens[:length].tolist())
 
     def score(
         self,
@@ -220,6 +233,10 @@ class BasePredictor(abc.ABC):
         while remaining:
             rows = self._divisible(max(batch_size // counts[remaining[0]], 1))
             indices, remaining = remaining[:rows], remaining[rows:]
+            self.model.check_lengths(
+                max(len(input_ids[n]) for n in indices),
+                max(len(ids) for n in indices for ids in choice_ids[n]),
+            )
             batch = self._ranking_batch(
                 [input_ids[n] for n in indices],
                 [choice_ids[n] for n in indices],
@@ -281,22 +298,55 @@ class BasePredictor(abc.ABC):
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 
-    def _padded(
-        self, sequences: Sequence[Sequence[int]], length: int | None, batch_size: int
-    ) -> Int32[np.ndarray, "batch length"]:
-        """Returns a batch padded to a bucket of lengths and sizes, so that few programs compile.
+    def _masked(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns a batch of inputs with its mask; a UserError if it seems to be missing."""
+        batch = _inputs(batch)
+        tokens = batch["encoder_input_tokens"]
+        mask = batch.get("encoder_input_mask")
+        if mask is not None:
+            if mask.shape != tokens.shape:
+                raise UserError(
+                    f"encoder_input_mask has shape {mask.shape}, encoder_input_tokens "
+                    f"{tokens.shape}."
+                )
+            return {**batch, "encoder_input_mask": np.asarray(mask, bool)}
+        pad_id = self.model.pad_id
+        # Padding is often EOS, and then a single row may end in it: it needs no padding.
+        if (tokens[:, -1:] == pad_id).any() and (len(tokens) > 1 or pad_id != self.model.eos_id):
+            raise UserError(
+                f"Rows of encoder_input_tokens end in the padding, {pad_id}, but the batch has no "
+                "encoder_input_mask [batch, source]; give it, True for tokens, False for padding."
+            )
+        return {**batch, "encoder_input_mask": np.ones(tokens.shape, bool)}
+
+    def _filled(self, sequences: Sequence[Any], batch_size: int) -> list[Any]:
+        """Returns the rows of a batch whose size is a bucket, so that few programs compile.
 
         Rows that fill it up repeat the first: empty ones might decode longer than all others.
         """
-        length = length or _bucket(max(map(len, sequences)))
         rows = self.partitioner.batch_shards
         while rows < len(sequences):
             rows *= 2
-        filled = np.full((min(rows, batch_size), length), self.vocabulary.pad_id, np.int32)
-        for i, row in enumerate(filled):
-            tokens = sequences[i if i < len(sequences) else 0]
-            row[: len(tokens)] = tokens
-        return filled
+        return [*sequences, *[sequences[0]] * (min(rows, batch_size) - len(sequences))]
+
+    def _input_batch(
+        self, inputs: Sequence[Sequence[int]], length: int | None
+    ) -> dict[str, np.ndarray]:
+        """Returns the features of inputs, padded to a length or else to their bucket."""
+        tokens, mask = self._padded(inputs, length)
+        return {"encoder_input_tokens": tokens, "encoder_input_mask": mask}
+
+    def _padded(
+        self, sequences: Sequence[Sequence[int]], length: int | None = None
+    ) -> tuple[Int32[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
+        """Returns token ids padded to a length, else to their bucket, and which are no padding."""
+        length = length or _bucket(max(map(len, sequences)))
+        tokens = np.full((len(sequences), length), self.vocabulary.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, sequence in enumerate(sequences):
+            tokens[i, : len(sequence)] = sequence
+            mask[i, : len(sequence)] = True
+        return tokens, mask
 
     def _ranking_batch(
         self,
@@ -309,21 +359,14 @@ class BasePredictor(abc.ABC):
 
         Inputs and choices that fill it up repeat the first.
         """
-        encoded = self._padded(inputs, inputs_length, batch_size)
-        choices = [*choices, *[choices[0]] * (len(encoded) - len(choices))]
+        inputs, choices = self._filled(inputs, batch_size), self._filled(choices, batch_size)
         most = max(map(len, choices))
         targets = [ids for row in choices for ids in [*row, *[row[0]] * (most - len(row))]]
-        shifted = [[self.model.start_id, *ids[:-1]] for ids in targets]
-        batch = {
-            "encoder_input_tokens": encoded,
-            "decoder_input_tokens": self._padded(shifted, None, len(targets)),
-            "decoder_target_tokens": self._padded(targets, None, len(targets)),
+        tokens, mask = self._padded(targets)
+        return self._input_batch(inputs, inputs_length) | {
+            "decoder_target_tokens": tokens,
+            "decoder_loss_weights": mask.astype(np.float32),
         }
-        # Not `targets != pad_id`: where padding is the end-of-sequence token, that would not count.
-        weights = np.zeros(batch["decoder_target_tokens"].shape, np.float32)
-        for row, ids in zip(weights, targets, strict=True):
-            row[: len(ids)] = 1
-        return batch | {"decoder_loss_weights": weights}
 
 
 class Predictor(BasePredictor):
@@ -378,9 +421,9 @@ def decode(
     def step_fn(cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         return model.step(params, cache, tokens)
 
-    cache = model.prefill(params, batch, decoder.max_decode_len)
-    history = model.history(params, batch)
-    return decoder(step_fn, cache, history[:, -1], model.eos_id, model.pad_id, rng, history)
+    start, cache = model.prefill(params, batch, decoder.max_decode_len)
+    history = model.history(batch)
+    return decoder(step_fn, cache, start, model.eos_ids, model.pad_id, rng, history)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -390,9 +433,12 @@ def _log_likelihoods(
     """Sums log-probabilities in chunks of the targets, so that all logits are never in memory."""
     inputs, targets = _inputs(batch), batch["decoder_target_tokens"]  # [batch * choices, length]
     rows = inputs["encoder_input_tokens"].shape[0]
-    cache = model.prefill(params, inputs, targets.shape[1])
-    cache = repeat_rows(cache, targets.shape[0] // rows)  # one prefill for all choices of an input
-    hidden, _ = model.extend(params, cache, batch["decoder_input_tokens"])
+    # One prefill for all choices of an input.
+    start, cache = repeat_rows(
+        model.prefill(params, inputs, targets.shape[1]), targets.shape[0] // rows
+    )
+    shifted = jnp.concatenate([start[:, None], targets[:, :-1]], axis=1)
+    hidden, _ = model.extend(params, cache, shifted)
 
     def chunked(x: jax.Array) -> jax.Array:
         """[batch * choices, length, ...] -> [chunks, batch * choices, CHUNK, ...]"""

@@ -21,7 +21,7 @@ def train_batches(stage: Stage, partitioner: Partitioner, seed: int) -> loader.B
         stage_seed(seed, stage.name),
         stage.packing,
         partitioner.data_shard(),
-        stage.model.start_id,
+        stage.model.decoder_start,
         stage.model.task_index if stage.model.tasks else None,
         stage.by_length,
     )

@@ -15,10 +15,11 @@ AnyArray = jax.Array | np.ndarray
 
 # Named arrays that lead with the batch axis, under t5x's feature names:
 #   encoder_input_tokens   int32[batch, source]
-#   decoder_input_tokens   int32[batch, target]   targets shifted right, first the start token
+#   encoder_input_mask     bool[batch, source]    False at padding; without it, all are tokens
+#   decoder_input_tokens   int32[batch, target]   targets shifted right, see `decoder_start`
 #   decoder_target_tokens  int32[batch, target]
 #   decoder_loss_weights   float32[batch, target]  0 at padding
-# Packed batches add int32 encoder_segment_ids and decoder_segment_ids (0 on padding).
+# Packed batches have int32 encoder_segment_ids and decoder_segment_ids (0 on padding), and no mask.
 # Batches of models with a prompt for each task add int32[batch] task_index (`Model.task_index`).
 Batch = Mapping[str, AnyArray]
 

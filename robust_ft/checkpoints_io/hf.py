@@ -39,8 +39,6 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# Fields of our configs that do not say which model it is, only how it is computed and padded.
-_FREE = (*COMPUTE_FIELDS, "pad_id")
 
 
 def is_directory(path: Path) -> bool:
@@ -84,8 +82,6 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         # Data is padded and ended with the vocabulary's ids; config.json often lacks them, or has
         # several.
         ids |= {"pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
-        if hasattr(config, "pad_id"):
-            config = dataclasses.replace(config, pad_id=tokenizer.pad_id)  # type: ignore[call-arg]
     return Checkpoint(
         source,
         name,
@@ -212,7 +208,9 @@ def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str
 
 def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
     fields = [dataclasses.asdict(config) for config in (one, other)]
-    return all(fields[0][name] == fields[1][name] for name in fields[0] if name not in _FREE)
+    return all(
+        fields[0][name] == fields[1][name] for name in fields[0] if name not in COMPUTE_FIELDS
+    )
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:

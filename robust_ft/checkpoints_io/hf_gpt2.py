@@ -88,7 +88,6 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         activation=config_json.activation(
             settings, "activation_function", "gelu_new", _ACTIVATIONS
         ),
-        pad_id=token_ids(settings)["pad"],
         dropout_rate=residual,
         attention_dropout_rate=settings.get("attn_pdrop", 0.1),
         param_dtype=config_json.param_dtype(tensors),
@@ -118,7 +117,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         **_FIXED,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "pad_token_id": config.pad_id,
+        "pad_token_id": END_OF_TEXT,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
         "decoder_start_token_id": END_OF_TEXT,

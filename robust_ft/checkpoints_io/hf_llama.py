@@ -120,7 +120,6 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         first_window_layer=first_window_layer,
         norm_epsilon=known["rms_norm_eps"],
         **_rope(known),
-        pad_id=token_ids(settings).get("pad", 0),
         param_dtype=config_json.param_dtype(tensors),
     )
 
@@ -167,7 +166,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        "pad_token_id": config.pad_id,
+        "pad_token_id": None,
     }
     if kind in ("llama", "qwen3"):
         settings["attention_bias"] = config.qkv_bias

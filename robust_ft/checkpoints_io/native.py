@@ -148,6 +148,8 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
 
 def _config(config_class: Any, fields: Mapping[str, Any], file: Path) -> ModelConfig:
     known = {field.name for field in dataclasses.fields(config_class)}
+    # Earlier versions told padding by an id.
+    fields = {name: value for name, value in fields.items() if name != "pad_id"}
     for name in fields:
         if name not in known:
             raise UserError(

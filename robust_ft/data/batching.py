@@ -12,6 +12,7 @@ from jaxtyping import Int
 from robust_ft.data import records
 from robust_ft.data.cache import CachedTask, TaskData
 from robust_ft.data.records import Arrays
+from robust_ft.decoder_start import DecoderStart
 
 # A length bucket is padded to the full lengths divided by one of these. Each is another shape, so
 # the train step is compiled once for each.
@@ -59,7 +60,7 @@ class Batcher:
         self,
         reader: ExampleReader,
         data: TaskData,
-        start_id: int,
+        start: DecoderStart,
         task_indices: Int[np.ndarray, " tasks"] | None,
     ):
         """Keeps what all batches share.
@@ -67,11 +68,11 @@ class Batcher:
         Args:
             reader: Reads the examples.
             data: Has the lengths and the vocabulary.
-            start_id: First token of all decoder inputs.
+            start: Gives the decoder's first input token.
             task_indices: "task_index" of each task's rows; None leaves it out of the batches.
         """
         self._reader, self._data = reader, data
-        self._start_id, self._task_indices = start_id, task_indices
+        self._start, self._task_indices = start, task_indices
 
     def padded(self, numbers: Int[np.ndarray, " rows"]) -> Arrays:
         """Returns one batch, padded to the full lengths."""
@@ -116,7 +117,7 @@ class Batcher:
             -(-self._data.inputs_length // divisor),  # rounded up
             -(-self._data.targets_length // divisor),
             pad_id=self._data.vocabulary.pad_id,
-            start_id=self._start_id,
+            start=self._start,
         )
         if self._task_indices is not None:
             batch["task_index"] = self._task_indices[self._reader.task_of(numbers)]

@@ -21,6 +21,7 @@ from robust_ft.data import cache, mixing, records
 from robust_ft.data.batching import Batcher, ExampleReader
 from robust_ft.data.cache import CachedTask, TaskData
 from robust_ft.data.records import Arrays
+from robust_ft.decoder_start import DecoderStart
 from robust_ft.errors import UserError
 
 # One thread reads ahead: the step needs no more, and more would take CPU cores from it.
@@ -120,7 +121,7 @@ def train_batches(
     seed: int,
     packing: bool = False,
     shard: tuple[int, int] = (0, 1),
-    start_id: int = 0,
+    start: DecoderStart = DecoderStart(),
     task_index: Callable[[str], int] | None = None,
     by_length: int = 0,
 ) -> BatchSource:
@@ -137,7 +138,7 @@ def train_batches(
             disjoint examples.
         packing: Whether to put several examples into one row, told apart by segment ids.
         shard: Index and count. All processes of one model-parallel group take the same index.
-        start_id: First token of all decoder inputs, the model's; padding is the vocabulary's.
+        start: Gives the decoder's first input token, `Model.decoder_start`.
         task_index: From a task's name to what "task_index" (int32[batch]) says for its examples,
             such as `Model.task_index`; by default batches do not have it.
         by_length: If above 0, examples of this many batches are re-sorted into length buckets, and
@@ -159,7 +160,7 @@ def train_batches(
     names = [task.task for task in tasks]
     indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
     reader = ExampleReader(tasks)
-    batcher = Batcher(reader, data, start_id, indices)
+    batcher = Batcher(reader, data, start, indices)
     order = _order(tasks, seed)
     # What a position depends on. The number of shards matters to packing alone.
     identity = {
@@ -190,14 +191,19 @@ def train_batches(
     blocks = order.batch(block_size, drop_remainder=True)[index::count]
     if not packing:
         return BatchSource(blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD), identity)
+
+    def examples_to_pack(numbers: np.ndarray) -> list[Arrays]:
+        examples = reader.examples(numbers)
+        return [records.to_pack(e["inputs"], e["targets"], start) for e in examples]
+
     packed = grain.experimental.FirstFitPackIterDataset(
-        _flat(blocks.map(reader.examples), _PACKING_BLOCK),
-        length_struct=data.lengths,
+        _flat(blocks.map(examples_to_pack), _PACKING_BLOCK),
+        length_struct={**data.lengths, "decoder_inputs": data.targets_length},
         num_packing_bins=max(_PACKING_ROWS, rows),
         seed=_seed(seed, "packing"),
     )
     batches = packed.batch(rows, drop_remainder=True).map(
-        lambda batch: records.packed_batch(batch, data.vocabulary.pad_id, start_id)
+        lambda batch: records.packed_batch(batch, data.vocabulary.pad_id)
     )
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
     return BatchSource(ahead, {**identity, "shard": [index, count]})
@@ -246,41 +252,30 @@ def eval_batches(
     examples: Sequence[EvalExample],
     batch_size: int,
     inputs_length: int,
-    targets_length: int,
     pad_id: int = 0,
-    start_id: int = 0,
 ) -> list[Arrays]:
-    """Returns padded batches of `examples` in their order, each of `batch_size` rows.
+    """Returns batches of the examples' inputs in their order, each of `batch_size` rows.
 
-    The last batch is filled up with rows of padding, whose loss weights are 0.
+    The last batch is filled up with rows of padding.
 
     Args:
         examples: The examples.
         batch_size: Rows of each batch.
         inputs_length: Encoder tokens of each row.
-        targets_length: Decoder tokens of each row.
         pad_id: The vocabulary's padding.
-        start_id: The model's first token of all decoder inputs.
 
     Returns:
-        t5x's features (`records.model_batch`) and `example_index` (int32[batch]): the index of each
-        row's example in `examples`, -1 for rows of padding.
+        What decoding reads (`records.input_batch`) and `example_index` (int32[batch]): the index of
+        each row's example in `examples`, -1 for rows of padding.
 
     Raises:
-        ValueError: An example is longer than its length.
+        ValueError: An input is longer than its length.
     """
     batches = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
-        batch = records.model_batch(
-            [e.inputs for e in chunk],
-            [e.targets for e in chunk],
-            inputs_length,
-            targets_length,
-            rows=batch_size,
-            pad_id=pad_id,
-            start_id=start_id,
-        )
+        inputs = [example.inputs for example in chunk]
+        batch = records.input_batch(inputs, inputs_length, batch_size, pad_id)
         index = np.full(batch_size, -1, np.int32)
         index[: len(chunk)] = np.arange(start, start + len(chunk))
         batches.append({**batch, "example_index": index})

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
+
+from robust_ft.decoder_start import DecoderStart
 
 _HEADER = np.dtype("<u4")
 
@@ -85,13 +87,14 @@ def model_batch(
     targets_length: int,
     rows: int = 0,
     pad_id: int = 0,
-    start_id: int = 0,
+    start: DecoderStart = DecoderStart(),
 ) -> Arrays:
-    """Returns t5x's features for examples without padding, one a row.
+    """Returns t5x's features for examples without padding, one a row, and `encoder_input_mask`.
 
-    Decoder inputs are the targets shifted right by one, after `start_id`. Loss weights are 0 after
-    the end of a row's targets. They go by position and not by id, since the padding of some models
-    is a token that they also use, such as EOS.
+    Decoder inputs are the targets shifted right by one, behind the first token that `start` gives;
+    a token of the input that it takes is not among the encoder's. Mask and loss weights go by
+    lengths and not by ids, since the padding of some models is a token that they also use, such as
+    EOS.
 
     Args:
         inputs: Token ids of each example.
@@ -100,54 +103,86 @@ def model_batch(
         targets_length: Decoder tokens of each row.
         rows: Smallest number of rows; those without an example are all padding.
         pad_id: The vocabulary's padding.
-        start_id: The model's first token of all decoder inputs.
+        start: Gives the decoder's first input token, the model's.
 
     Raises:
         ValueError: An example is longer than its length.
     """
-    padded = pad_right(targets, targets_length, rows, pad_id)
-    lengths = np.zeros(len(padded), np.int64)
-    lengths[: len(targets)] = _lengths(targets)
+    read, first = zip(*map(start.split, inputs), strict=True) if inputs else ((), ())
+    padded = pad_right(targets, targets_length, rows, pad_id)  # [rows, target]
+    first_tokens = np.full(len(padded), start.token, np.int32)
+    first_tokens[: len(first)] = first
+    weights = is_token(targets, targets_length, rows).astype(np.float32)
     return {
-        "encoder_input_tokens": pad_right(inputs, inputs_length, rows, pad_id),
-        "decoder_input_tokens": shift_right(padded, start_id),
+        "encoder_input_tokens": pad_right(read, inputs_length, rows, pad_id),
+        "encoder_input_mask": is_token(read, inputs_length, rows),
+        "decoder_input_tokens": shift_right(padded, first_tokens),
         "decoder_target_tokens": padded,
-        "decoder_loss_weights": (np.arange(targets_length) < lengths[:, None]).astype(np.float32),
+        "decoder_loss_weights": weights,
+    }
+
+
+def input_batch(
+    inputs: Sequence[np.ndarray], length: int, rows: int = 0, pad_id: int = 0
+) -> Arrays:
+    """Returns the features of whole inputs without targets, as decoding reads them."""
+    return {
+        "encoder_input_tokens": pad_right(inputs, length, rows, pad_id),
+        "encoder_input_mask": is_token(inputs, length, rows),
+    }
+
+
+def to_pack(inputs: np.ndarray, targets: np.ndarray, start: DecoderStart) -> Arrays:
+    """Returns what is packed of one example: the decoder has a first token of its own in each."""
+    read, first = start.split(inputs)
+    return {
+        "inputs": read,
+        "decoder_inputs": shift_right(targets, first),
+        "targets": targets,
     }
 
 
 def packed_batch(
-    packed: Mapping[str, Int32[np.ndarray, "batch length"]], pad_id: int = 0, start_id: int = 0
+    packed: Mapping[str, Int32[np.ndarray, "batch length"]], pad_id: int = 0
 ) -> Arrays:
-    """Returns t5x's features for rows that Grain packed, with segment ids.
+    """Returns t5x's features for rows that Grain packed out of `to_pack`, with segment ids.
 
-    Every segment's decoder inputs start with `start_id`, so no example sees its neighbour's last
-    token. Segment ids count from 1 in a row and are 0 on padding. t5x's positions are left out:
-    our models derive them from the segment ids.
+    Segment ids count from 1 in a row and are 0 on padding. t5x's positions are left out: our models
+    derive them from the segment ids.
     """
-    is_target = packed["targets_segment_ids"] > 0
-    targets = np.where(is_target, packed["targets"], pad_id).astype(np.int32)
-    inputs = np.where(packed["inputs_segment_ids"] > 0, packed["inputs"], pad_id).astype(np.int32)
-    is_first = packed["targets_positions"] == 0  # also everywhere in the padding
-    first = np.where(is_target, start_id, pad_id)
-    decoder_inputs = np.where(is_first, first, shift_right(targets, start_id))
-    weights: Float32[np.ndarray, "batch length"] = is_target.astype(np.float32)
+
+    def padded(feature: str) -> Int32[np.ndarray, "batch length"]:
+        is_token = packed[f"{feature}_segment_ids"] > 0
+        return np.where(is_token, packed[feature], pad_id).astype(np.int32)
+
+    weights: Float32[np.ndarray, "batch length"]
+    weights = (packed["targets_segment_ids"] > 0).astype(np.float32)
     return {
-        "encoder_input_tokens": inputs,
-        "decoder_input_tokens": decoder_inputs.astype(np.int32),
-        "decoder_target_tokens": targets,
+        "encoder_input_tokens": padded("inputs"),
+        "decoder_input_tokens": padded("decoder_inputs"),
+        "decoder_target_tokens": padded("targets"),
         "decoder_loss_weights": weights,
         "encoder_segment_ids": packed["inputs_segment_ids"],
         "decoder_segment_ids": packed["targets_segment_ids"],
     }
 
 
+def is_token(
+    sequences: Sequence[np.ndarray], length: int, rows: int = 0
+) -> Bool[np.ndarray, "rows length"]:
+    """Returns which places of `pad_right` hold a token of a sequence."""
+    lengths = np.zeros(max(rows, len(sequences)), np.int64)
+    lengths[: len(sequences)] = _lengths(sequences)
+    return np.arange(length) < lengths[:, None]
+
+
 def shift_right(
-    tokens: Int32[np.ndarray, "batch length"], start_id: int = 0
-) -> Int32[np.ndarray, "batch length"]:
-    """Returns `tokens` moved one place to the right, with `start_id` in the first place."""
-    shifted = np.full_like(tokens, start_id)
-    shifted[:, 1:] = tokens[:, :-1]
+    tokens: Int32[np.ndarray, "... length"], first: Int[np.ndarray, "..."] | int
+) -> Int32[np.ndarray, "... length"]:
+    """Returns `tokens` moved one place to the right, with `first` in the first place."""
+    shifted = np.empty_like(tokens)
+    shifted[..., :1] = np.asarray(first, tokens.dtype)[..., None]
+    shifted[..., 1:] = tokens[..., :-1]
     return shifted
 
 

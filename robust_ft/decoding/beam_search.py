@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn, repeat_rows
+from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn, ends, repeat_rows
 from robust_ft.errors import UserError, nearest
 from robust_ft.types import AnyArray
 
@@ -56,7 +57,7 @@ def beam_search(
     cache: Cache,
     start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
-    eos_id: int,
+    eos_id: EosIds,
     beam_size: int = 4,
     alpha: Scalar = 0.6,
     length_penalty: str = "t5x",
@@ -68,8 +69,9 @@ def beam_search(
 ) -> Decoded:
     """Searches for the sequences with the highest length-penalized log-probability.
 
-    At each step the 2 * beam_size best extensions of the live beams are considered: those that end
-    compete for the finished slots, and the beam_size best others stay live. An example is done when
+    At each step the 2 * beam_size best extensions of the live beams are considered (with n > 1
+    end-of-sequence tokens, the (n + 1) * beam_size best): those that end compete for the finished
+    slots, and the beam_size best others stay live. An example is done when
     no live beam can beat its worst finished hypothesis; the search stops when all examples are
     done. With one beam it is greedy decoding.
 
@@ -84,7 +86,7 @@ def beam_search(
         cache: The KV cache before the first step, every leaf [batch, ...].
         start_tokens: The first input of each sequence; not part of the output.
         max_decode_len: The most tokens to generate, the end-of-sequence token included.
-        eos_id: The end-of-sequence token.
+        eos_id: The end-of-sequence token, or several.
         beam_size: Live beams of each example.
         alpha: Exponent of the length penalty; 0 for none, negative favours short sequences.
         length_penalty: 't5x', ((5 + n) / 6)^alpha and t5x's search, or 'hf', n^alpha and Hugging
@@ -125,9 +127,9 @@ def beam_search(
 
         length = (state.step + 1).astype(jnp.float32)
 
-        # [batch, 2 * beam], [batch, 2 * beam, length], [batch, 2 * beam]
-        log_probs, tokens, parents = _best_extensions(state, log_probs)
-        ended = tokens[:, :, state.step] == eos_id
+        # [batch, k], [batch, k, length], [batch, k]
+        log_probs, tokens, parents = _best_extensions(state, log_probs, 1 + np.size(eos_id))
+        ended = ends(tokens[:, :, state.step], eos_id)
         scores = jnp.where(ended, log_probs, -jnp.inf)
         if like_hf:
             ended |= state.step + 1 == max_decode_len
@@ -234,15 +236,16 @@ def _is_done(
 
 
 def _best_extensions(
-    state: SearchState, log_probs: Float[Array, "batch beam vocab"]
+    state: SearchState, log_probs: Float[Array, "batch beam vocab"], per_live: int
 ) -> tuple[Float[Array, "batch k"], Int[Array, "batch k length"], Int[Array, "batch k"]]:
-    """Returns the k = 2 * beam best extensions: sums of log-probabilities, tokens, parent beams.
+    """Returns the k best extensions: sums of log-probabilities, tokens, parent beams.
 
-    Twice as many as beams, so that enough stay live even if every beam's best extension ends it. A
-    single beam considers its best extension only, and so is greedy decoding for every alpha.
+    They are `per_live` times as many as beams, one more than there are end-of-sequence tokens: so
+    enough stay live even if every beam's best extensions end it. A single beam considers its best
+    extension only, and so is greedy decoding for every alpha.
     """
     beam_size, vocab = log_probs.shape[1:]
-    k = 2 * beam_size if beam_size > 1 else 1
+    k = per_live * beam_size if beam_size > 1 else 1
     per_beam = min(k, vocab)
     # The best of each beam first: that does not gather a sharded vocabulary, and spares sorting
     # beam * vocab values at once.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from robust_ft.decoding.beam_search import beam_search, check_beam_settings
 from robust_ft.decoding.greedy import check_sampling, greedy, sample
 from robust_ft.decoding.process import banned, chained, forced, min_length, no_repeat_ngrams
-from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn
+from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn
 from robust_ft.errors import UserError
 from robust_ft.types import AnyArray
 
@@ -101,7 +101,7 @@ class Decoder:
         step_fn: StepFn,
         cache: Cache,
         start_tokens: Int[AnyArray, "batch"],
-        eos_id: int,
+        eos_id: EosIds,
         pad_id: int,
         rng: jax.Array | None = None,
         history: Int[Array, "batch before"] | None = None,
@@ -112,7 +112,7 @@ class Decoder:
             step_fn: The model's decode step.
             cache: The KV cache before the first step, every leaf [batch, ...].
             start_tokens: The first input of each sequence.
-            eos_id: The end-of-sequence token.
+            eos_id: The end-of-sequence token, or several.
             pad_id: Fills the output after it.
             rng: A key, for sampling only.
             history: The tokens that the decoder reads before the first generated one, -1 for
@@ -153,7 +153,7 @@ class Decoder:
             process=process,
         )
 
-    def _processors(self, eos_id: int, history: Int[Array, "batch before"]) -> list[ProcessFn]:
+    def _processors(self, eos_id: EosIds, history: Int[Array, "batch before"]) -> list[ProcessFn]:
         """Returns the logits processors; forced tokens come last, so that they win."""
         processors: list[ProcessFn] = []
         if self.banned_tokens:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.decoding.types import Cache, Decoded, ProcessFn, StepFn, repeat_rows
+from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn, ends, repeat_rows
 from robust_ft.errors import UserError
 from robust_ft.types import AnyArray
 
@@ -39,7 +39,7 @@ def greedy(
     cache: Cache,
     start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
-    eos_id: int,
+    eos_id: EosIds,
     pad_id: int = 0,
     *,
     process: ProcessFn | None = None,
@@ -51,7 +51,7 @@ def greedy(
         cache: The KV cache before the first step, every leaf [batch, ...].
         start_tokens: The first input of each sequence; not part of the output.
         max_decode_len: The most tokens to generate, the end-of-sequence token included.
-        eos_id: The end-of-sequence token.
+        eos_id: The end-of-sequence token, or several.
         pad_id: Fills the output after `eos_id`.
         process: A logits processor.
 
@@ -75,7 +75,7 @@ def sample(
     cache: Cache,
     start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
-    eos_id: int,
+    eos_id: EosIds,
     rng: jax.Array,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -92,7 +92,7 @@ def sample(
         cache: The KV cache before the first step, every leaf [batch, ...].
         start_tokens: The first input of each sequence; not part of the output.
         max_decode_len: The most tokens to generate, the end-of-sequence token included.
-        eos_id: The end-of-sequence token.
+        eos_id: The end-of-sequence token, or several.
         rng: A key.
         temperature: Divides the log-probabilities; above 0 (greedy decoding is `greedy`).
         top_k: Only the k most likely tokens are drawn; 0 for all.
@@ -162,7 +162,7 @@ def _run(
     cache: Cache,
     start_tokens: Int[AnyArray, "batch"],
     max_decode_len: int,
-    eos_id: int,
+    eos_id: EosIds,
     pad_id: int,
     process: ProcessFn | None,
     choose: Callable[[Float[Array, "batch vocab"], Int[Array, ""]], Int[Array, "batch"]],
@@ -182,7 +182,7 @@ def _run(
         chosen = jnp.where(state.done, pad_id, chosen)
         return SearchState(
             step=state.step + 1,
-            done=state.done | (chosen == eos_id),
+            done=state.done | ends(chosen, eos_id),
             last=chosen,
             tokens=state.tokens.at[:, state.step].set(chosen),
             scores=state.scores + jnp.where(state.done, 0.0, log_prob),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from robust_ft.decoding.types import ProcessFn, repeat_rows
+from robust_ft.decoding.types import EosIds, ProcessFn, repeat_rows
 from robust_ft.errors import UserError
 
 LogProbs = Float[Array, "batch vocab"]
@@ -31,11 +31,13 @@ def chained(processors: Sequence[ProcessFn]) -> ProcessFn | None:
     return process
 
 
-def min_length(tokens: int, eos_id: int) -> ProcessFn:
+def min_length(tokens: int, eos_id: EosIds) -> ProcessFn:
     """Returns a processor that bans `eos_id` until `tokens` other tokens were generated."""
 
     def process(log_probs: LogProbs, _: Tokens, generated: Number) -> LogProbs:
-        return log_probs.at[:, eos_id].add(jnp.where(generated < tokens, -jnp.inf, 0.0))
+        return log_probs.at[:, jnp.atleast_1d(jnp.asarray(eos_id))].add(
+            jnp.where(generated < tokens, -jnp.inf, 0.0)
+        )
 
     return process
 

@@ -1,12 +1,12 @@
 """The types of decoding: a model's decode step, logits processors and decoded sequences."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # A KV cache: a pytree of arrays, all [batch, ...].
 Cache = Any
@@ -16,6 +16,9 @@ Cache = Any
 # part of it. A leaf that does not change (encoder keys and values) is returned as it came in: beam
 # search then does not reorder it.
 StepFn = Callable[[Cache, Int[Array, "batch"]], tuple[Float[Array, "batch vocab"], Cache]]
+
+# The id that ends a sequence, or several.
+EosIds = int | Sequence[int]
 
 # A logits processor: (log_probs, tokens generated so far, their number) -> log_probs, called at
 # every step. `tokens` is padded to the maximum length; only the first `number` columns count. It
@@ -33,13 +36,18 @@ class Decoded:
     """Decoded sequences, the best first.
 
     Attributes:
-        tokens: Generated tokens with their end-of-sequence token, then padding; no start token.
+        tokens: Generated tokens with the token that ended them, then padding; no start token.
         scores: Sums of log-probabilities, in beam search divided by the length penalty; -inf, with
             tokens that are all padding, if there are fewer than num_return sequences.
     """
 
     tokens: Int[Array, "batch num_return length"]
     scores: Float[Array, "batch num_return"]
+
+
+def ends(tokens: Int[Array, "*rest"], eos_id: EosIds) -> Bool[Array, "*rest"]:
+    """Returns which tokens end a sequence."""
+    return jnp.isin(tokens, jnp.atleast_1d(jnp.asarray(eos_id, tokens.dtype)))
 
 
 def repeat_rows(tree: Any, times: int) -> Any:

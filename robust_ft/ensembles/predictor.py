@@ -88,9 +88,9 @@ class MixedModel:
         return self.members[0].eos_id
 
     @property
-    def start_id(self) -> int:
-        """The first member's start token; each member reads its own, see `_with_start`."""
-        return self.members[0].start_id
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids at which any member's decoding stops."""
+        return tuple(dict.fromkeys(i for member in self.members for i in member.eos_ids))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -105,31 +105,41 @@ class MixedModel:
         by_name = {method.name: method for member in self.members for method in member.peft}
         return tuple(by_name.values())
 
-    def history(self, params: Any, batch: Batch) -> Int[Array, "batch before"]:
+    def check_lengths(self, inputs: int, targets: int) -> None:
+        for member in self.members:
+            member.check_lengths(inputs, targets)
+
+    def history(self, batch: Batch) -> Int[Array, "batch before"]:
         """Returns the tokens that the first member's decoder reads before the target."""
-        return self.members[0].history(params["members"][0], batch)
+        return self.members[0].history(batch)
 
-    def prefill(self, params: Any, batch: Batch, max_length: int) -> Any:
-        """Returns the cache after the input.
+    def prefill(
+        self, params: Any, batch: Batch, max_length: int
+    ) -> tuple[Int[Array, "batch"], Any]:
+        """Returns the first member's first token, and the cache after the input.
 
-        That is {"position": int32[batch], the number of target tokens read, "members": caches}.
+        That is {"position": int32[batch], the number of target tokens read, "members": caches,
+        "starts": each member's own first token, which it reads in place of the first member's}.
         """
-        caches = tuple(m.prefill(p, batch, max_length) for m, p in self._with(params))
-        rows = batch["encoder_input_tokens"].shape[0]
-        return {"position": jnp.zeros(rows, jnp.int32), "members": caches}
+        starts, caches = zip(
+            *(m.prefill(p, batch, max_length) for m, p in self._with(params)), strict=True
+        )
+        position = jnp.zeros(starts[0].shape, jnp.int32)
+        return starts[0], {"position": position, "starts": starts, "members": caches}
 
     def extend(
         self, params: Any, cache: Any, tokens: Int[AnyArray, "batch new"]
     ) -> tuple[tuple[Any, ...], Any]:
         """Reads the target's next tokens; returns each member's hidden states, and the cache."""
         extended = [
-            member.extend(member_params, member_cache, _with_start(member, cache, tokens))
-            for (member, member_params), member_cache in zip(
-                self._with(params), cache["members"], strict=True
+            member.extend(member_params, member_cache, _with_start(start, cache, tokens))
+            for (member, member_params), start, member_cache in zip(
+                self._with(params), cache["starts"], cache["members"], strict=True
             )
         ]
         hidden, caches = zip(*extended, strict=True)
-        return hidden, {"position": cache["position"] + tokens.shape[1], "members": caches}
+        position = cache["position"] + tokens.shape[1]
+        return hidden, {**cache, "position": position, "members": caches}
 
     def head(self, params: Any, hidden: tuple[Any, ...]) -> Float[Array, "*rest vocab"]:
         """Returns the ensemble's log-probabilities, float32."""
@@ -144,14 +154,19 @@ class MixedModel:
     ) -> tuple[Float[Array, "batch vocab"], Any]:
         """Reads one token a row; returns the next token's log-probabilities, and the cache."""
 
-        def step_of(member: LanguageModel, member_params: Any) -> StepFn:
+        def step_of(member: LanguageModel, member_params: Any, start: jax.Array) -> StepFn:
             return lambda member_cache, tokens: member.step(
-                member_params, member_cache, _with_start(member, cache, tokens[:, None])[:, 0]
+                member_params, member_cache, _with_start(start, cache, tokens[:, None])[:, 0]
             )
 
-        steps = [step_of(member, member_params) for member, member_params in self._with(params)]
+        steps = [
+            step_of(member, member_params, start)
+            for (member, member_params), start in zip(
+                self._with(params), cache["starts"], strict=True
+            )
+        ]
         log_probs, caches = ensemble(steps, params["weights"])(cache["members"], tokens)
-        return log_probs, {"position": cache["position"] + 1, "members": caches}
+        return log_probs, {**cache, "position": cache["position"] + 1, "members": caches}
 
     def _with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
         return list(zip(self.members, params["members"], strict=True))
@@ -197,8 +212,8 @@ def _vocab_size(model: Any) -> int:
 
 
 def _with_start(
-    member: LanguageModel, cache: Any, tokens: Int[AnyArray, "batch new"]
+    start: Int[Array, "batch"], cache: Any, tokens: Int[AnyArray, "batch new"]
 ) -> Int[Array, "batch new"]:
-    """Puts a member's own start token at the target's position 0, in place of the ensemble's."""
+    """Puts a member's own first tokens at the target's position 0, in place of the ensemble's."""
     positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]  # [batch, new]
-    return jnp.where(positions == 0, member.start_id, tokens)
+    return jnp.where(positions == 0, start[:, None], tokens)

@@ -25,9 +25,17 @@ MASKED = -1e10
 Dropout = Callable[[jax.Array], jax.Array]
 
 
-def input_mask(batch: Batch, pad_id: int) -> Bool[Array, "batch source"]:
-    """Returns which of `encoder_input_tokens` are tokens, and not padding."""
-    return jnp.not_equal(batch["encoder_input_tokens"], pad_id)
+def input_mask(batch: Batch) -> Bool[AnyArray, "batch source"]:
+    """Returns which of `encoder_input_tokens` are tokens, and not padding.
+
+    The batch says so, in `encoder_input_mask` or, packed, in `encoder_segment_ids`; else all are.
+    An id never tells: in many models that of padding is a token's, such as EOS.
+    """
+    if "encoder_segment_ids" in batch:
+        return batch["encoder_segment_ids"] > 0
+    if "encoder_input_mask" in batch:
+        return batch["encoder_input_mask"]
+    return jnp.ones(batch["encoder_input_tokens"].shape, bool)
 
 
 def same_segment(

@@ -36,7 +36,6 @@ class BartConfig(ModelConfig):
         scale_embedding: Multiply embedded tokens by emb_dim^0.5.
         final_logits_bias: Whether checkpoints hold something to add to the logits. It never
             trains, and is 0 in the published ones that have it.
-        pad_id: Tokens of the input that are masked.
         attention_dropout_rate: Of the attention weights.
         activation_dropout_rate: Of what the MLP's activation gives.
     """
@@ -51,7 +50,6 @@ class BartConfig(ModelConfig):
     activation: str = "gelu_exact"
     scale_embedding: bool = False
     final_logits_bias: bool = False
-    pad_id: int = 1
     attention_dropout_rate: float = 0.0
     activation_dropout_rate: float = 0.0
 
@@ -63,13 +61,21 @@ class BartConfig(ModelConfig):
                 f"BartConfig.emb_dim={self.emb_dim} must be a multiple of num_heads="
                 f"{self.num_heads}."
             )
-        if not 0 <= self.pad_id < self.vocab_size:
-            raise UserError(
-                f"BartConfig.pad_id={self.pad_id} is no token of a vocabulary of {self.vocab_size}."
-            )
 
     def module(self, peft: tuple[Peft, ...] = ()) -> "Bart":
         return Bart(self, peft)
+
+    def check_lengths(self, inputs: int, targets: int, slots: int) -> None:
+        for what, length, taken in (
+            ("Inputs, soft prompts included,", inputs, 0),
+            ("Targets", targets, slots),
+        ):
+            if length + taken > self.num_positions:
+                prefix = f", of which a prefix takes {taken}" if taken else ""
+                raise UserError(
+                    f"{what} of {length} tokens do not fit into BartConfig.num_positions="
+                    f"{self.num_positions}{prefix}; shorten them."
+                )
 
 
 class EncoderLayer(nn.Module):
@@ -111,10 +117,10 @@ class Encoder(nn.Module):
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         cfg = self.config
-        x, input_mask = layers.with_prompts(self, x, batch, cfg.pad_id, self.peft)
-        _check_length(cfg, x.shape[1], "Inputs, soft prompts included,")
+        x, input_mask = layers.with_prompts(self, x, batch, self.peft)
         bias = mask_to_bias(encoder_decoder.encoder_mask(input_mask, batch))
         positions = _positions(x.shape[1], batch.get("encoder_segment_ids"))
+        positions = _within(cfg, positions)
         x = x + _position_embedder(cfg, "position_embedder")(positions + OFFSET)
         x = _norm(cfg, "embedding_layer_norm")(x)
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=self.deterministic)
@@ -223,7 +229,6 @@ class Decoder(nn.Module):
         memory_mask: Bool[Array, "batch memory"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        _check_length(self.config, x.shape[1], "Targets", decoder_slots(self.peft))
         self_mask, memory_mask = encoder_decoder.decoder_masks(memory_mask, batch)
         self_bias, memory_bias = mask_to_bias(self_mask), mask_to_bias(memory_mask)
         positions = _positions(x.shape[1], batch.get("decoder_segment_ids"))
@@ -238,7 +243,6 @@ class Decoder(nn.Module):
         memory_mask: Bool[Array, "batch memory"],
         max_length: int,
     ) -> Cache:
-        _check_length(self.config, max_length, "Targets", decoder_slots(self.peft))
         memory_keys = [layer.project_memory(memory) for layer in self.layers]
         return encoder_decoder.new_cache(memory_keys, memory_mask, max_length)
 
@@ -258,8 +262,8 @@ class Decoder(nn.Module):
     def _with_positions(
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "#batch length"]
     ) -> Float[Array, "batch length embed"]:
-        positions = positions + OFFSET + decoder_slots(self.peft)
-        x = self.embedding_layer_norm(x + self.position_embedder(positions))
+        positions = _within(self.config, positions + decoder_slots(self.peft))
+        x = self.embedding_layer_norm(x + self.position_embedder(positions + OFFSET))
         x = self.dropout(x, deterministic=self.deterministic)
         return x
 
@@ -338,13 +342,9 @@ def _positions(
     return jnp.sum(seen, -1) - 1
 
 
-def _check_length(cfg: BartConfig, length: int, what: str, slots: int = 0) -> None:
-    if length + slots > cfg.num_positions:
-        taken = f", of which a prefix takes {slots}" if slots else ""
-        raise UserError(
-            f"{what} of {length} tokens do not fit into BartConfig.num_positions="
-            f"{cfg.num_positions}{taken}; shorten them."
-        )
+def _within(cfg: BartConfig, positions: Int[Array, "#batch length"]) -> Int[Array, "#batch length"]:
+    """Returns positions that the table has: padding may have none left, and is seen by no token."""
+    return jnp.minimum(positions, cfg.num_positions - 1)
 
 
 def _attention(

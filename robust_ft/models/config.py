@@ -56,6 +56,15 @@ class ModelConfig(abc.ABC):
     def module(self, peft: tuple[Peft, ...] = ()) -> nn.Module:
         """Returns the Linen module with these PEFT methods plugged in."""
 
+    def check_lengths(self, inputs: int, targets: int, slots: int) -> None:  # noqa: B027
+        """Raises a UserError if the model has too few positions; most have no limit.
+
+        Args:
+            inputs: Tokens that are read before the target, soft prompts included.
+            targets: Tokens of the target that are read.
+            slots: Positions that prefixes take before the decoder's tokens.
+        """
+
     def check_choice(self, field: str, choices: Sequence[str]) -> None:
         """Raises a UserError unless a field, a string or several, has only valid values."""
         value = getattr(self, field)

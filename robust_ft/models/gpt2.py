@@ -1,8 +1,8 @@
 """GPT-2: a decoder alone, with learned positions and norms before its sublayers.
 
-It reads the same batches as encoder-decoders: the sequence is the input, then the target, whose
-first token (`Model.start_id`) separates them; see `decoder_only`. Without inputs, that is with
-padding alone, it models plain text. `GPT2Config` is flat; the module reads top to bottom.
+It reads the same batches as encoder-decoders: the sequence is the input, then the target; see
+`decoder_only`. Without inputs, that is with padding alone, it models plain text. `GPT2Config` is
+flat; the module reads top to bottom.
 """
 
 import dataclasses
@@ -35,8 +35,6 @@ class GPT2Config(ModelConfig):
             mean of the others (`robust_ft.checkpoints_io.added_tokens`).
         num_positions: Most tokens that input, target and soft prompts have together.
         activation: A name in `robust_ft.models.options.ACTIVATIONS`.
-        pad_id: Tokens of the input that are masked. GPT-2 has no padding token of its own; its
-            end of text serves as one.
         attention_dropout_rate: Of the attention weights.
     """
 
@@ -49,7 +47,6 @@ class GPT2Config(ModelConfig):
     num_layers: int = 12
     num_positions: int = 1024
     activation: str = "gelu"
-    pad_id: int = 50256
     attention_dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,13 +57,18 @@ class GPT2Config(ModelConfig):
                 f"GPT2Config.emb_dim={self.emb_dim} must be a multiple of num_heads="
                 f"{self.num_heads}."
             )
-        if not 0 <= self.pad_id < self.vocab_size:
-            raise UserError(
-                f"GPT2Config.pad_id={self.pad_id} is no token of a vocabulary of {self.vocab_size}."
-            )
 
     def module(self, peft: tuple[Peft, ...] = ()) -> "GPT2":
         return GPT2(self, peft)
+
+    def check_lengths(self, inputs: int, targets: int, slots: int) -> None:
+        if slots + inputs + targets > self.num_positions:
+            taken = f", of which a prefix takes {slots}" if slots else ""
+            raise UserError(
+                f"Inputs of {inputs} tokens, soft prompts included, and targets of {targets} do "
+                f"not fit into GPT2Config.num_positions={self.num_positions}{taken}; shorten one "
+                "of them."
+            )
 
 
 class SelfAttention(nn.Module):
@@ -195,7 +197,7 @@ class Decoder(nn.Module):
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
         """Returns the embedded input with its soft prompts, and which of it is not padding."""
-        return layers.with_prompts(self, x, batch, self.config.pad_id, self.peft)
+        return layers.with_prompts(self, x, batch, self.peft)
 
     def __call__(
         self,
@@ -204,7 +206,6 @@ class Decoder(nn.Module):
         targets: Float[Array, "batch target embed"],
         batch: Batch,
     ) -> Float[Array, "batch target embed"]:
-        self._check_length(inputs.shape[1], targets.shape[1])
         layout = decoder_only.layout(input_mask, batch)
         bias = layout.bias()  # [batch, 1, input + target, input + target], the same in all layers
         x = self._with_positions(jnp.concatenate([inputs, targets], 1), layout.positions)
@@ -219,7 +220,6 @@ class Decoder(nn.Module):
         input_mask: Bool[Array, "batch input"],
         max_length: int,
     ) -> Cache:
-        self._check_length(inputs.shape[1], max_length)
         layout = decoder_only.layout(input_mask)
         bias = layout.bias()
         x, keys = self._with_positions(inputs, layout.positions), []
@@ -242,18 +242,11 @@ class Decoder(nn.Module):
         self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
         # A prefix occupies positions although it has no tokens, as in Li and Liang's code.
-        x = x + self.position_embedder(positions + decoder_slots(self.peft))
+        positions = positions + decoder_slots(self.peft)
+        # Padding behind a target may have no position left; it is seen by no token.
+        x = x + self.position_embedder(jnp.minimum(positions, self.config.num_positions - 1))
         x = self.dropout(x, deterministic=self.deterministic)
         return x
-
-    def _check_length(self, inputs: int, targets: int) -> None:
-        available, slots = self.config.num_positions, decoder_slots(self.peft)
-        if slots + inputs + targets > available:
-            taken = f", of which a prefix takes {slots}" if slots else ""
-            raise UserError(
-                f"Inputs of {inputs} tokens, soft prompts included, and targets of {targets} do "
-                f"not fit into GPT2Config.num_positions={available}{taken}; shorten one of them."
-            )
 
 
 class GPT2(nn.Module):

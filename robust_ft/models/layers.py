@@ -159,7 +159,6 @@ def with_prompts(
     scope: nn.Module,
     x: Float[Array, "batch source embed"],
     batch: Batch,
-    pad_id: int,
     peft: Sequence[Peft],
 ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
     """Returns the embedded input with its soft prompts, and which of it is not padding.
@@ -168,10 +167,9 @@ def with_prompts(
         scope: The module that gets the prompts' parameters, in a compact method.
         x: The embedded `encoder_input_tokens`; learned positions are added later.
         batch: Where they come from.
-        pad_id: The token that is padding.
         peft: The methods whose `embed` is called.
     """
-    mask = input_mask(batch, pad_id)
+    mask = jnp.asarray(input_mask(batch))
     for method in peft:
         x, mask = method.embed(scope, x, mask, batch)
     return x, mask

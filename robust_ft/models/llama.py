@@ -52,7 +52,6 @@ class LlamaConfig(ModelConfig):
         rope_high_freq_factor: And those below rope_original_length / this are not; those between
             by degrees.
         rope_original_length: The length that "llama3" models were first trained on.
-        pad_id: The token that is masked in the input.
     """
 
     decoder_only: ClassVar[bool] = True
@@ -78,7 +77,6 @@ class LlamaConfig(ModelConfig):
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
-    pad_id: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +257,7 @@ class Decoder(nn.Module):
     def _with_prompts(
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch input embed"], Bool[Array, "batch input"]]:
-        return layers.with_prompts(self, x, batch, self.config.pad_id, self.peft)
+        return layers.with_prompts(self, x, batch, self.peft)
 
     def _layers(
         self, x: Float[Array, "batch length embed"], layout: Layout, cache: Cache | None = None

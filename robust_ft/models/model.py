@@ -13,10 +13,11 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from robust_ft import task_names
+from robust_ft.decoder_start import DecoderStart
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.attention import input_mask
 from robust_ft.models.config import ModelConfig
-from robust_ft.models.peft.base import Peft
+from robust_ft.models.peft.base import Peft, decoder_slots
 from robust_ft.types import AnyArray, Batch, Params
 
 
@@ -31,15 +32,19 @@ class LanguageModel(Protocol):
     @property
     def eos_id(self) -> int: ...
     @property
-    def start_id(self) -> int: ...
+    def eos_ids(self) -> tuple[int, ...]: ...
     @property
     def tasks(self) -> tuple[str, ...]: ...
 
     def task_index(self, task: str) -> int: ...
 
-    def history(self, params: Any, batch: Batch) -> Int[Array, "batch before"]: ...
+    def check_lengths(self, inputs: int, targets: int) -> None: ...
 
-    def prefill(self, params: Any, batch: Batch, max_length: int) -> Any: ...
+    def history(self, batch: Batch) -> Int[Array, "batch before"]: ...
+
+    def prefill(
+        self, params: Any, batch: Batch, max_length: int
+    ) -> tuple[Int[Array, "batch"], Any]: ...
 
     def extend(
         self, params: Any, cache: Any, tokens: Int[AnyArray, "batch new"]
@@ -92,6 +97,18 @@ class Model:
         tasks = {tuple(method.tasks) for method in self.peft if method.tasks}
         if len(tasks) > 1:
             raise UserError(f"Model.peft needs methods for the same tasks, not {sorted(tasks)}.")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids at which decoding stops; `eos_id`, which ends targets, is the first."""
+        return tuple(dict.fromkeys((self.eos_id, *self.stop_ids)))
+
+    @property
+    def decoder_start(self) -> DecoderStart:
+        """How the decoder's first input token is found."""
+        if self.separator_id is not None:
+            return DecoderStart(self.separator_id)
+        return DecoderStart(self.start_id, continues=self.config.decoder_only)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -161,7 +178,8 @@ class Model:
         return initialized
 
     def check(self) -> None:
-        """Raises a UserError if a PEFT method does not fit this model."""
+        """Raises a UserError if a token id or a PEFT method does not fit this model."""
+        self._check_ids()
         shapes = self.shapes()
         for method in self.peft:
             method.check(shapes, self.config)
@@ -173,23 +191,36 @@ class Model:
                         f"'{path}'; choose another name."
                     )
 
+    def _check_ids(self) -> None:
+        ids = {name: getattr(self, name) for name in ("pad_id", "eos_id", "start_id")}
+        if self.separator_id is not None:
+            ids["separator_id"] = self.separator_id
+        ids |= {f"stop_ids[{i}]": stop_id for i, stop_id in enumerate(self.stop_ids)}
+        for name, token in ids.items():
+            if not 0 <= token < self.config.vocab_size:
+                raise UserError(
+                    f"Model.{name}={token} is no token of a vocabulary of {self.config.vocab_size}."
+                )
+        for method in self.peft:
+            if self.decoder_start.continues and method.is_infix:
+                raise UserError(
+                    f"'{method.name}' is an infix, between input and target; in a decoder-only "
+                    "model it needs Model.separator_id behind it."
+                )
+
     def check_lengths(self, inputs: int, targets: int) -> None:
         """Raises a UserError if the model has too few positions for inputs and targets.
 
-        Soft prompts and prefixes count. Models without a table of positions have no limit.
+        Soft prompts and prefixes count, padding does not.
+
+        Args:
+            inputs: Tokens of the longest input.
+            targets: Tokens of the longest target, EOS included.
         """
-        if not hasattr(self.config, "num_positions"):
-            return
-        batch = {
-            name: jax.ShapeDtypeStruct((1, length), jnp.int32)
-            for name, length in (
-                ("encoder_input_tokens", inputs),
-                ("decoder_input_tokens", targets),
-            )
-        }
-        if self.tasks:
-            batch["task_index"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-        jax.eval_shape(self.logits, self.shapes(), batch)
+        # The input's last token is the first that the target's side of the batch reads.
+        read = max(inputs - 1, 0) if self.decoder_start.continues else inputs
+        prompts = sum(method.input_slots() for method in self.peft)
+        self.config.check_lengths(prompts + read, targets, decoder_slots(self.peft))
 
     def exported(self) -> "Model":
         """Returns the model as it is used after training, for the parameters of `export`."""
@@ -208,7 +239,11 @@ class Model:
     def logits(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> Float[Array, "batch target vocab"]:
-        """Returns float32 logits; with a key, dropout is on."""
+        """Returns float32 logits; with a key, dropout is on.
+
+        A decoder-only model reads [`encoder_input_tokens`; `decoder_input_tokens`].
+        """
+        self._check_unmasked(batch)
         logits: jax.Array = self._apply(params, rng)(batch)
         return logits
 
@@ -216,6 +251,7 @@ class Model:
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> Float[Array, "batch target embed"]:
         """Returns the states before the output head, for losses that never hold all logits."""
+        self._check_unmasked(batch)
         hidden: jax.Array = self._apply(params, rng, "hidden")(batch)
         return hidden
 
@@ -245,28 +281,40 @@ class Model:
         It takes `head_params` whose "vocab" axes are sliced.
         """
         config: Any = self.config
-        # The padding token may lie outside of the shard; the head does not use it.
-        padding = {"pad_id": 0} if hasattr(config, "pad_id") else {}
-        config = dataclasses.replace(config, vocab_size=tokens, **padding)
-        return dataclasses.replace(self, config=config)
+        return dataclasses.replace(self, config=dataclasses.replace(config, vocab_size=tokens))
 
-    def history(self, params: Params, batch: Batch) -> Int[Array, "batch before"]:
-        """Returns what the decoder reads before the target's first token, `start_id` at its end.
+    def history(self, batch: Batch) -> Int[Array, "batch before"]:
+        """Returns the tokens that the decoder reads before the target's first.
 
-        Inputs are part of it in decoder-only models; padding is -1 and comes first.
+        Inputs are part of them in decoder-only models; padding is -1 and comes first.
         """
         inputs = batch["encoder_input_tokens"]
-        start = jnp.full((inputs.shape[0], 1), self.start_id, jnp.int32)
-        if "encoder" in params:
-            return start
-        mask = input_mask(batch, self.pad_id)
+        mask, start = self.decoder_start.split_rows(inputs, input_mask(batch))
+        if not self.config.decoder_only:
+            return start[:, None]
         order = jnp.argsort(mask, axis=1, stable=True)  # padding (False) first
         inputs = jnp.take_along_axis(jnp.where(mask, inputs, -1), order, axis=1)
-        return jnp.concatenate([inputs, start], axis=1)
+        return jnp.concatenate([inputs, start[:, None]], axis=1)
 
-    def prefill(self, params: Params, batch: Batch, max_length: int) -> Any:
-        """Reads the input and returns the KV cache, whose leaves all lead with the batch axis."""
-        return self._apply(params, None, "prefill")(batch, max_length)
+    def prefill(
+        self, params: Params, batch: Batch, max_length: int
+    ) -> tuple[Int[Array, "batch"], Any]:
+        """Reads whole inputs, up to the decoder's first input token (`decoder_start`).
+
+        Args:
+            params: All parameters.
+            batch: `encoder_input_tokens` and what goes with them; not packed.
+            max_length: The most tokens that the decoder will read.
+
+        Returns:
+            The decoder's first input token of each row, and the KV cache, whose leaves all lead
+            with the batch axis.
+        """
+        mask, start = self.decoder_start.split_rows(
+            batch["encoder_input_tokens"], input_mask(batch)
+        )
+        read = {**batch, "encoder_input_mask": mask}
+        return start, self._apply(params, None, "prefill")(read, max_length)
 
     def extend(
         self, params: Params, cache: Any, tokens: Int[AnyArray, "batch new"]
@@ -283,6 +331,18 @@ class Model:
         """
         hidden, cache = self.extend(params, cache, tokens[:, None])
         return jax.nn.log_softmax(self.head(params, hidden)[:, 0]), cache
+
+    def _check_unmasked(self, batch: Batch) -> None:
+        """Checks the lengths of a batch in which all are tokens; else only those who made it can.
+
+        Without it, tokens would silently share the last position.
+        """
+        if batch.keys() & {"encoder_input_mask", "encoder_segment_ids"}:
+            return
+        read = batch["encoder_input_tokens"].shape[1]
+        self.check_lengths(
+            read + self.decoder_start.continues, batch["decoder_input_tokens"].shape[1]
+        )
 
     def _init(self, rng: jax.Array) -> Any:
         batch = {

@@ -21,7 +21,6 @@ from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
 from robust_ft.types import AnyArray, Batch
 
-PAD_ID = 0
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
 
 
@@ -113,7 +112,7 @@ class Encoder(nn.Module):
         self, x: Float[Array, "batch source embed"], batch: Batch
     ) -> tuple[Float[Array, "batch memory embed"], Bool[Array, "batch memory"]]:
         cfg = self.config
-        x, input_mask = layers.with_prompts(self, x, batch, PAD_ID, self.peft)
+        x, input_mask = layers.with_prompts(self, x, batch, self.peft)
         positions = jnp.arange(x.shape[1])[None]  # [1, source], soft prompts included
         position_bias = _relative_bias(cfg, bidirectional=True)(positions, positions)
         mask_bias = mask_to_bias(encoder_decoder.encoder_mask(input_mask, batch))

@@ -78,10 +78,10 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
     state, shardings = state_shardings(stage, trainable.split(params, paths)[0], partitioner)
     model = stage.model.without(*largest.detached(stage.model)).exported()
     read = _placed_params(partitioner, model)
+    inputs = (largest.batch_size, largest.data.inputs_length)
     batch = {
-        "encoder_input_tokens": _tokens(
-            partitioner, np.int32, largest.batch_size, largest.data.inputs_length
-        )
+        "encoder_input_tokens": _tokens(partitioner, np.int32, *inputs),
+        "encoder_input_mask": _tokens(partitioner, np.bool_, *inputs),
     }
     if model.tasks:
         batch["task_index"] = _tokens(partitioner, np.int32, largest.batch_size)
@@ -118,6 +118,8 @@ def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
         names["decoder_segment_ids"] = data.targets_length
     batch = {name: _tokens(partitioner, np.int32, rows, length) for name, length in names.items()}
     batch["decoder_loss_weights"] = _tokens(partitioner, np.float32, rows, data.targets_length)
+    if not stage.packing:
+        batch["encoder_input_mask"] = _tokens(partitioner, np.bool_, rows, data.inputs_length)
     if stage.model.tasks:
         batch["task_index"] = _tokens(partitioner, np.int32, rows)
     return batch

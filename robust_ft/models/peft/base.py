@@ -57,6 +57,10 @@ class Peft:
         """
         return x, mask
 
+    def input_slots(self) -> int:
+        """Returns how many vectors `embed` adds to an input."""
+        return 0
+
     def dense_input(
         self, scope: nn.Module, x: Float[Array, "*rest inputs"]
     ) -> Float[Array, "*rest inputs"]:
@@ -150,6 +154,11 @@ class Peft:
         Batches then have a "task_index" [batch], a position in this tuple.
         """
         return ()
+
+    @property
+    def is_infix(self) -> bool:
+        """Whether it stands behind the input's last token."""
+        return False
 
     def owns(self, path: str) -> bool:
         """Returns whether the parameter at this path belongs to the method."""

@@ -50,7 +50,8 @@ class Prompt(Peft):
         text: For "text".
         file: A `.npy` file [P, embed], as the published code saves prompts; with tasks one for all
             of them, or one for each.
-        position: "before" the input, or as an "infix" behind its last token, before the padding.
+        position: "before" the input, or as an "infix" behind its last token, before the padding;
+            a decoder-only model then needs a `Model.separator_id`.
         tasks: Names of tasks that get a prompt each, `encoder/prompt` [tasks, P, embed], none if
             all share one. A row's prompt is that of its "task_index" in the batch.
     """
@@ -140,10 +141,17 @@ class Prompt(Peft):
         # [prompt, embed] for all rows, or with tasks each row's own [batch, prompt, embed]
         prompt = prompt[self._task_index(batch)] if self.tasks else prompt[None]
         prompt = jnp.broadcast_to(prompt.astype(x.dtype), (x.shape[0], *shape[-2:]))
-        if self.position == "infix":
+        if self.is_infix:
             return _inserted(x, prompt, mask)
         prompt_mask = jnp.ones(prompt.shape[:2], bool)
         return jnp.concatenate([prompt, x], 1), jnp.concatenate([prompt_mask, mask], 1)
+
+    @property
+    def is_infix(self) -> bool:
+        return self.position == "infix"
+
+    def input_slots(self) -> int:
+        return self.length
 
     def _task_index(self, batch: Batch) -> Int[AnyArray, "batch"]:
         if "task_index" not in batch:
