@@ -30,7 +30,6 @@ CONFIGS = {
         num_encoder_layers=1,
         num_decoder_layers=2,
         num_positions=32,
-        pad_id=PAD,
     ),
     "gpt2": GPT2Config(
         vocab_size=VOCAB,
@@ -39,7 +38,6 @@ CONFIGS = {
         mlp_dim=22,
         num_layers=2,
         num_positions=48,
-        pad_id=PAD,
     ),
     # Two heads of queries share keys and values.
     "llama": LlamaConfig(
@@ -57,7 +55,10 @@ CONFIGS = {
 
 
 def model_of(family, *peft):
-    return Model(CONFIGS[family], peft, pad_id=PAD, start_id=START)
+    config = CONFIGS[family]
+    return Model(
+        config, peft, PAD, start_id=START, separator_id=START if config.decoder_only else None
+    )
 
 
 def params_of(model, seed=0):

@@ -57,9 +57,10 @@ def random_batch(seed, source_lengths, target_lengths, vocab=VOCAB, extra=0):
             row[:length] = rng.integers(3, vocab, length)
         return tokens
 
-    targets = rows(target_lengths)
+    inputs, targets = rows(source_lengths), rows(target_lengths)
     return {
-        "encoder_input_tokens": rows(source_lengths),
+        "encoder_input_tokens": inputs,
+        "encoder_input_mask": inputs > 0,
         "decoder_input_tokens": np.pad(targets, [(0, 0), (1, 0)])[:, :-1],
         "decoder_target_tokens": targets,
         "decoder_loss_weights": (targets > 0).astype(np.float32),

@@ -26,8 +26,11 @@ grad_of = jax.jit(jax.grad(mean_loss, argnums=1), static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode_cached(model, params, batch, max_length):
-    """Returns log-probabilities [batch, target, vocab], token by token."""
-    cache = model.prefill(params, batch, max_length)
+    """Returns log-probabilities [batch, target, vocab], token by token.
+
+    Decoder-only models have a separator here, so that the prefill reads all of the input.
+    """
+    _, cache = model.prefill(params, batch, max_length)
 
     def body(cache, tokens):
         log_probs, cache = model.step(params, cache, tokens)
@@ -51,12 +54,13 @@ def with_start_and_pad(batch, start_id, pad_id):
 def scattered(batch, seed=0, extra=3, pad_id=0):
     """Returns the batch with padding anywhere in its inputs: before, between and behind tokens."""
     rng = np.random.default_rng(seed)
-    tokens = batch["encoder_input_tokens"]
+    tokens, mask = batch["encoder_input_tokens"], batch["encoder_input_mask"]
     rows = np.full((tokens.shape[0], tokens.shape[1] + extra), pad_id, np.int32)
-    for row, old in zip(rows, tokens, strict=True):
-        kept = old[old != pad_id]
-        row[np.sort(rng.choice(len(row), len(kept), replace=False))] = kept
-    return batch | {"encoder_input_tokens": rows}
+    is_token = np.zeros(rows.shape, bool)
+    for row, of_row, old, kept in zip(rows, is_token, tokens, mask, strict=True):
+        of_row[rng.choice(len(row), kept.sum(), replace=False)] = True
+        row[of_row] = old[kept]
+    return batch | {"encoder_input_tokens": rows, "encoder_input_mask": is_token}
 
 
 def randomize(reference, seed=0):
@@ -87,4 +91,6 @@ def converted(reference, folder, peft=(), **changes):
     checkpoint = sources.read(str(folder), overrides=changes)
     ids = {f"{name}_id": value for name, value in checkpoint.token_ids.items()}
     params = unflatten({path: jnp.asarray(value) for path, value in checkpoint.load().items()})
+    if checkpoint.config.decoder_only:
+        ids["separator_id"] = ids["start_id"]
     return Model(checkpoint.config, peft, **ids), params

@@ -68,6 +68,7 @@ def to_torch(path, value):
 def hugging_face_logits(model, batch, **inputs):
     """Returns float32 logits of a batch with t5x's names; `inputs` replaces the encoder's input."""
     tokens = torch.from_numpy(np.asarray(batch["encoder_input_tokens"], np.int64))
-    inputs = inputs or {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
+    mask = torch.from_numpy(np.asarray(batch["encoder_input_mask"], np.int64))
+    inputs = inputs or {"input_ids": tokens, "attention_mask": mask}
     targets = torch.from_numpy(np.asarray(batch["decoder_input_tokens"], np.int64))
     return model(decoder_input_ids=targets, use_cache=False, **inputs).logits
