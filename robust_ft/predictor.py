@@ -9,21 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
-from robust_ft import multihost
+from robust_ft import multihost, text_batches
 from robust_ft.decoding import Decoded, Decoder, repeat_rows
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import LanguageModel, Model
 from robust_ft.partitioning import Partitioner
+from robust_ft.text_batches import CHUNK, filled
 from robust_ft.trainable import flatten, merge, split
 from robust_ft.types import Batch, Params
 from robust_ft.vocabulary import Vocabulary, encode_inputs, encode_targets
 
 DECODE_LENGTH = 64
-# Target positions whose logits are in memory at once when targets are scored. All buckets of
-# lengths are multiples of it.
-CHUNK = 16
 
 
 class Ranked(NamedTuple):
@@ -84,11 +82,11 @@ class BasePredictor(abc.ABC):
                 no positions for inputs and outputs of this length.
         """
         decoder = _decoder(decoder, settings)
-        batch = self._masked(batch)
+        batch = text_batches.whole_inputs(batch, self.model.pad_id, self.model.eos_id)
         longest = int(batch["encoder_input_mask"].sum(axis=1).max(initial=0))
         self.model.check_lengths(longest, decoder.max_decode_len)
         with self.partitioner.activate():
-            sharded = self.partitioner.share_batch(_inputs(batch))
+            sharded = self.partitioner.share_batch(batch)
             decoded: Decoded = multihost.whole(
                 decode(self.model, decoder, self.params, sharded, rng)
             )
@@ -129,10 +127,12 @@ class BasePredictor(abc.ABC):
         encoded = [encode_inputs(self.vocabulary, text, inputs_length) for text in texts]
         outputs = [""] * len(texts)
         for i, indices in enumerate(self._batches([len(ids) for ids in encoded], batch_size)):
-            inputs = self._filled([encoded[n] for n in indices], batch_size)
             batch_rng = None if rng is None else jax.random.fold_in(rng, i)
-            batch = self._input_batch(inputs, inputs_length)
-            batch |= _task_rows(tasks, indices, len(inputs))
+            rows = filled(indices, batch_size, self.partitioner.batch_shards)
+            batch = text_batches.input_batch(
+                [encoded[n] for n in rows], inputs_length, self.vocabulary.pad_id
+            )
+            batch |= _task_rows(tasks, rows)
             decoded = self.generate(batch, decoder, batch_rng)
             best = np.asarray(decoded.tokens)[:, 0]  # [batch, length]
             # Not strict: rows behind the last index are padding.
@@ -237,13 +237,14 @@ class BasePredictor(abc.ABC):
                 max(len(input_ids[n]) for n in indices),
                 max(len(ids) for n in indices for ids in choice_ids[n]),
             )
-            batch = self._ranking_batch(
-                [input_ids[n] for n in indices],
-                [choice_ids[n] for n in indices],
+            batch_rows = filled(indices, rows, self.partitioner.batch_shards)
+            batch = text_batches.ranking_batch(
+                [input_ids[n] for n in batch_rows],
+                [choice_ids[n] for n in batch_rows],
                 inputs_length,
-                rows,
+                self.vocabulary.pad_id,
             )
-            batch |= _task_rows(tasks, indices, len(batch["encoder_input_tokens"]))
+            batch |= _task_rows(tasks, batch_rows)
             with self.partitioner.activate():
                 sharded = self.partitioner.share_batch(batch)
                 log_likelihoods = np.asarray(
@@ -297,76 +298,6 @@ class BasePredictor(abc.ABC):
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
-
-    def _masked(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns a batch of inputs with its mask; a UserError if it seems to be missing."""
-        batch = _inputs(batch)
-        tokens = batch["encoder_input_tokens"]
-        mask = batch.get("encoder_input_mask")
-        if mask is not None:
-            if mask.shape != tokens.shape:
-                raise UserError(
-                    f"encoder_input_mask has shape {mask.shape}, encoder_input_tokens "
-                    f"{tokens.shape}."
-                )
-            return {**batch, "encoder_input_mask": np.asarray(mask, bool)}
-        pad_id = self.model.pad_id
-        # Padding is often EOS, and then a single row may end in it: it needs no padding.
-        if (tokens[:, -1:] == pad_id).any() and (len(tokens) > 1 or pad_id != self.model.eos_id):
-            raise UserError(
-                f"Rows of encoder_input_tokens end in the padding, {pad_id}, but the batch has no "
-                "encoder_input_mask [batch, source]; give it, True for tokens, False for padding."
-            )
-        return {**batch, "encoder_input_mask": np.ones(tokens.shape, bool)}
-
-    def _filled(self, sequences: Sequence[Any], batch_size: int) -> list[Any]:
-        """Returns the rows of a batch whose size is a bucket, so that few programs compile.
-
-        Rows that fill it up repeat the first: empty ones might decode longer than all others.
-        """
-        rows = self.partitioner.batch_shards
-        while rows < len(sequences):
-            rows *= 2
-        return [*sequences, *[sequences[0]] * (min(rows, batch_size) - len(sequences))]
-
-    def _input_batch(
-        self, inputs: Sequence[Sequence[int]], length: int | None
-    ) -> dict[str, np.ndarray]:
-        """Returns the features of inputs, padded to a length or else to their bucket."""
-        tokens, mask = self._padded(inputs, length)
-        return {"encoder_input_tokens": tokens, "encoder_input_mask": mask}
-
-    def _padded(
-        self, sequences: Sequence[Sequence[int]], length: int | None = None
-    ) -> tuple[Int32[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
-        """Returns token ids padded to a length, else to their bucket, and which are no padding."""
-        length = length or _bucket(max(map(len, sequences)))
-        tokens = np.full((len(sequences), length), self.vocabulary.pad_id, np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for i, sequence in enumerate(sequences):
-            tokens[i, : len(sequence)] = sequence
-            mask[i, : len(sequence)] = True
-        return tokens, mask
-
-    def _ranking_batch(
-        self,
-        inputs: Sequence[Sequence[int]],
-        choices: Sequence[Sequence[Sequence[int]]],
-        inputs_length: int | None,
-        batch_size: int,
-    ) -> dict[str, np.ndarray]:
-        """Returns a batch whose targets are the choices of all inputs: [inputs * choices, length].
-
-        Inputs and choices that fill it up repeat the first.
-        """
-        inputs, choices = self._filled(inputs, batch_size), self._filled(choices, batch_size)
-        most = max(map(len, choices))
-        targets = [ids for row in choices for ids in [*row, *[row[0]] * (most - len(row))]]
-        tokens, mask = self._padded(targets)
-        return self._input_batch(inputs, inputs_length) | {
-            "decoder_target_tokens": tokens,
-            "decoder_loss_weights": mask.astype(np.float32),
-        }
 
 
 class Predictor(BasePredictor):
@@ -431,7 +362,10 @@ def _log_likelihoods(
     model: LanguageModel, params: Any, batch: Batch
 ) -> Float[Array, "batch choices"]:
     """Sums log-probabilities in chunks of the targets, so that all logits are never in memory."""
-    inputs, targets = _inputs(batch), batch["decoder_target_tokens"]  # [batch * choices, length]
+    inputs, targets = (
+        text_batches.input_features(batch),
+        batch["decoder_target_tokens"],
+    )  # [batch * choices, length]
     rows = inputs["encoder_input_tokens"].shape[0]
     # One prefill for all choices of an input.
     start, cache = repeat_rows(
@@ -455,18 +389,11 @@ def _log_likelihoods(
     return jnp.sum(jax.lax.map(score, chunks), axis=0).reshape(rows, -1)
 
 
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the features of a batch that are read before the target."""
-    return {k: v for k, v in batch.items() if k.startswith("encoder_") or k == "task_index"}
-
-
 def _task_rows(
-    tasks: Int32[np.ndarray, "texts"] | None, indices: list[int], rows: int
+    tasks: Int32[np.ndarray, "texts"] | None, rows: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Returns the "task_index" of a batch of texts; rows that fill it up repeat the first."""
-    if tasks is None:
-        return {}
-    return {"task_index": tasks[[*indices, *indices[:1] * (rows - len(indices))]]}
+    """Returns the "task_index" of a batch of texts."""
+    return {} if tasks is None else {"task_index": tasks[list(rows)]}
 
 
 def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
@@ -475,14 +402,6 @@ def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
         if name not in known:
             raise UserError(f"Decoder has no setting '{name}'." + nearest(name, known))
     return dataclasses.replace(decoder or Decoder(max_decode_len=DECODE_LENGTH), **settings)
-
-
-def _bucket(length: int) -> int:
-    """Returns the bucket of a length: a power of 2, above 64 a multiple of 64."""
-    bucket = CHUNK
-    while bucket < min(length, 64):
-        bucket *= 2
-    return bucket if length <= 64 else -(-length // 64) * 64
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"console", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
-    {"train_step", "predictor", "model_info"},
+    {"train_step", "text_batches", "predictor", "model_info"},
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "evaluate"},
     {"loading", "stage", "stage_step", "run_context", "stage_evaluator", "training_log"},
     {"trainer", "ensembles"},
