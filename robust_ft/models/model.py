@@ -180,6 +180,7 @@ class Model:
     def check(self) -> None:
         """Raises a UserError if a token id or a PEFT method does not fit this model."""
         self._check_ids()
+        self.check_lengths(1, 1)  # prompts and prefixes leave room
         shapes = self.shapes()
         for method in self.peft:
             method.check(shapes, self.config)

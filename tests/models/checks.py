@@ -91,6 +91,4 @@ def converted(reference, folder, peft=(), **changes):
     checkpoint = sources.read(str(folder), overrides=changes)
     ids = {f"{name}_id": value for name, value in checkpoint.token_ids.items()}
     params = unflatten({path: jnp.asarray(value) for path, value in checkpoint.load().items()})
-    if checkpoint.config.decoder_only:
-        ids["separator_id"] = ids["start_id"]
     return Model(checkpoint.config, peft, **ids), params

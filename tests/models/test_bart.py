@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.predictor import Predictor
 from robust_ft.trainable import flatten, merge
+from robust_ft.vocabulary import ByteVocabulary
 
 VOCAB, PAD, EOS = 43, 1, 2
 
@@ -82,11 +82,18 @@ def hugging_face(seed=0, **changes):
     return randomize(transformers.BartForConditionalGeneration(config), seed)
 
 
+def mask_of(batch):
+    """Returns the mask of the inputs as PyTorch's models take it."""
+    import torch
+
+    return torch.from_numpy(batch["encoder_input_mask"]).long()
+
+
 def reference_logits(reference, batch, **inputs):
     import torch
 
     tokens = torch.from_numpy(batch["encoder_input_tokens"]).long()
-    inputs = inputs or {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+    inputs = inputs or {"input_ids": tokens, "attention_mask": mask_of(batch)}
     targets = torch.from_numpy(batch["decoder_input_tokens"]).long()
     return reference(decoder_input_ids=targets, use_cache=False, **inputs).logits
 
@@ -134,7 +141,7 @@ def test_prompted_logits_are_hugging_faces_with_longer_inputs(scale, tmp_path):
         inputs_embeds=torch.cat(
             [torch.from_numpy(prompt).expand(3, -1, -1), reference.model.shared(tokens)], 1
         ),
-        attention_mask=torch.nn.functional.pad((tokens != PAD).long(), (5, 0), value=1),
+        attention_mask=torch.nn.functional.pad(mask_of(batch), (5, 0), value=1),
     )
     assert_close(logits_of(model, params, batch), expected)
 
@@ -178,13 +185,13 @@ def test_greedy_decoding_is_hugging_faces(tmp_path):
     lengths = np.random.default_rng(8).integers(1, 20, 20)
     batch = batch_of(9, lengths, [1] * 20)
     inputs = torch.from_numpy(batch["encoder_input_tokens"]).long()
-    mask, settings = (inputs != PAD).long(), {"max_new_tokens": 12, "do_sample": False}
+    mask, settings = mask_of(batch), {"max_new_tokens": 12, "do_sample": False}
     reference.generation_config.eos_token_id = None
     expected = reference.generate(inputs, attention_mask=mask, **settings)[:, 1:].numpy()
     # A token that some outputs have ends them.
     counts = [int(np.any(expected == token, axis=1).sum()) for token in range(VOCAB)]
     eos = min((count, token) for token, count in enumerate(counts) if count > 3)[1]
-    predictor = Predictor(dataclasses.replace(model, eos_id=eos), params, SimpleNamespace())
+    predictor = Predictor(dataclasses.replace(model, eos_id=eos), params, ByteVocabulary())
     decoded = predictor.generate(batch, Decoder(max_decode_len=12))
     for row, tokens in zip(expected, np.asarray(decoded.tokens)[:, 0], strict=True):
         length = list(row).index(eos) + 1 if eos in row else 12
@@ -250,17 +257,17 @@ def test_more_padding_changes_nothing():
     model = tiny_model((Prompt(length=3),))
     params = params_of(model)
     batch = batch_of(1, [7, 1, 4], [3, 6, 2])
-    longer = {
-        name: np.pad(rows, [(0, 0), (0, 5)], constant_values=PAD) for name, rows in batch.items()
-    }
     expected = logits_of(model, params, batch)
-    np.testing.assert_allclose(logits_of(model, params, longer)[:, :6], expected, atol=1e-5)
+    for extra in (5, 60):  # also where it takes more than all positions
+        longer = batch_of(1, [7, 1, 4], [3, 6, 2], extra=extra)
+        np.testing.assert_allclose(logits_of(model, params, longer)[:, :6], expected, atol=1e-5)
 
 
 def test_a_row_of_padding_stays_finite_forward_and_backward():
     model = tiny_model()
     params, batch = params_of(model), batch_of(3, [6, 4], [5, 7])
     batch["encoder_input_tokens"][1] = batch["decoder_input_tokens"][1] = PAD
+    batch["encoder_input_mask"][1] = False
     batch["decoder_loss_weights"][1] = 0
     assert np.all(np.isfinite(logits_of(model, params, batch)))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(grad_of(model, params, batch)))
@@ -322,7 +329,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
     params, batch = params_of(model), batch_of(6, [6, 3], [7, 7])
     tokens = jnp.asarray(batch["decoder_input_tokens"])
     step = jax.jit(lambda cache, tokens: model.step(params, cache, tokens))
-    caches = [jax.jit(lambda b: model.prefill(params, b, 5))(batch)]
+    caches = [jax.jit(lambda b: model.prefill(params, b, 5)[1])(batch)]
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(caches[0]))
     for i in range(4):
         caches.append(step(caches[-1], tokens[:, i])[1])
@@ -371,7 +378,7 @@ def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.15
     assert np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32)) < 0.1
-    cache = jax.eval_shape(lambda p, b: half.prefill(p, b, 4), half.shapes(), batch)
+    _, cache = jax.eval_shape(lambda p, b: half.prefill(p, b, 4), half.shapes(), batch)
     assert cache["layers"][0]["memory"]["key"].dtype == jnp.bfloat16
     kept = flatten(tiny_model(dtype="bfloat16", param_dtype="bfloat16").shapes())
     assert {leaf.dtype for leaf in kept.values()} == {jnp.dtype("bfloat16")}
@@ -388,7 +395,6 @@ def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
         ({"dtype": "bfloat"}, "bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype"),
         ({"num_heads": 4}, "emb_dim=15.*num_heads=4"),
-        ({"pad_id": -1}, "pad_id=-1"),
     ],
 )
 def test_settings_that_no_model_has(changes, named):
@@ -398,13 +404,15 @@ def test_settings_that_no_model_has(changes, named):
 
 def test_inputs_and_targets_beyond_the_positions():
     model, prompted = tiny_model(), tiny_model((Prompt(length=5),))
-    for batch, what in ((batch_of(0, [33], [9]), "Inputs"), (batch_of(0, [5], [33]), "Targets")):
+    for inputs, targets, what in ((33, 9, "Inputs"), (5, 33, "Targets")):
+        batch = batch_of(0, [inputs], [targets])
+        predictor = Predictor(model, params_of(model), ByteVocabulary())
+        with pytest.raises(UserError, match=f"{what}.* of 33 .*num_positions=32"):
+            predictor.generate(batch, max_decode_len=targets)
+        del batch["encoder_input_mask"]
         with pytest.raises(UserError, match=f"{what}.* of 33 .*num_positions=32"):
             jax.eval_shape(model.logits, model.shapes(), batch)
-    with pytest.raises(UserError, match=r"Targets of 33 .*num_positions=32"):
-        batch = batch_of(0, [5], [9])
-        jax.eval_shape(lambda p, b: model.prefill(p, b, 33), model.shapes(), batch)
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):
-        jax.eval_shape(prompted.logits, prompted.shapes(), batch_of(0, [28], [9]))
+        prompted.check_lengths(28, 9)
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):
-        tiny_model((Prompt(length=32),)).shapes()
+        tiny_model((Prompt(length=32),)).check()

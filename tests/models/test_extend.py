@@ -18,7 +18,7 @@ def test_a_target_in_parts_has_the_logits_of_the_whole(family):
 
     @jax.jit
     def in_parts(params, batch):
-        cache = model.prefill(params, batch, 9)  # more room than is needed
+        _, cache = model.prefill(params, batch, 9)  # more room than is needed
         parts = []
         for part in jnp.split(batch["decoder_input_tokens"], [4, 5], axis=1):
             hidden, cache = model.extend(params, cache, part)

@@ -7,6 +7,7 @@ import pytest
 from checks import converted, randomize
 
 from robust_ft.predictor import Predictor
+from robust_ft.text_batches import input_batch
 from robust_ft.vocabulary import ByteVocabulary
 
 VOCAB, PROMPTS, LENGTH = 43, 200, 16
@@ -89,31 +90,28 @@ def lively(reference):
 
 
 def prompts(predictor, seed=0):
-    """Uneven inputs [PROMPTS, 9], padded at the right."""
+    """Uneven inputs [PROMPTS, 9], padded at the right; ids of padding and EOS are tokens too."""
     model, rng = predictor.model, np.random.default_rng(seed)
-    tokens = np.full((PROMPTS, 9), model.pad_id, np.int32)
-    words = [t for t in range(VOCAB) if t not in (model.pad_id, model.eos_id, model.start_id)]
-    for row in tokens:
-        length = rng.integers(1, 10)
-        row[:length] = rng.choice(words, length)
-    return tokens
+    rows = [rng.integers(VOCAB, size=rng.integers(1, 10)) for _ in range(PROMPTS)]
+    for row in rows:
+        row[-1] += row[-1] == model.eos_id  # PyTorch would count an n-gram of it and its padding
+    return input_batch([row.tolist() for row in rows], 9, model.pad_id)
 
 
-def theirs(reference, predictor, tokens, settings):
+def theirs(reference, predictor, batch, settings):
     """Returns tokens [PROMPTS, num_return, LENGTH], and scores or None for greedy decoding."""
     import torch
 
     model, count = predictor.model, settings.get("num_return_sequences", 1)
-    if not reference.config.is_encoder_decoder:
-        # Padding at the left, and the token that separates input from target.
-        order = np.argsort(tokens != model.pad_id, axis=1, kind="stable")
-        tokens = np.take_along_axis(tokens, order, axis=1)
-        tokens = np.pad(tokens, [(0, 0), (0, 1)], constant_values=model.start_id)
+    tokens, mask = batch["encoder_input_tokens"], batch["encoder_input_mask"]
+    if not reference.config.is_encoder_decoder:  # padding at the left
+        order = np.argsort(mask, axis=1, kind="stable")
+        tokens, mask = (np.take_along_axis(each, order, axis=1) for each in (tokens, mask))
     given = torch.from_numpy(tokens).long()
     with torch.no_grad():
         out = reference.generate(
             given,
-            attention_mask=(given != model.pad_id).long(),
+            attention_mask=torch.from_numpy(mask).long(),
             max_new_tokens=LENGTH,
             do_sample=False,
             output_scores=True,
@@ -131,9 +129,9 @@ def theirs(reference, predictor, tokens, settings):
 
 def assert_same(reference, predictor, ours, hugging_face):
     """Compares all prompts' tokens and, with beams, scores."""
-    tokens = prompts(predictor)
-    found = predictor.generate({"encoder_input_tokens": tokens}, max_decode_len=LENGTH, **ours)
-    expected, scores = theirs(reference, predictor, tokens, hugging_face)
+    batch = prompts(predictor)
+    found = predictor.generate(batch, max_decode_len=LENGTH, **ours)
+    expected, scores = theirs(reference, predictor, batch, hugging_face)
     same = np.all(np.asarray(found.tokens) == expected, axis=(1, 2))
     if scores is not None:
         np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.predictor import Predictor
 from robust_ft.trainable import flatten, merge, split
+from robust_ft.vocabulary import ByteVocabulary
 
 VOCAB, EOS, PAD, SEP = 43, 40, 41, 42
 
@@ -38,13 +38,13 @@ def tiny_config(**changes):
         "mlp_dim": 22,
         "num_layers": 2,
         "num_positions": 48,
-        "pad_id": PAD,
     }
     return GPT2Config(**(sizes | changes))
 
 
 def tiny_model(peft=(), **changes):
-    return Model(tiny_config(**changes), peft, pad_id=PAD, eos_id=EOS, start_id=SEP)
+    ids = {"pad_id": PAD, "eos_id": EOS, "start_id": EOS, "separator_id": SEP}
+    return Model(tiny_config(**changes), peft, **ids)
 
 
 def params_of(model, seed=0):
@@ -83,13 +83,19 @@ def hugging_face(seed=0, **changes):
     return randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes)), seed)
 
 
+def sources_of(batch):
+    """Yields each row's input without its padding."""
+    names = ("encoder_input_tokens", "encoder_input_mask")
+    for tokens, mask in zip(*(batch[name] for name in names), strict=True):
+        yield tokens[mask]
+
+
 def reference_logits(reference, batch, prompt=None):
     """Yields each row's logits [target, vocab]: the row alone, without any padding."""
     import torch
 
-    rows = zip(batch["encoder_input_tokens"], batch["decoder_input_tokens"], strict=True)
-    for source, target in rows:
-        tokens = torch.from_numpy(np.concatenate([source[source != PAD], target])).long()[None]
+    for source, target in zip(sources_of(batch), batch["decoder_input_tokens"], strict=True):
+        tokens = torch.from_numpy(np.concatenate([source, target])).long()[None]
         embedded = reference.transformer.wte(tokens)
         if prompt is not None:
             embedded = torch.cat([torch.from_numpy(np.array(prompt))[None], embedded], 1)
@@ -169,8 +175,8 @@ def test_greedy_decoding_is_hugging_faces(tmp_path):
     lengths = np.random.default_rng(8).integers(0, 20, 20)
     batch = scattered(batch_of(9, lengths, [1] * 20), pad_id=PAD)
     expected = []
-    for source in batch["encoder_input_tokens"]:
-        start = torch.from_numpy(np.append(source[source != PAD], SEP)).long()[None]
+    for source in sources_of(batch):
+        start = torch.from_numpy(np.append(source, SEP)).long()[None]
         mask, settings = torch.ones_like(start), {"max_new_tokens": 12, "do_sample": False}
         reference.generation_config.eos_token_id = None
         tokens = reference.generate(start, attention_mask=mask, **settings)
@@ -178,7 +184,8 @@ def test_greedy_decoding_is_hugging_faces(tmp_path):
     # A token that some outputs have ends them.
     counts = [sum(token in row for row in expected) for token in range(VOCAB)]
     eos = min((count, token) for token, count in enumerate(counts) if count > 3)[1]
-    predictor = Predictor(dataclasses.replace(model, eos_id=eos), params, SimpleNamespace())
+    model = dataclasses.replace(model, eos_id=eos, separator_id=SEP)
+    predictor = Predictor(model, params, ByteVocabulary())
     decoded = predictor.generate(batch, Decoder(max_decode_len=12))
     for row, tokens in zip(expected, np.asarray(decoded.tokens)[:, 0], strict=True):
         length = list(row).index(eos) + 1 if eos in row else 12
@@ -241,7 +248,7 @@ def test_padding_changes_nothing_wherever_it_stands():
 
 
 def test_the_separator_is_seen_even_where_it_is_the_padding_token():
-    model = dataclasses.replace(tiny_model(pad_id=EOS), pad_id=EOS, start_id=EOS)
+    model = dataclasses.replace(tiny_model(), pad_id=EOS, separator_id=EOS)
     params = params_of(model)
     batch = with_start_and_pad(random_batch(2, [5, 0], [4, 4], vocab=EOS), EOS, EOS)
     other = batch | {"decoder_input_tokens": batch["decoder_input_tokens"].copy()}
@@ -253,7 +260,7 @@ def test_the_separator_is_seen_even_where_it_is_the_padding_token():
 def test_rows_of_padding_stay_finite_forward_and_backward():
     model = tiny_model()
     params, batch = params_of(model), batch_of(3, [6, 4], [5, 7])
-    batch["encoder_input_tokens"][:] = PAD
+    batch["encoder_input_tokens"][:], batch["encoder_input_mask"][:] = PAD, False
     batch["decoder_loss_weights"][1] = 0
     assert np.all(np.isfinite(logits_of(model, params, batch)))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(grad_of(model, params, batch)))
@@ -314,7 +321,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
     params, batch = params_of(model), batch_of(6, [6, 3], [7, 7])
     tokens = jnp.asarray(batch["decoder_input_tokens"])
     step = jax.jit(lambda cache, tokens: model.step(params, cache, tokens))
-    caches = [jax.jit(lambda b: model.prefill(params, b, 5))(batch)]
+    caches = [jax.jit(lambda b: model.prefill(params, b, 5)[1])(batch)]
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(caches[0]))
     for i in range(4):
         caches.append(step(caches[-1], tokens[:, i])[1])
@@ -362,7 +369,7 @@ def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.15
     assert np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32)) < 0.1
-    cache = jax.eval_shape(lambda p: half.prefill(p, batch, 4), half.shapes())
+    _, cache = jax.eval_shape(lambda p: half.prefill(p, batch, 4), half.shapes())
     assert cache["layers"][0]["input"]["key"].dtype == jnp.bfloat16
     kept = flatten(tiny_model(dtype="bfloat16", param_dtype="bfloat16").shapes())
     assert {leaf.dtype for leaf in kept.values()} == {jnp.dtype("bfloat16")}
@@ -379,7 +386,6 @@ def test_bfloat16_stays_near_float32_and_logits_are_not_rounded():
         ({"dtype": "bfloat"}, "bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype"),
         ({"num_heads": 4}, "emb_dim=15.*num_heads=4"),
-        ({"pad_id": VOCAB}, "pad_id=43"),
     ],
 )
 def test_settings_that_no_model_has(changes, named):
@@ -388,18 +394,41 @@ def test_settings_that_no_model_has(changes, named):
 
 
 def test_inputs_and_targets_beyond_the_positions():
-    model = tiny_model()
-    batch = batch_of(0, [40], [9])
+    model, batch = tiny_model(), batch_of(0, [40], [9])
+    predictor = Predictor(model, params_of(model), ByteVocabulary())
+    with pytest.raises(UserError, match=r"40 .* 9 .*num_positions=48"):
+        predictor.generate(batch, max_decode_len=9)
+    del batch["encoder_input_mask"]
     with pytest.raises(UserError, match=r"40 .* 9 .*num_positions=48"):
         jax.eval_shape(model.logits, model.shapes(), batch)
-    with pytest.raises(UserError, match=r"40 .* 10 .*num_positions=48"):
-        jax.eval_shape(lambda p, b: model.prefill(p, b, 10), model.shapes(), batch)
+    # If the target continues the input, its last token takes one position only.
+    continued = dataclasses.replace(model, separator_id=None)
+    continued.check_lengths(40, 9)
+    continued.check_lengths(0, 48)
+    for inputs, targets in ((41, 9), (0, 49)):
+        with pytest.raises(UserError, match="num_positions=48"):
+            continued.check_lengths(inputs, targets)
+
+
+def test_padding_needs_no_positions():
+    model = tiny_model((Prompt(length=3),))
+    params, batch = params_of(model), batch_of(0, [36, 4], [9, 9])
+    expected = logits_of(model, params, batch)
+    wide = batch_of(0, [36, 4], [9, 9], extra=60)
+    np.testing.assert_allclose(logits_of(model, params, wide)[:, :9], expected, atol=1e-5)
+    generated = [
+        Predictor(model, params, ByteVocabulary()).generate(each, max_decode_len=9).tokens
+        for each in (batch, wide)
+    ]
+    np.testing.assert_array_equal(*generated)
 
 
 def test_a_prompt_longer_than_the_positions_leave_room_for():
-    assert flatten(tiny_model((Prompt(length=46),)).shapes())["decoder/prompt"].shape == (46, 15)
+    model = tiny_model((Prompt(length=46),))
+    model.check()
+    assert flatten(model.shapes())["decoder/prompt"].shape == (46, 15)
     with pytest.raises(UserError, match=r"soft prompts included.*num_positions=48"):
-        tiny_model((Prompt(length=47),)).shapes()
+        tiny_model((Prompt(length=47),)).check()
 
 
 def test_prompts_start_from_the_vocabulary():

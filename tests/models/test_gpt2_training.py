@@ -26,12 +26,11 @@ CONFIG = GPT2Config(
     mlp_dim=32,
     num_layers=1,
     num_positions=24,
-    pad_id=0,
     dropout_rate=0.1,
     attention_dropout_rate=0.1,
 )
 SEPARATOR = 260
-MODEL = Model(CONFIG, (Prompt(length=3),), start_id=SEPARATOR)
+MODEL = Model(CONFIG, (Prompt(length=3),), separator_id=SEPARATOR)
 
 
 @pytest.fixture(scope="module")

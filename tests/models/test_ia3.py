@@ -98,8 +98,9 @@ def test_logits_are_pefts(family, tmp_path):
     if family == "t5":
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **T5_1_0))
     params, batch = params_of(model), batch_of()
-    # transformers' GPT-2 counts padding between input and target as positions.
+    # transformers' GPT-2 counts padding between input and target as positions: so there is none.
     batch["encoder_input_tokens"] = np.maximum(batch["encoder_input_tokens"], 3)
+    batch["encoder_input_mask"][:] = True
     plain = hugging_face(family, model.config, params, tmp_path)
     before = hugging_face_logits(family, plain, batch)
     task = "SEQ_2_SEQ_LM" if family in ENCODER_DECODERS else "CAUSAL_LM"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import decode_cached, logits_of
 from tiny_models import assert_trees_close, random_params
 
 from robust_ft.errors import UserError
@@ -14,10 +15,11 @@ from robust_ft.models.llama import LlamaConfig, rotary_frequencies
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
 from robust_ft.objectives import CrossEntropy
+from robust_ft.text_batches import padded
 from robust_ft.trainable import flatten
 
 VOCAB = 40
-SEPARATOR = 1
+SEPARATOR, PAD = 1, 0
 # Every switch, in few models.
 VARIANTS = {
     "llama2": {"num_kv_heads": 4},
@@ -29,13 +31,9 @@ VARIANTS = {
         "rope_original_length": 16,
     },
     "mistral": {"num_kv_heads": 1, "sliding_window": 5},
-    "qwen2": {"qkv_bias": True, "sliding_window": 6, "first_window_layer": 1, "pad_id": 7},
+    "qwen2": {"qkv_bias": True, "sliding_window": 6, "first_window_layer": 1},
     "qwen3": {"qk_norm": True, "rope_scaling": "linear", "rope_factor": 3.0},
 }
-
-logits_of = jax.jit(
-    lambda model, params, batch, rng=None: model.logits(params, batch, rng), static_argnums=0
-)
 
 
 def tiny_model(peft=(), **changes):
@@ -48,19 +46,21 @@ def tiny_model(peft=(), **changes):
         "mlp_dim": 24,
         "num_layers": 2,
     }
-    config = LlamaConfig(**(sizes | changes))
-    return Model(config, peft, pad_id=config.pad_id, start_id=SEPARATOR)
+    return Model(LlamaConfig(**(sizes | changes)), peft, separator_id=SEPARATOR)
 
 
-def holes(seed, source=9, target=7, pad_id=0, rows=4):
-    """A batch with padding anywhere in its inputs; the last one is nothing else."""
+def holes(seed, source=9, target=7, rows=4):
+    """A batch with padding anywhere in its inputs, whose id tokens have too; the last is empty."""
     rng = np.random.default_rng(seed)
     inputs = rng.integers(8, VOCAB, (rows, source))
-    inputs[rng.random(inputs.shape) < 0.4] = pad_id
-    inputs[-1] = pad_id
+    inputs[rng.random(inputs.shape) < 0.2] = PAD
+    mask = rng.random(inputs.shape) > 0.4
+    mask[-1] = False
+    inputs[~mask] = PAD
     targets = rng.integers(8, VOCAB, (rows, target))
     return {
         "encoder_input_tokens": inputs.astype(np.int32),
+        "encoder_input_mask": mask,
         "decoder_input_tokens": np.pad(
             targets[:, :-1], [(0, 0), (1, 0)], constant_values=SEPARATOR
         ).astype(np.int32),
@@ -69,26 +69,12 @@ def holes(seed, source=9, target=7, pad_id=0, rows=4):
     }
 
 
-def closed_up(batch, pad_id=0, extra=0):
+def closed_up(batch, extra=0):
     """The same batch with its padding at the right, and more of it."""
-    inputs = np.full(np.add(batch["encoder_input_tokens"].shape, (0, extra)), pad_id, np.int32)
-    for row, tokens in zip(inputs, batch["encoder_input_tokens"], strict=True):
-        kept = tokens[tokens != pad_id]
-        row[: len(kept)] = kept
-    return batch | {"encoder_input_tokens": inputs}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def decode_cached(model, params, batch, max_length):
-    """Returns log-probabilities [batch, target, vocab], token by token."""
-    cache = model.prefill(params, batch, max_length)
-
-    def body(cache, tokens):
-        log_probs, cache = model.step(params, cache, tokens)
-        return cache, log_probs
-
-    _, log_probs = jax.lax.scan(body, cache, batch["decoder_input_tokens"].T)
-    return jnp.swapaxes(log_probs, 0, 1)
+    tokens, mask = batch["encoder_input_tokens"], batch["encoder_input_mask"]
+    rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    inputs, mask = padded(rows, tokens.shape[1] + extra, PAD)
+    return batch | {"encoder_input_tokens": inputs, "encoder_input_mask": mask}
 
 
 def test_parameters_have_names_and_shapes():
@@ -132,13 +118,13 @@ def test_drawn_models_predict_with_logits_of_scale_1(tied):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_padding_changes_nothing(name):
     model = tiny_model((Prompt(length=2),), **VARIANTS[name])
-    params, pad_id = random_params(model), model.pad_id
-    batch = holes(1, pad_id=pad_id)
-    expected = logits_of(model, params, closed_up(batch, pad_id, extra=3))
+    params, batch = random_params(model), holes(1)
+    expected = logits_of(model, params, closed_up(batch, extra=3))
     assert np.std(expected) > 0.3
     np.testing.assert_allclose(logits_of(model, params, batch), expected, atol=1e-5)
     alone = {field: rows[-1:] for field, rows in batch.items()}
-    alone["encoder_input_tokens"] = np.zeros((1, 0), np.int32)
+    alone |= {"encoder_input_tokens": np.zeros((1, 0), np.int32)}
+    alone |= {"encoder_input_mask": np.zeros((1, 0), bool)}
     np.testing.assert_allclose(logits_of(model, params, alone), expected[-1:], atol=1e-5)
 
 
@@ -155,7 +141,8 @@ def test_targets_see_no_later_targets():
 def test_one_layer_sees_no_further_than_its_window():
     model = tiny_model(sliding_window=3, num_layers=1)
     params, batch = random_params(model), closed_up(holes(3, target=5))
-    changed = batch | {"encoder_input_tokens": np.full_like(batch["encoder_input_tokens"], 9)}
+    inputs = np.full_like(batch["encoder_input_tokens"], 9)
+    changed = batch | {"encoder_input_tokens": inputs, "encoder_input_mask": inputs > 0}
     before, after = (logits_of(model, params, b) for b in (batch, changed))
     # Two tokens before, and itself: from the third target on, no input is seen.
     np.testing.assert_allclose(before[:, 2:], after[:, 2:], atol=1e-5)
@@ -167,11 +154,9 @@ def test_packed_examples_get_the_logits_they_get_alone():
     params = random_params(model)
     lengths = [(5, 3), (2, 6), (7, 1)]
     alone = [
-        {k: rows[:1] for k, rows in holes(10 + i, s, t, pad_id=-1).items()}
+        {k: rows[:1] for k, rows in holes(10 + i, s, t).items() if k != "encoder_input_mask"}
         for i, (s, t) in enumerate(lengths)
     ]
-    for example in alone:
-        example["encoder_input_tokens"] = np.abs(example["encoder_input_tokens"])
     names = ("encoder_input_tokens", "decoder_input_tokens")
     packed = {
         name: np.pad(np.concatenate([e[name][0] for e in alone]), (0, 3))[None] for name in names
@@ -191,7 +176,7 @@ def test_packed_examples_get_the_logits_they_get_alone():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_is_uncached_decoding(name, peft):
     model = tiny_model(peft, **VARIANTS[name], remat="full")
-    params, batch = random_params(model), holes(4, target=10, pad_id=model.pad_id)
+    params, batch = random_params(model), holes(4, target=10)
     expected = jax.nn.log_softmax(logits_of(model, params, batch))
     actual = decode_cached(model, params, batch, 12)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
@@ -202,7 +187,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
     params, batch = random_params(model), holes(5, rows=3)
     tokens = jnp.asarray(batch["decoder_input_tokens"])
     step = jax.jit(lambda cache, tokens: model.step(params, cache, tokens))
-    caches = [jax.jit(lambda b: model.prefill(params, b, 5))(batch)]
+    caches = [jax.jit(lambda b: model.prefill(params, b, 5)[1])(batch)]
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(caches[0]))
     for i in range(4):
         caches.append(step(caches[-1], tokens[:, i])[1])
@@ -217,7 +202,7 @@ def test_the_inputs_keys_are_returned_as_they_came():
     model = tiny_model(num_layers=1)
 
     def step(params, batch):
-        cache = model.prefill(params, batch, 3)
+        _, cache = model.prefill(params, batch, 3)
         _, after = model.step(params, cache, batch["decoder_input_tokens"][:, 0])
         # The same object: so beam search knows that it need not reorder it.
         assert after["layers"][0]["input"]["key"] is cache["layers"][0]["input"]["key"]

@@ -177,9 +177,9 @@ def test_slots_that_are_counted_need_positions():
         "gpt2": "num_positions=48, of which a prefix takes 40",
     }.items():
         model = model_of(family, Prefix(length=40, counted=True))
-        params = model_of(family, Prefix(length=40)).shapes()
         with pytest.raises(UserError, match=sentence):
-            jax.eval_shape(model.logits, params, batch_of())
+            model.check_lengths(6, 7)
+        model.without("prefix").check_lengths(6, 7)
 
 
 def test_prefixes_with_positions_come_first():
@@ -281,7 +281,8 @@ def test_a_predictor_computes_the_mlp_once():
     exported, plain = export_of(model, params)
     assert predictor.model == exported
     assert flatten(predictor.params).keys() == flatten(plain).keys()
-    batch = {"encoder_input_tokens": np.repeat(batch_of()["encoder_input_tokens"], 4, 0)}
+    names = ("encoder_input_tokens", "encoder_input_mask")
+    batch = {name: np.repeat(batch_of()[name], 4, 0) for name in names}
     decoder = Decoder(max_decode_len=4)
     expected = Predictor(exported, plain, Words()).generate(batch, decoder)
     found = predictor.generate(batch, decoder)
@@ -347,8 +348,13 @@ def test_a_decoder_only_model_starts_as_if_it_had_read_the_words(family):
     params, batch = params_of(model), batch_of()
     found = logits_of(model.exported(), started(model, params), batch)
     words = np.broadcast_to(np.array(TOKENS, np.int32), (2, len(TOKENS)))
-    inputs = np.concatenate([words, batch["encoder_input_tokens"]], 1)
-    expected = logits_of(model.without("prefix"), params, batch | {"encoder_input_tokens": inputs})
+    longer = {
+        "encoder_input_tokens": np.concatenate([words, batch["encoder_input_tokens"]], 1),
+        "encoder_input_mask": np.pad(
+            batch["encoder_input_mask"], [(0, 0), (len(TOKENS), 0)], constant_values=True
+        ),
+    }
+    expected = logits_of(model.without("prefix"), params, batch | longer)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 

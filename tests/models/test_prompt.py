@@ -55,7 +55,8 @@ def test_prompted_logits_are_hugging_faces_with_longer_inputs(changes):
     reference = hugging_face_t5(model.config, pretrained)
     prompt = torch.from_numpy(np.array(prompt["encoder"]["prompt"])).expand(3, -1, -1)
     tokens = torch.from_numpy(batch["encoder_input_tokens"]).long()
-    mask = torch.nn.functional.pad((tokens != 0).long(), (5, 0), value=1)
+    mask = torch.from_numpy(batch["encoder_input_mask"]).long()
+    mask = torch.nn.functional.pad(mask, (5, 0), value=1)
     embedded = torch.cat([prompt, reference.shared(tokens)], dim=1)
     expected = hugging_face_logits(reference, batch, inputs_embeds=embedded, attention_mask=mask)
     logits = jax.jit(model.logits)(params, batch)
@@ -87,7 +88,7 @@ def test_a_prompt_and_only_it_is_owned_by_the_method():
 def test_prompt_is_float32_and_changes_the_activations_type_nowhere():
     model = tiny_model((Prompt(length=3),), dtype="bfloat16", param_dtype="bfloat16")
     assert flatten(model.shapes())[PATH].dtype == jnp.float32
-    cache = jax.eval_shape(lambda p: model.prefill(p, example_batch(), 4), model.shapes())
+    _, cache = jax.eval_shape(lambda p: model.prefill(p, example_batch(), 4), model.shapes())
     assert cache["layers"][0]["memory"]["key"].dtype == jnp.bfloat16
     assert cache["memory_mask"].shape == (2, 3 + 6)
 

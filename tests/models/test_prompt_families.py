@@ -43,15 +43,18 @@ def with_task(params, path, task):
     return unflatten(flat | {path: flat[path][task]})
 
 
-def reference_tokens(batch, position):
-    """Returns inputs in which the prompt is tokens: those from VOCAB on, task after task."""
-    rows = []
-    for row, task in zip(batch["encoder_input_tokens"].tolist(), batch["task_index"], strict=True):
+def reference_inputs(batch, position):
+    """Returns inputs in which the prompt is tokens, those from VOCAB on, and their mask."""
+    tokens, mask = [], []
+    names = ("encoder_input_tokens", "encoder_input_mask", "task_index")
+    for row, kept, task in zip(*(batch[name].tolist() for name in names), strict=True):
         prompt = [VOCAB + task * LENGTH + i for i in range(LENGTH)]
-        end = max(i + 1 for i, token in enumerate(row) if token != PAD)
+        end = max(i + 1 for i, is_token in enumerate(kept) if is_token)
         place = 0 if position == "before" else end
-        rows.append(row[:place] + prompt + row[place:])
-    return np.array(rows, np.int32)
+        tokens.append(row[:place] + prompt + row[place:])
+        mask.append(kept[:place] + [True] * LENGTH + kept[place:])
+    inputs = np.array(tokens, np.int32)
+    return {"encoder_input_tokens": inputs, "encoder_input_mask": np.array(mask)}
 
 
 def reference_logits(model, params, batch, position):
@@ -66,8 +69,7 @@ def reference_logits(model, params, batch, position):
         model.without("prompt"),
         config=dataclasses.replace(model.config, vocab_size=VOCAB + len(prompts)),
     )
-    tokens = reference_tokens(batch, position)
-    logits = logits_of(plain, unflatten(flat), batch | {"encoder_input_tokens": tokens})
+    logits = logits_of(plain, unflatten(flat), batch | reference_inputs(batch, position))
     return logits[..., :VOCAB]
 
 
@@ -108,7 +110,8 @@ def test_padding_changes_nothing_with_an_infix(family):
     params, batch = params_of(model), batch_of()
     # Encoders count positions with the padding between tokens.
     wider = scattered(batch, pad_id=PAD) if family in DECODER_ONLY else batch_of(extra=3)
-    wider = batch | {"encoder_input_tokens": wider["encoder_input_tokens"]}
+    names = ("encoder_input_tokens", "encoder_input_mask")
+    wider = batch | {name: wider[name] for name in names}
     found, expected = (logits_of(model, params, b) for b in (wider, batch))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -117,7 +120,7 @@ def test_padding_changes_nothing_with_an_infix(family):
 def test_inputs_that_are_all_padding_still_have_their_infix(family):
     infix, before = (model_of(family, Prompt(length=LENGTH, position=p)) for p in POSITIONS)
     params, batch = params_of(infix), batch_of()
-    batch["encoder_input_tokens"][2] = PAD
+    batch["encoder_input_tokens"][2], batch["encoder_input_mask"][2] = PAD, False
     found = [logits_of(model, params, batch) for model in (infix, before)]
     np.testing.assert_allclose(found[0][2], found[1][2], rtol=0, atol=1e-5)
     assert np.abs(found[0][0] - found[1][0]).max() > 0.01

@@ -134,9 +134,10 @@ def test_parameters(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_padding_and_weights(name):
+def test_ids_dropout_and_weights(name):
     model, source = load(name)
-    assert getattr(model.config, "pad_id", 0) == model.pad_id
+    assert model.separator_id is None
+    assert max(model.pad_id, model.start_id, *model.eos_ids) < model.config.vocab_size
     assert getattr(model.config, "attention_dropout_rate", 0.1) == 0.1
     if not name.startswith("mini"):  # no two share their weights
         assert source.startswith("checkpoints/")

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import decode_cached, grad_of, logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -20,22 +21,9 @@ from tiny_models import (
 from robust_ft.errors import UserError
 from robust_ft.models.layers import relative_position_bucket
 from robust_ft.models.peft import Prompt
-from robust_ft.objectives import CrossEntropy
 from robust_ft.trainable import flatten
 
 T5_1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}
-
-logits_of = jax.jit(
-    lambda model, params, batch, rng=None: model.logits(params, batch, rng), static_argnums=0
-)
-
-
-def mean_loss(model, params, batch, rng=None):
-    loss, weight, _ = CrossEntropy()(model, params, batch, rng)
-    return loss / weight
-
-
-grad_of = jax.jit(jax.grad(mean_loss, argnums=1), static_argnums=0)
 
 
 # --- Hugging Face
@@ -221,19 +209,6 @@ def test_packed_examples_get_the_logits_they_get_alone():
 # --- Cached decoding
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def decode_cached(model, params, batch, max_length):
-    """Returns log-probabilities [batch, target, vocab], token by token."""
-    cache = model.prefill(params, batch, max_length)
-
-    def body(cache, tokens):
-        log_probs, cache = model.step(params, cache, tokens)
-        return cache, log_probs
-
-    _, log_probs = jax.lax.scan(body, cache, batch["decoder_input_tokens"].T)
-    return jnp.swapaxes(log_probs, 0, 1)
-
-
 @pytest.mark.parametrize(
     ("peft", "changes"),
     [
@@ -261,7 +236,7 @@ def test_cache_rows_are_independent_and_keep_their_own_positions():
     batch = random_batch(9, [6, 3], [7, 7])
     tokens = jnp.asarray(batch["decoder_input_tokens"])
     step = jax.jit(lambda cache, tokens: model.step(params, cache, tokens))
-    caches = [jax.jit(lambda b: model.prefill(params, b, 5))(batch)]
+    caches = [jax.jit(lambda b: model.prefill(params, b, 5)[1])(batch)]
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(caches[0]))
     for i in range(4):
         caches.append(step(caches[-1], tokens[:, i])[1])

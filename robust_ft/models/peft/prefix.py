@@ -125,8 +125,8 @@ class Prefix(Peft):
                     f"Prefix.vocabulary gives Prefix.text the token {largest}, but the model has "
                     f"{config.vocab_size} tokens; give the model's vocabulary."
                 )
-            # Raises the model's own error if the text is longer than its positions.
-            jax.eval_shape(lambda params: self._activations(params, config), shapes)
+            # What `_activations` reads must have positions.
+            config.check_lengths(self.length, 1 if config.decoder_only else self.length, 0)
 
     def initialize(self, rng: jax.Array, params: Params, config: Any) -> Mapping[str, Any]:
         del rng
@@ -203,7 +203,7 @@ class Prefix(Peft):
         """Returns the text's keys and values in the model without PEFT methods, by path."""
         tokens = jnp.array([self._tokens()], jnp.int32)
         # In decoder-only models the target comes after the text, and its keys are cut off below.
-        target = tokens if "encoder" in params else tokens[:, :1]
+        target = tokens[:, :1] if config.decoder_only else tokens
         batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": target}
         module = config.module((_Recorder(self.name),))
         _, state = module.apply({"params": params}, batch, method="hidden", mutable="intermediates")
