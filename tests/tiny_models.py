@@ -57,7 +57,7 @@ def random_batch(seed, source_lengths, target_lengths, vocab=VOCAB, extra=0):
             row[:length] = rng.integers(3, vocab, length)
         return tokens
 
-    inputs, targets = rows(source_lengths), rows(target_lengths)
+    targets, inputs = rows(target_lengths), rows(source_lengths)
     return {
         "encoder_input_tokens": inputs,
         "encoder_input_mask": inputs > 0,

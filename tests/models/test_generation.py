@@ -83,7 +83,7 @@ def lively(reference):
         reference.final_logits_bias[0, end] += 1.5
     elif reference.config.is_encoder_decoder:
         reference.lm_head.weight.data *= 2
-        reference.lm_head.weight.data[end] *= 3
+        reference.lm_head.weight.data[end] *= 3.3
     else:
         reference.lm_head.weight.data[end] *= 1.5
     return reference
