@@ -48,7 +48,8 @@ class DecoderStart:
         if not self.continues:
             return mask, jnp.full(tokens.shape[0], self.token, jnp.int32)
         numbers = jnp.arange(1, tokens.shape[1] + 1)[None]  # [1, source], from 1
-        last = jnp.max(jnp.where(mask, numbers, 0), axis=1, keepdims=True)  # [batch, 1], 0 if none
+        # [batch, 1], 0 if there is none
+        last = jnp.max(jnp.where(mask, numbers, 0), axis=1, keepdims=True, initial=0)
         is_last = numbers == last  # [batch, source]
         first = jnp.sum(jnp.where(is_last, tokens, 0), axis=1).astype(jnp.int32)
         return mask & ~is_last, jnp.where(last[:, 0] > 0, first, self.token)

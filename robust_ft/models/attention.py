@@ -34,7 +34,7 @@ def input_mask(batch: Batch) -> Bool[AnyArray, "batch source"]:
     if "encoder_segment_ids" in batch:
         return batch["encoder_segment_ids"] > 0
     if "encoder_input_mask" in batch:
-        return batch["encoder_input_mask"]
+        return jnp.asarray(batch["encoder_input_mask"], bool)  # 0 and 1 will do
     return jnp.ones(batch["encoder_input_tokens"].shape, bool)
 
 
@@ -72,7 +72,7 @@ def split_heads(
     x: Float[Array, "batch length joined"], num_heads: int
 ) -> Float[Array, "batch length heads head_dim"]:
     """Splits the last axis into heads, which the mesh may shard."""
-    x = x.reshape(*x.shape[:2], num_heads, -1)
+    x = x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads)
     return constrain(x, "batch", "length", "heads", "kv")
 
 

@@ -248,7 +248,7 @@ def _inserted(
     # One behind the last token that is not padding; tokens differ in number from row to row, so
     # that rows are gathered from [x; prompt], not concatenated.
     ends = jnp.where(mask, jnp.arange(length)[None] + 1, 0)  # [batch, length]
-    end = jnp.max(ends, axis=1, keepdims=True)  # [batch, 1]
+    end = jnp.max(ends, axis=1, keepdims=True, initial=0)  # [batch, 1]
     slots = jnp.arange(length + added)[None]  # [1, longer]
     behind = jnp.where(slots < end + added, length + slots - end, slots - added)
     source = jnp.where(slots < end, slots, behind)  # [batch, longer], indices into [x; prompt]
