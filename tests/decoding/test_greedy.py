@@ -4,24 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from brute_force import argmax_loop
 
 from robust_ft.decoding import greedy, min_length, sample
 from robust_ft.decoding.greedy import reshape_distribution
 from robust_ft.errors import UserError
 
 EOS, PAD = 1, 0
-
-
-def argmax_loop(model, row, pad=PAD, min_tokens=0):
-    """Greedy decoding of one example in plain Python."""
-    tokens, score = [], 0.0
-    while len(tokens) < model.length and EOS not in tokens:
-        log_probs = model.log_probs(row, tokens)
-        if len(tokens) < min_tokens:
-            log_probs[EOS] = -np.inf
-        tokens.append(int(np.argmax(log_probs)))
-        score += log_probs[tokens[-1]]
-    return tokens + [pad] * (model.length - len(tokens)), score
 
 
 def run(model, **settings):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_beam_search import best_of, every_sequence, plain_beam_search
+from brute_force import best_of, every_sequence, plain_beam_search
 
 from robust_ft.decoding import Decoder, chained, no_repeat_ngrams
 from robust_ft.errors import UserError

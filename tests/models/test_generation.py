@@ -1,5 +1,6 @@
 """Greedy and beam search against Hugging Face's `generate`: the same tokens for 200 prompts."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -59,7 +60,24 @@ def gpt2(transformers):
     return transformers.GPT2LMHeadModel(config)
 
 
-FAMILIES = {"t5": t5, "bart": bart, "gpt2": gpt2}
+def llama(transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        pad_token_id=40,
+        eos_token_id=40,
+        bos_token_id=42,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+FAMILIES = {"t5": t5, "bart": bart, "gpt2": gpt2, "llama": llama}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -122,7 +140,8 @@ def theirs(reference, predictor, batch, settings):
     said = out.sequences[:, before:].numpy()
     said = np.pad(said, [(0, 0), (0, LENGTH - said.shape[1])], constant_values=model.pad_id)
     # Its beam search pads with the end of the sequence where padding is token 0.
-    said[np.cumsum(said == model.eos_id, axis=1) - (said == model.eos_id) > 0] = model.pad_id
+    ends = np.isin(said, model.eos_ids)
+    said[np.cumsum(ends, axis=1) - ends > 0] = model.pad_id
     scores = out.sequences_scores.numpy().reshape(PROMPTS, count) if count > 1 else None
     return said.reshape(PROMPTS, count, LENGTH), scores
 
@@ -138,7 +157,7 @@ def assert_same(reference, predictor, ours, hugging_face):
     # No two candidates tie, so none is forgiven.
     assert same.all(), f"prompts {np.flatnonzero(~same)} differ"
     best = expected[:, 0]
-    ended = np.any(best == predictor.model.eos_id, axis=1)
+    ended = np.any(np.isin(best, predictor.model.eos_ids), axis=1)
     assert 0.05 < np.mean(ended) < 0.95 or "min_decode_len" in ours
     assert len(np.unique(best, axis=0)) > 30
 
@@ -169,6 +188,19 @@ def beams(size=4, alpha=1.0, stopping=False, count=3, **more):
 
 def test_beams(both):
     assert_same(*both, *beams())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [({}, {"num_beams": 1}), beams(), beams(stopping=True), beams(stopping="never")],
+    ids=["greedy", "beams", "stopped early", "stopped late"],
+)
+def test_several_ids_end_outputs(both, settings):
+    reference, predictor = both
+    ours, hugging_face = settings
+    model = dataclasses.replace(predictor.model, stop_ids=(12, 30))
+    several = Predictor(model, predictor.params, predictor.vocabulary)
+    assert_same(reference, several, ours, hugging_face | {"eos_token_id": list(model.eos_ids)})
 
 
 @pytest.mark.slow
