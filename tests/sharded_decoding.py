@@ -26,7 +26,10 @@ def decode(family, partitioner, beam_size):
     decoder = Decoder(max_decode_len=4, beam_size=beam_size)
     with partitioner.activate():
         params = placed(model, partitioner)
-        batch = partitioner.share_batch({"encoder_input_tokens": INPUTS})
+        mask = np.ones(INPUTS.shape, bool)
+        batch = partitioner.share_batch(
+            {"encoder_input_tokens": INPUTS, "encoder_input_mask": mask}
+        )
         compiled = predictor.decode.lower(model, decoder, params, batch, None).compile()
         decoded = compiled(params, batch, None)
     return np.asarray(decoded.tokens), np.asarray(decoded.scores), compiled.as_text()

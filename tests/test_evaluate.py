@@ -17,10 +17,10 @@ from robust_ft.errors import UserError
 from robust_ft.evaluate import suite
 from robust_ft.evaluator import HELD_OUT, OOD, TARGET, Result, evaluate, held_out_rows
 from robust_ft.models.peft import Prompt
-from robust_ft.predictor import Predictor
+from robust_ft.predictor import BasePredictor, Predictor
 
 
-class Recorder:
+class Recorder(BasePredictor):
     """A predictor that says what it is told to, and keeps the batches.
 
     Args:

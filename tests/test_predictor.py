@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import random_batch, random_params, tiny_model
 
+from robust_ft import text_batches
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.models.gpt2 import GPT2Config
@@ -33,7 +34,7 @@ def predictor_of(peft=(), seed=0):
 
 def inputs(seed, lengths):
     batch = random_batch(seed, lengths, [1] * len(lengths), vocab=VOCABULARY.vocab_size)
-    return {"encoder_input_tokens": batch["encoder_input_tokens"]}
+    return {name: batch[name] for name in ("encoder_input_tokens", "encoder_input_mask")}
 
 
 def slow_greedy(predictor, batch, length):
@@ -122,12 +123,16 @@ class Parrot(Model):
     eos_id: int = VOCABULARY.eos_id
     pad_id: int = VOCABULARY.pad_id
 
-    def history(self, params, batch):
+    def check_lengths(self, inputs, targets):
+        pass
+
+    def history(self, batch):
         return jnp.zeros_like(batch["encoder_input_tokens"][:, :1])
 
     def prefill(self, params, batch, max_length):
         tokens = batch["encoder_input_tokens"]
-        return {"tokens": tokens, "position": jnp.zeros(len(tokens), jnp.int32)}
+        zeros = jnp.zeros(len(tokens), jnp.int32)
+        return zeros, {"tokens": tokens, "position": zeros}
 
     def step(self, params, cache, tokens):
         rows = jnp.arange(len(tokens))
@@ -163,11 +168,8 @@ def test_predict_returns_the_best_beam():
 
 def test_predict_equals_generate_on_a_real_model():
     predictor, decoder = predictor_of(), Decoder(max_decode_len=LENGTH)
-    rows = np.zeros((8, 6), np.int32)
     texts = ["abc", "hello", "x"]
-    for row, text in zip(rows, texts, strict=False):
-        row[: len(text) + 1] = [*VOCABULARY.encode(text), VOCABULARY.eos_id]
-    tokens = predictor.generate({"encoder_input_tokens": rows}, decoder).tokens
+    tokens = predictor.generate(padded(map(encoded, texts)), decoder).tokens
     expected = [VOCABULARY.decode(np.asarray(row[0]).tolist()) for row in tokens[:3]]
     assert predictor.predict(texts, decoder, inputs_length=6, batch_size=8) == expected
 
@@ -257,16 +259,14 @@ def encoded(text):
 
 
 def padded(sequences):
-    rows = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
-    for row, tokens in zip(rows, sequences, strict=True):
-        row[: len(tokens)] = tokens
-    return rows
+    """Returns the features of inputs."""
+    return text_batches.input_batch(list(sequences), None, VOCABULARY.pad_id)
 
 
 def gpt2_predictor():
     sizes = {"emb_dim": 12, "num_heads": 2, "mlp_dim": 16, "num_layers": 1, "num_positions": 64}
-    config = GPT2Config(vocab_size=VOCABULARY.vocab_size, pad_id=VOCABULARY.pad_id, **sizes)
-    model = Model(config, (Prompt(length=3),))
+    config = GPT2Config(vocab_size=VOCABULARY.vocab_size, **sizes)
+    model = Model(config, (Prompt(length=3),), separator_id=0)
     return Predictor(model, random_params(model), VOCABULARY)
 
 
@@ -277,11 +277,9 @@ def test_choices_are_ranked_by_their_sums_of_log_softmax(make):
     predictor = make()
     pairs = [(i, j) for i, answers in enumerate(CHOICES) for j in range(len(answers))]
     rows = [(encoded(QUESTIONS[i]), encoded(CHOICES[i][j])) for i, j in pairs]
-    tokens = padded([target for _, target in rows])
-    batch = {
-        "encoder_input_tokens": padded([question for question, _ in rows]),
-        "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1],
-    }
+    tokens, _ = text_batches.padded([target for _, target in rows], None, VOCABULARY.pad_id)
+    batch = padded([question for question, _ in rows])
+    batch["decoder_input_tokens"] = np.pad(tokens, [(0, 0), (1, 0)])[:, :-1]
     logits = np.asarray(jax.jit(predictor.model.logits)(predictor.params, batch), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     said = np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]

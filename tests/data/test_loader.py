@@ -14,9 +14,10 @@ from robust_ft.errors import UserError
 from robust_ft.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
-FEATURES = [
+PAIRED = [
     "encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights",
 ]  # fmt: skip
+FEATURES = [PAIRED[0], "encoder_input_mask", *PAIRED[1:]]
 PACKED = ["encoder_segment_ids", "decoder_segment_ids"]
 quick = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -64,6 +65,7 @@ def test_features_of_a_batch(toy):
     assert list(batch) == FEATURES
     assert {name: array.dtype for name, array in batch.items()} == {
         **dict.fromkeys(FEATURES, np.int32), "decoder_loss_weights": np.float32,
+        "encoder_input_mask": np.bool_,
     }  # fmt: skip
     assert batch["encoder_input_tokens"].shape == (8, 40)
     for row in range(8):
@@ -183,7 +185,7 @@ def test_mixed_order_counts_every_task_up(rates, start):
 def test_packed_rows_hold_whole_examples(toy):
     source = loader.train_batches(toy("toy_b"), 8, seed=0, packing=True)
     batches = take(source, 20)
-    assert list(batches[0]) == FEATURES + PACKED
+    assert list(batches[0]) == PAIRED + PACKED
     assert all(batch[name].dtype == np.int32 for batch in batches for name in PACKED)
     for inputs, answer in packed_examples(batches):
         number = int(answer.removeprefix("b"))
@@ -350,14 +352,16 @@ def test_mixtures_are_evaluated_by_task(toy):
 
 def test_eval_batches_end_in_empty_rows(toy):
     examples = loader.eval_examples(toy("toy_b", split="validation"))
-    batches = loader.eval_batches(examples, 4, 40, 12)
+    batches = loader.eval_batches(examples, 4, 40)
     assert [b["example_index"].tolist() for b in batches] == [
         [0, 1, 2, 3], [4, 5, 6, 7], [8, -1, -1, -1],
     ]  # fmt: skip
     assert all(b["encoder_input_tokens"].shape == (4, 40) for b in batches)
-    assert targets(batches)[:9] == [e.targets_text for e in examples]
-    for name in FEATURES:
-        assert not batches[2][name][1:].any()
+    rows = np.concatenate([b["encoder_input_tokens"] for b in batches])
+    masks = np.concatenate([b["encoder_input_mask"] for b in batches])
+    for row, mask, example in zip(rows, masks, examples, strict=False):
+        assert row[mask].tolist() == example.inputs.tolist()
+    assert not rows[9:].any() and not masks[9:].any()
     with pytest.raises(ValueError, match="does not fit"):
-        loader.eval_batches(examples, 4, 5, 12)
-    assert loader.eval_batches([], 4, 5, 12) == []
+        loader.eval_batches(examples, 4, 5)
+    assert loader.eval_batches([], 4, 5) == []

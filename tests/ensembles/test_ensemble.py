@@ -29,7 +29,10 @@ LENGTH = 6
 def member(family, *peft, seed=0, **changes):
     """A model that decides, and that sometimes ends early; families begin with different tokens."""
     config = dataclasses.replace(CONFIGS[family], vocab_size=VOCABULARY.vocab_size)
-    model = Model(config, peft, **({"start_id": {"bart": 2}.get(family, 0)} | changes))
+    ids = {"start_id": {"bart": 2}.get(family, 0)}
+    if config.decoder_only:
+        ids["separator_id"] = 0
+    model = Model(config, peft, **(ids | changes))
     flat = flatten(random_params(model, seed))
     if "decoder/logits_dense/kernel" in flat:
         flat["decoder/logits_dense/kernel"] *= 3
@@ -45,7 +48,7 @@ def members():
 @functools.cache
 def inputs():
     batch = random_batch(0, [6, 4, 5], [1, 1, 1], vocab=VOCABULARY.vocab_size)
-    return {"encoder_input_tokens": batch["encoder_input_tokens"]}
+    return {name: batch[name] for name in ("encoder_input_tokens", "encoder_input_mask")}
 
 
 def assert_same(found, expected):
@@ -91,9 +94,8 @@ def test_the_distribution_at_each_step_is_the_mean_of_the_members():
 
     @jax.jit
     def steps(params, batch):
-        cache = ensemble.model.prefill(params, batch, LENGTH + 1)
-        start = ensemble.model.history(params, batch)[:, -1:]
-        read = jnp.concatenate([start, said], 1)
+        start, cache = ensemble.model.prefill(params, batch, LENGTH + 1)
+        read = jnp.concatenate([start[:, None], said], 1)
 
         def step(cache, tokens):
             log_probs, cache = ensemble.model.step(params, cache, tokens)
@@ -135,7 +137,12 @@ def probabilities_of(predictor):
 def token_probabilities(predictor, tokens):
     """Probabilities of targets' tokens [texts, 8] given TEXTS."""
     read = np.pad(tokens, [(0, 0), (1, 0)], constant_values=predictor.model.start_id)[:, :-1]
-    batch = {"encoder_input_tokens": padded(TEXTS)[0], "decoder_input_tokens": read}
+    inputs, lengths = padded(TEXTS)
+    batch = {
+        "encoder_input_tokens": inputs,
+        "encoder_input_mask": np.arange(inputs.shape[1]) < np.array(lengths)[:, None],
+        "decoder_input_tokens": read,
+    }
     found = np.asarray(probabilities_of(predictor)(batch), np.float64)
     return np.take_along_axis(found, tokens[..., None], -1)[..., 0]
 
