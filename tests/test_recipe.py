@@ -387,7 +387,7 @@ def test_evaluations_have_the_vocabulary_of_their_stage(tmp_path):
 
 def test_a_prompt_longer_than_the_positions(tmp_path):
     config = BartConfig(
-        vocab_size=264, emb_dim=8, num_heads=2, mlp_dim=8, num_positions=16, pad_id=0,
+        vocab_size=264, emb_dim=8, num_heads=2, mlp_dim=8, num_positions=16,
         num_encoder_layers=1, num_decoder_layers=1,
     )  # fmt: skip
     fits = toy.promot(tmp_path / "run", *[{"model": Model(config, (Prompt(length=4),))}] * 2)

@@ -15,7 +15,7 @@ from robust_ft.models.model import Model
 from robust_ft.trainable import flatten
 
 CONFIG = GPT2Config(
-    vocab_size=43, emb_dim=15, num_heads=3, mlp_dim=22, num_layers=2, num_positions=9, pad_id=41
+    vocab_size=43, emb_dim=15, num_heads=3, mlp_dim=22, num_layers=2, num_positions=9
 )
 IDS = {"pad": 41, "eos": 40, "start": 42}
 
@@ -61,7 +61,7 @@ def test_what_hugging_face_saves_comes_back_bit_identical(tmp_path, head):
     getattr(transformers, head)(config).save_pretrained(tmp_path / "theirs")
     found = sources.read(str(tmp_path / "theirs"))
     assert found.token_ids == {"pad": 40, "eos": 40, "start": 40}
-    assert found.config.pad_id == 40 and found.config.mlp_dim == 60
+    assert found.config.mlp_dim == 60
     ours = sources.read(str(written(found, tmp_path / "ours", native.write)))
     again = written(ours, tmp_path / "again")
     theirs = tmp_path / "theirs"
@@ -79,7 +79,7 @@ def test_hugging_face_reads_what_has_been_trained_with_added_tokens(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
 
-    changes = {"vocab_size": 45, "pad_id": 43, "dropout_rate": 0.2}
+    changes = {"vocab_size": 45, "dropout_rate": 0.2}
     grown = sources.overridden(checkpoint(), changes)
     folder = written(grown, tmp_path / "grown")
     model = transformers.GPT2LMHeadModel.from_pretrained(folder)

@@ -15,12 +15,13 @@ from robust_ft.checkpoints_io import hf, hf_llama, native
 from robust_ft.checkpoints_io.names import expand
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.convert import convert
-from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.models.llama import LlamaConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
+from robust_ft.predictor import Predictor
 from robust_ft.trainable import flatten, unflatten
+from robust_ft.vocabulary import ByteVocabulary
 
 PAD, BOS, EOS = 0, 1, 2
 SIZES = {
@@ -117,11 +118,17 @@ def random_rows(seed, lengths, source=20, target=8):
     """Inputs of these lengths with padding anywhere, and targets after the start token."""
     rng = np.random.default_rng(seed)
     inputs = np.full((len(lengths), source), PAD, np.int32)
-    for row, length in zip(inputs, lengths, strict=True):
-        row[np.sort(rng.choice(source, length, replace=False))] = rng.integers(3, 40, length)
+    mask = np.zeros(inputs.shape, bool)
+    for row, is_token, length in zip(inputs, mask, lengths, strict=True):
+        is_token[rng.choice(source, length, replace=False)] = True
+        row[is_token] = rng.integers(3, 40, length)
     targets = rng.integers(3, 40, (len(lengths), target)).astype(np.int32)
     targets[:, 0] = BOS
-    return {"encoder_input_tokens": inputs, "decoder_input_tokens": targets}
+    return {
+        "encoder_input_tokens": inputs,
+        "encoder_input_mask": mask,
+        "decoder_input_tokens": targets,
+    }
 
 
 def reference_logits(model, batch, prompt=None):
@@ -129,8 +136,8 @@ def reference_logits(model, batch, prompt=None):
     import torch
 
     found = []
-    for source, target in zip(*batch.values(), strict=True):
-        row = torch.from_numpy(np.concatenate([source[source != PAD], target]).astype(np.int64))
+    for source, mask, target in zip(*batch.values(), strict=True):
+        row = torch.from_numpy(np.concatenate([source[mask], target]).astype(np.int64))
         with torch.no_grad():
             embedded = model.get_input_embeddings()(row)
             if prompt is not None:
@@ -195,20 +202,13 @@ def test_greedy_decoding_is_transformers_generate(tmp_path, name):
     convert(str(tmp_path / "theirs"), str(tmp_path / "ours"), "hf")
     model, params = ours(tmp_path / "ours")
     lengths = np.random.default_rng(4).integers(0, 13, 20)
-    inputs = random_rows(5, lengths, source=12)["encoder_input_tokens"]
-
-    @jax.jit
-    def generate(params, inputs):
-        cache = model.prefill(params, {"encoder_input_tokens": inputs}, 10)
-        start = jnp.full(inputs.shape[:1], model.start_id, jnp.int32)
-        decode = Decoder(max_decode_len=10)
-        return decode(
-            functools.partial(model.step, params), cache, start, model.eos_id, model.pad_id
-        )
-
-    found = np.asarray(generate(params, inputs).tokens)[:, 0]
-    for row, tokens in zip(inputs, found, strict=True):
-        prompt = torch.from_numpy(np.append(row[row != PAD], BOS).astype(np.int64))[None]
+    batch = random_rows(5, lengths, source=12)
+    found = Predictor(model, params, ByteVocabulary()).generate(batch, max_decode_len=10)
+    found = np.asarray(found.tokens)[:, 0]
+    rows = zip(batch["encoder_input_tokens"], batch["encoder_input_mask"], found, strict=True)
+    for row, mask, tokens in rows:
+        # Nothing stands between input and output; without an input there is BOS.
+        prompt = torch.from_numpy(row[mask] if mask.any() else np.array([BOS])).long()[None]
         output = theirs.generate(prompt, max_new_tokens=10, do_sample=False)[0, prompt.shape[1] :]
         expected = np.pad(output.numpy(), (0, 10 - len(output)), constant_values=PAD)
         np.testing.assert_array_equal(tokens, expected)
@@ -403,7 +403,7 @@ def test_padding_and_end_are_the_vocabularys(tmp_path):
     hf.write(random_checkpoint(qkv_bias=True), tmp_path)
     changes = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": [5, 6]}
     edit_json(tmp_path / "config.json", **changes)
-    assert hf.read(str(tmp_path)).config.pad_id == 5
+    assert hf.read(str(tmp_path)).token_ids["pad"] == 5
     ids = {"<|endoftext|>": 4, "<|im_start|>": 5, "<|im_end|>": 6, "a": 7}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "a"))
     words.add_special_tokens(list(ids)[:3])
@@ -411,7 +411,6 @@ def test_padding_and_end_are_the_vocabularys(tmp_path):
     special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     found = hf.read(str(tmp_path))
-    assert found.config.pad_id == 4
     assert found.token_ids == {"pad": 4, "eos": 6, "start": 5}
     (tmp_path / "back").mkdir()
     hf.write(found, tmp_path / "back")

@@ -86,8 +86,11 @@ def with_params(family, adapter, base):
 def batch_without_padding():
     """PEFT counts padding between input and target as positions; targets may be padded."""
     batch = batch_of()
-    batch["encoder_input_tokens"] = np.maximum(batch["encoder_input_tokens"], 3)
-    return batch
+    tokens = np.maximum(batch["encoder_input_tokens"], 3)
+    return batch | {
+        "encoder_input_tokens": tokens,
+        "encoder_input_mask": np.ones(tokens.shape, bool),
+    }
 
 
 def reference(family, base, tmp_path):
