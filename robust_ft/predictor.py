@@ -83,8 +83,7 @@ class BasePredictor(abc.ABC):
         """
         decoder = _decoder(decoder, settings)
         batch = text_batches.whole_inputs(batch, self.model.pad_id, self.model.eos_id)
-        longest = int(batch["encoder_input_mask"].sum(axis=1).max(initial=0))
-        self.model.check_lengths(longest, decoder.max_decode_len)
+        self.model.check_inputs(batch["encoder_input_mask"], decoder.max_decode_len)
         with self.partitioner.activate():
             sharded = self.partitioner.share_batch(batch)
             decoded: Decoded = multihost.whole(

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft.decoding import StepFn
 from robust_ft.ensembles.mixing import check_weights, ensemble, mixed
@@ -108,6 +109,10 @@ class MixedModel:
     def check_lengths(self, inputs: int, targets: int) -> None:
         for member in self.members:
             member.check_lengths(inputs, targets)
+
+    def check_inputs(self, mask: Bool[np.ndarray, "batch source"], targets: int) -> None:
+        for member in self.members:
+            member.check_inputs(mask, targets)
 
     def history(self, batch: Batch) -> Int[Array, "batch before"]:
         """Returns the tokens that the first member's decoder reads before the target."""

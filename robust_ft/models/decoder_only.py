@@ -1,9 +1,9 @@
 """What decoder-only models share: input and target as one sequence, its masks and its KV cache.
 
 The sequence of a row is [prompt; input; target], where the target is `decoder_input_tokens`, whose
-first token separates it from the input. Padding of the input is masked wherever it stands, and
-positions count only the tokens that a token sees: so the amount and place of padding change
-nothing.
+first token is the input's last or a separator (`robust_ft.decoder_start`). Padding of the input is
+masked wherever it stands, and positions count only the tokens that a token sees: so the amount and
+place of padding change nothing.
 """
 
 from collections.abc import Sequence

@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from robust_ft import task_names
 from robust_ft.decoder_start import DecoderStart
@@ -39,6 +40,8 @@ class LanguageModel(Protocol):
     def task_index(self, task: str) -> int: ...
 
     def check_lengths(self, inputs: int, targets: int) -> None: ...
+
+    def check_inputs(self, mask: Bool[np.ndarray, "batch source"], targets: int) -> None: ...
 
     def history(self, batch: Batch) -> Int[Array, "batch before"]: ...
 
@@ -222,6 +225,15 @@ class Model:
         read = max(inputs - 1, 0) if self.decoder_start.continues else inputs
         prompts = sum(method.input_slots() for method in self.peft)
         self.config.check_lengths(prompts + read, targets, decoder_slots(self.peft))
+
+    def check_inputs(self, mask: Bool[np.ndarray, "batch source"], targets: int) -> None:
+        """Does the same for a batch of inputs, whose padding may stand anywhere.
+
+        Encoders count positions up to a token with the padding before it.
+        """
+        numbers = np.arange(1, mask.shape[1] + 1)[None]
+        taken = mask.sum(axis=1) if self.config.decoder_only else (mask * numbers).max(1, initial=0)
+        self.check_lengths(int(taken.max(initial=0)), targets)
 
     def exported(self) -> "Model":
         """Returns the model as it is used after training, for the parameters of `export`."""

@@ -412,6 +412,12 @@ def test_inputs_and_targets_beyond_the_positions():
         del batch["encoder_input_mask"]
         with pytest.raises(UserError, match=f"{what}.* of 33 .*num_positions=32"):
             jax.eval_shape(model.logits, model.shapes(), batch)
+    # Padding before a token takes positions, padding behind all tokens does not.
+    batch = batch_of(0, [5], [9], extra=28)
+    predictor.generate(batch, max_decode_len=9)
+    left = {name: batch[name][:, ::-1] for name in ("encoder_input_tokens", "encoder_input_mask")}
+    with pytest.raises(UserError, match=r"Inputs.* of 33 .*num_positions=32"):
+        predictor.generate(left, max_decode_len=9)
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):
         prompted.check_lengths(28, 9)
     with pytest.raises(UserError, match=r"soft prompts included, of 33 .*num_positions=32"):

@@ -13,7 +13,7 @@ import pytest
 from checks import logits_of
 from tiny_families import CONFIGS, VOCAB, params_of
 
-from robust_ft.data.records import model_batch
+from robust_ft.data.records import model_batch, packed_batch, to_pack
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prefix, Prompt
@@ -108,6 +108,27 @@ def test_batches_of_training_and_evaluation_have_them_too(family, separator):
     for row, source, target in zip(found, sources, targets, strict=True):
         expected = alone(model, params, source.tolist(), target.tolist())
         np.testing.assert_allclose(row[: len(target)], expected, rtol=0, atol=1e-5)
+
+
+@families
+@separators
+def test_packed_examples_have_them_too(family, separator):
+    model, params = model_and_params(family, separator)
+    rng = np.random.default_rng(9)
+    sources = [rng.integers(0, VOCAB, length) for length in (0, 4, 1)]
+    targets = [rng.integers(0, VOCAB, length) for length in (2, 3, 2)]
+    examples = [to_pack(*pair, model.decoder_start) for pair in zip(sources, targets, strict=True)]
+    packed = {}
+    for name in examples[0]:
+        parts = [example[name] for example in examples]
+        ids = np.repeat([1, 2, 3, 0], [*map(len, parts), 2])  # and two places are left
+        packed[f"{name}_segment_ids"] = ids[None].astype(np.int32)
+        packed[name] = np.pad(np.concatenate(parts), (0, 2))[None].astype(np.int32)
+    found = jax.nn.log_softmax(logits_of(model, params, packed_batch(packed, PAD)))[0]
+    parts = np.split(found, np.cumsum([len(target) for target in targets]))
+    for part, source, target in zip(parts, sources, targets, strict=False):
+        expected = alone(model, params, source.tolist(), target.tolist())
+        np.testing.assert_allclose(part, expected, rtol=0, atol=1e-5)
 
 
 @families
