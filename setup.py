@@ -10,7 +10,7 @@ BUNDLED = {f"robust_ft._bundled.{name}": name for name in ("gin_configs", "tasks
 
 setup(
     name="robust_ft",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Finetune language models in JAX without losing what they could already do.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
