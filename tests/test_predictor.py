@@ -126,6 +126,9 @@ class Parrot(Model):
     def check_lengths(self, inputs, targets):
         pass
 
+    def check_inputs(self, mask, targets):
+        pass
+
     def history(self, batch):
         return jnp.zeros_like(batch["encoder_input_tokens"][:, :1])
 
