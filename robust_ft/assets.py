@@ -20,3 +20,10 @@ def resolve(path: str) -> str:
         shipped = [f"asset:{f.relative_to(_ROOT)}" for f in _ROOT.rglob("*") if f.is_file()]
         raise UserError(f"'{path}' is not shipped with robust_ft." + nearest(path, shipped))
     return str(file)
+
+
+def named(path: Path) -> str | None:
+    """Returns the `asset:` path of a file that is shipped with the package, None of any other."""
+    if not path.is_relative_to(_ROOT):
+        return None
+    return f"asset:{path.relative_to(_ROOT)}"

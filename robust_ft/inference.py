@@ -40,8 +40,10 @@ def load(recipe: Recipe, inference: Inference) -> BasePredictor:
     if inference.checkpoint is None:
         return final_predictor(recipe)
     stage = recipe.stages[-1]
-    params = place(recipe, stage, load_for_model(stage.model, inference.checkpoint))
-    return Predictor(stage.model, params, stage.data.vocabulary, recipe.partitioner)
+    vocabulary = stage.data.vocabulary
+    loaded = load_for_model(stage.model, inference.checkpoint, vocabulary)
+    params = place(recipe, stage, loaded)
+    return Predictor(stage.model, params, vocabulary, recipe.partitioner)
 
 
 def evaluate_all(recipe: Recipe, inference: Inference) -> list[Row]:

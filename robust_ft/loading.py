@@ -1,7 +1,6 @@
-"""Loads a model directory as a Predictor, and places parameters on a mesh."""
+"""Loads a model directory, or a finished run, as a Predictor."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,23 +9,26 @@ from typing import Any
 import jax
 
 from robust_ft import assets, multihost
-from robust_ft.checkpoints_io import hf, native, sources
+from robust_ft.checkpoints_io import hf, native, sources, stage_record, tokens
 from robust_ft.checkpoints_io.adapters import Adapter, check_base, check_methods
 from robust_ft.checkpoints_io.names import misfit
+from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
+from robust_ft.finished_run import FinishedStage
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.partitioning import Partitioner
 from robust_ft.predictor import Predictor
-from robust_ft.trainable import flatten, unflatten
-from robust_ft.types import Params
+from robust_ft.restore import place_params
+from robust_ft.trainable import flatten
 from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
 
 
 def load(
     directory: str | os.PathLike[str],
     *,
+    stage: str | None = None,
     vocabulary: Vocabulary | str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     peft: Sequence[Peft] = (),
@@ -38,18 +40,22 @@ def load(
     """Loads a pretrained or finetuned model: text in, text or scores out.
 
     Args:
-        directory: A model directory of Hugging Face's, t5x's or our own (see `convert`), or a
-            model's name on the Hugging Face hub. "asset:mini" is the mini T5.
+        directory: The MODEL_DIR of a finished run: what it ended with, PEFT methods included
+            (`Predictor.without` detaches them). Or a model directory of Hugging Face's, t5x's or
+            our own (see `convert`), or a model's name on the Hugging Face hub. "asset:mini" is the
+            mini T5.
+        stage: An earlier stage of a run.
         vocabulary: The model's vocabulary, or a directory that holds it; by default the one in
-            `directory`. t5x checkpoints have none.
+            `directory`, or the one that a run or an export was trained with. t5x checkpoints have
+            none.
         dtype: "float32" or "bfloat16", of parameters and of computation. By default parameters keep
-            the dtype that they are saved in, and computation is in float32.
+            the dtype that they are saved in, and computation is in float32; both are a run's own.
         peft: Methods to plug in, such as `robust_ft.models.peft.Prompt(length=100)`.
         weights: Parameters that replace the directory's: a stage's `checkpoint_<step>`, a
             `.safetensors` file, a soft prompt in a `.npy` file, or an adapter's directory (a run's
             `<stage>/export`, or PEFT's), whose methods are plugged in; several separated by
-            commas, of which the later ones win. Parameters of PEFT methods that are in none of
-            them start fresh.
+            commas, of which the later ones win. The token ids and the vocabulary that an export
+            records are applied. Parameters of PEFT methods that are in none of them start fresh.
         config: Fields of the model's config that replace the directory's; a larger `vocab_size`
             adds tokens.
         seed: The seed of fresh parameters.
@@ -60,65 +66,60 @@ def load(
         UserError: Nothing is there, it is broken, or its parts do not fit together.
     """
     path = _existing(os.fspath(directory))
-    checkpoint = sources.read(path, overrides=config)
-    tokenizer = _vocabulary(checkpoint, vocabulary)
-    additions = sources.split(os.fspath(weights)) if weights is not None else []
-    adapters = {addition: sources.adapter(addition) for addition in additions}
-    model = _model(checkpoint, tokenizer, dtype, _methods(peft, adapters.values()))
+    checkpoint, additions = _opened(path, stage, config)
+    given = sources.split(os.fspath(weights)) if weights is not None else []
+    additions += [sources.addition(each) for each in given]
+    checkpoint, model, tokenizer = _model(checkpoint, vocabulary, dtype, peft, additions)
     partitioner = partitioner or Partitioner()
     shapes = flatten(model.shapes())
     shardings = flatten(partitioner.shardings(model.logical_axes()))
     known = _placed(shapes, shardings, checkpoint.tensors, path)
     below = path
     for addition in additions:
-        if (adapter := adapters[addition]) is not None:
-            check_methods(adapter, model.peft)
-            base = [(p, leaf) for p, leaf in known.items() if not model.peft_owns(p)]
-            check_base(adapter, base, below)
-        known |= _placed(shapes, shardings, sources.weights(addition), addition)
-        below += f",{addition}"
+        check_methods(addition, model.peft)
+        base = [(p, leaf) for p, leaf in known.items() if not model.peft_owns(p)]
+        check_base(addition, base, below)
+        known |= _placed(shapes, shardings, addition.tensors, addition.source)
+        below += f",{addition.source}"
+    for each in given:
+        _check_whole(each, known)
     init_rng, peft_rng = jax.random.split(jax.random.key(seed))
-    params = place(model, partitioner, known, init_rng, peft_rng)
+    params = place_params(model, partitioner, known, init_rng, peft_rng)
     return Predictor(model, params, tokenizer, partitioner)
 
 
-def place(
-    model: Model,
-    partitioner: Partitioner,
-    known: Mapping[str, Any],
-    init_rng: jax.Array,
-    peft_rng: jax.Array,
-) -> Params:
-    """Places known parameters on the mesh and initializes the model's other ones there.
+def _opened(
+    path: str, stage: str | None, config: Mapping[str, Any] | None
+) -> tuple[Checkpoint, list[Adapter]]:
+    """Returns a base, and what a run laid over it."""
+    folder = Path(path).expanduser()
+    if stage_record.is_run(folder):
+        finished = FinishedStage.read(path, stage)
+        return sources.overridden(finished.base_checkpoint(), config or {}), [finished.adapter]
+    if stage_record.is_run(folder.absolute().parent) and StageRecord.read(folder) is not None:
+        raise UserError(
+            f"'{path}' is a stage of a run; call "
+            f"robust_ft.load('{folder.parent}', stage='{folder.name}')."
+        )
+    if stage is not None:
+        raise UserError(f"'{path}' is no run, so it has no stage '{stage}'.")
+    return sources.read(path, overrides=config), []
 
-    Args:
-        model: The model.
-        partitioner: The mesh and its rules.
-        known: {parameter path: array}; those that the model does not have are left out.
-        init_rng: The key that all parameters are drawn with.
-        peft_rng: The key for parameters of PEFT methods whose values depend on others, such as a
-            prompt that starts as embeddings of the vocabulary.
 
-    Returns:
-        All parameters of the model, sharded.
+def _check_whole(source: str, known: Mapping[str, Any]) -> None:
+    """Raises a UserError if a stage's checkpoint was trained with methods that are missing.
+
+    As in ProMoT's second stage, whose checkpoint does not hold the prompt that it trained under.
     """
-    model.check()
-    shardings = flatten(partitioner.shardings(model.logical_axes()))
-    placed = {
-        path: multihost.put(known[path], shardings[path])
-        for path in shardings.keys() & known.keys()
-    }
-    fresh = sorted(shardings.keys() - placed.keys())
-    if fresh:
-        # Jitted, so that dead-code elimination leaves only the fresh ones of all initial values.
-        @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
-        def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            params = flatten(model.init(init_rng)) | dict(placed)
-            params = flatten(model.initialize_peft(peft_rng, unflatten(params)))
-            return {path: params[path] for path in fresh}
-
-        placed |= draw(placed)
-    return unflatten(placed)
+    record = stage_record.of_checkpoint(Path(source).expanduser())
+    for method in record.methods if record else ():
+        if not any(map(method.owns, known)):
+            stage = Path(source).expanduser().parent
+            raise UserError(
+                f"'{source}' was trained with the {type(method).__name__} '{method.name}', which "
+                f"it does not hold; call robust_ft.load('{stage.parent}', stage='{stage.name}'), "
+                f"and .without('{method.name}') for the model without it."
+            )
 
 
 def _existing(directory: str) -> str:
@@ -134,21 +135,17 @@ def _existing(directory: str) -> str:
         raise UserError(f"{error}{nearest(folder.name, names)}") from None
 
 
-def _methods(peft: Sequence[Peft], adapters: Iterable[Adapter | None]) -> tuple[Peft, ...]:
+def _methods(peft: Sequence[Peft], adapters: Iterable[Adapter]) -> tuple[Peft, ...]:
     """Returns the methods asked for and those of the adapters."""
     methods = list(peft)
     for adapter in adapters:
         names = {method.name for method in methods}
-        methods += [m for m in adapter.methods if m.name not in names] if adapter else []
+        methods += [method for method in adapter.methods if method.name not in names]
     return tuple(methods)
 
 
-def _vocabulary(
-    checkpoint: Checkpoint, vocabulary: Vocabulary | str | os.PathLike[str] | None
-) -> Vocabulary:
-    if isinstance(vocabulary, str | os.PathLike):
-        return vocabulary_from_directory(os.fspath(vocabulary))
-    vocabulary = vocabulary or native.vocabulary(checkpoint)
+def _vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    vocabulary = native.vocabulary(checkpoint)
     if vocabulary is not None:
         return vocabulary
     try:
@@ -161,24 +158,45 @@ def _vocabulary(
 
 
 def _model(
-    checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str | None, peft: tuple[Peft, ...]
-) -> Model:
-    """Returns the model with the vocabulary's pad and eos ids, and the checkpoint's start id."""
+    checkpoint: Checkpoint,
+    given: Vocabulary | str | os.PathLike[str] | None,
+    dtype: str | None,
+    peft: Sequence[Peft],
+    additions: Sequence[Adapter],
+) -> tuple[Checkpoint, Model, Vocabulary]:
+    """Returns the base, the model and its vocabulary.
+
+    Token ids and vocabulary are those that the additions were trained with, or else the base's; the
+    vocabulary tells padding and EOS, and the base the others.
+    """
+    if isinstance(given, str | os.PathLike):
+        given = vocabulary_from_directory(os.fspath(given))
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
+    trained = tokens.agreed((addition.source, addition.tokens) for addition in additions)
+    if trained is not None:
+        source, used = trained
+        checkpoint, vocabulary = used.applied(checkpoint, source, given)
+    else:
+        vocabulary = given or _vocabulary(checkpoint)
+        _check_size(checkpoint, vocabulary)
+        ids = {"pad": vocabulary.pad_id, "eos": vocabulary.eos_id}
+        checkpoint = dataclasses.replace(checkpoint, token_ids={**checkpoint.token_ids, **ids})
+    model = native.model(checkpoint)
     config: Any = checkpoint.config
-    if vocabulary.vocab_size > config.vocab_size:
+    model = dataclasses.replace(
+        model, config=dataclasses.replace(config, **changes), peft=_methods(peft, additions)
+    )
+    return checkpoint, model, vocabulary
+
+
+def _check_size(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    size = checkpoint.config.vocab_size
+    if vocabulary.vocab_size > size:
         raise UserError(
             f"The vocabulary has {vocabulary.vocab_size} tokens, the model in "
-            f"'{checkpoint.source}' {config.vocab_size}; give its own vocabulary or, to add tokens "
+            f"'{checkpoint.source}' {size}; give its own vocabulary or, to add tokens "
             f"to the model, load(..., config={{'vocab_size': {vocabulary.vocab_size}}})."
         )
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
-    return dataclasses.replace(
-        native.model(checkpoint),
-        config=dataclasses.replace(config, **changes),
-        peft=peft,
-        pad_id=vocabulary.pad_id,
-        eos_id=vocabulary.eos_id,
-    )
 
 
 def _placed(

@@ -1,18 +1,22 @@
-"""Parameters that a model starts from: read from any path, and checked against the model."""
+"""Parameters that a model starts from: read, checked against the model, placed on the mesh."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from robust_ft import assets
+from robust_ft import assets, multihost
 from robust_ft.checkpoints_io import adapters, added_tokens, orbax_params, sources
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
-from robust_ft.trainable import flatten
+from robust_ft.partitioning import Partitioner
+from robust_ft.trainable import flatten, unflatten
 from robust_ft.types import Params
+from robust_ft.vocabulary import Vocabulary
 
 
 def load_params(path: str) -> dict[str, np.ndarray]:
@@ -35,7 +39,9 @@ def load_params(path: str) -> dict[str, np.ndarray]:
     return {name: tensor.load() for name, tensor in sources.weights(path).items()}
 
 
-def load_for_model(model: Model, path: str) -> dict[str, np.ndarray]:
+def load_for_model(
+    model: Model, path: str, vocabulary: Vocabulary | None = None
+) -> dict[str, np.ndarray]:
     """Reads parameters that a model can start from, and checks them against it.
 
     Only parameters of PEFT methods may be missing; they start fresh. A vocabulary larger than the
@@ -45,16 +51,22 @@ def load_for_model(model: Model, path: str) -> dict[str, np.ndarray]:
         model: The model.
         path: As in `load_params`. Of several paths, each overwrites the ones before it; an adapter
             that records its base must follow exactly that base.
+        vocabulary: The model's, if it is known.
 
     Returns:
         {parameter path: array} in the model's dtypes.
 
     Raises:
-        UserError: They do not fit the model, or an adapter belongs to another base.
+        UserError: They do not fit the model, an adapter belongs to another base, or some were
+            trained with other token ids or another vocabulary.
     """
     loaded: dict[str, np.ndarray] = {}
     before: list[str] = []
     for source in sources.split(path):
+        if (tokens := sources.tokens(source)) is not None:
+            tokens.check_model(model, source)
+            if vocabulary is not None:
+                tokens.check_vocabulary(vocabulary, source, "this recipe")
         if (adapter := sources.adapter(source)) is not None:
             adapters.check_methods(adapter, model.peft)
             base = [(name, array) for name, array in loaded.items() if not model.peft_owns(name)]
@@ -63,6 +75,45 @@ def load_for_model(model: Model, path: str) -> dict[str, np.ndarray]:
         loaded = added_tokens.extended(model, loaded | load_params(source), source)
         before.append(source)
     return fit_to_model(model.shapes(), loaded, path, may_lack=model.peft_owns)
+
+
+def place_params(
+    model: Model,
+    partitioner: Partitioner,
+    known: Mapping[str, Any],
+    init_rng: jax.Array,
+    peft_rng: jax.Array,
+) -> Params:
+    """Places known parameters on the mesh and initializes the model's other ones there.
+
+    Args:
+        model: The model.
+        partitioner: The mesh and its rules.
+        known: {parameter path: array}; those that the model does not have are left out.
+        init_rng: The key that all parameters are drawn with.
+        peft_rng: The key for parameters of PEFT methods whose values depend on others, such as a
+            prompt that starts as embeddings of the vocabulary.
+
+    Returns:
+        All parameters of the model, sharded.
+    """
+    model.check()
+    shardings = flatten(partitioner.shardings(model.logical_axes()))
+    placed = {
+        path: multihost.put(known[path], shardings[path])
+        for path in shardings.keys() & known.keys()
+    }
+    fresh = sorted(shardings.keys() - placed.keys())
+    if fresh:
+        # Jitted, so that dead-code elimination leaves only the fresh ones of all initial values.
+        @functools.partial(jax.jit, out_shardings={path: shardings[path] for path in fresh})
+        def draw(placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            params = flatten(model.init(init_rng)) | dict(placed)
+            params = flatten(model.initialize_peft(peft_rng, unflatten(params)))
+            return {path: params[path] for path in fresh}
+
+        placed |= draw(placed)
+    return unflatten(placed)
 
 
 def fit_to_model(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robust_ft import compiling, console, model_info, multihost
+from robust_ft.checkpoints_io import sources
+from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checks import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
@@ -71,6 +73,7 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
             params = restore(recipe, stage, params)
             if multihost.is_first():
                 _write_model_info(stage, params, directory / stage.name)
+                _record(recipe, stage).write(directory / stage.name)
             context = RunContext(
                 directory,
                 recipe.partitioner,
@@ -127,6 +130,11 @@ def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
             f"not {stage.steps}; choose another Recipe.model_dir, or delete the stage's folder and "
             "those of the stages after it to train them again."
         )
+
+
+def _record(recipe: Recipe, stage: Stage) -> StageRecord:
+    restored_from = sources.split(stage.restore)
+    return StageRecord.of(stage.model, stage.data.vocabulary, restored_from, recipe.seed)
 
 
 def _write_model_info(stage: Stage, params: Params, directory: Path) -> None:

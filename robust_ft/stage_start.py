@@ -15,7 +15,7 @@ from robust_ft.objectives import Teacher
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import Predictor
 from robust_ft.recipe import Recipe
-from robust_ft.restore import fit_to_model, load_for_model
+from robust_ft.restore import fit_to_model, load_for_model, place_params
 from robust_ft.stage import PRETRAINED, SCRATCH, STAGE, Stage, stage_key
 from robust_ft.types import Params
 
@@ -35,7 +35,8 @@ def restore(recipe: Recipe, stage: Stage, in_memory: Params | None = None) -> Pa
     if stage.restore == SCRATCH:
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
-        return place(recipe, stage, load_for_model(stage.model, stage.restore))
+        loaded = load_for_model(stage.model, stage.restore, stage.data.vocabulary)
+        return place(recipe, stage, loaded)
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     dtype = _param_dtype(stage.model)
     if in_memory is None or _param_dtype(earlier.model) != dtype:
@@ -186,4 +187,4 @@ def place(recipe: Recipe, stage: Stage, restored: Mapping[str, Any]) -> Params:
     """
     init_rng = stage_key(recipe.seed, stage.name, "init")
     peft_rng = stage_key(recipe.seed, stage.name, "peft")
-    return loading.place(stage.model, recipe.partitioner, restored, init_rng, peft_rng)
+    return place_params(stage.model, recipe.partitioner, restored, init_rng, peft_rng)

@@ -1,6 +1,7 @@
 """The training loop: `fit` trains one stage."""
 
 from robust_ft import console, export, multihost, trainable
+from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
 from robust_ft.metric_writer import MetricWriter
@@ -74,9 +75,8 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
             score = checkpoints.score(selected)
         finally:
             checkpoints.close()
-    if base is not None:
-        folder = directory / export.FOLDER
-        export.write(folder, stage.model, params, paths, base, run.partitioner)
+    folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
+    export.write(folder, stage.model, params, paths, base, tokens, run.partitioner)
     Outcome(selected, score, tuple(sorted(paths)), stage.steps).write(directory)
     return params
 

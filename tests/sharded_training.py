@@ -26,7 +26,7 @@ from tiny_families import CONFIGS, START, params_of
 from tiny_models import random_batch
 
 from robust_ft import multihost
-from robust_ft.loading import place
+from robust_ft.restore import place_params
 from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
@@ -76,7 +76,7 @@ def model_of(case: Case, method: str):
 
 def placed(model, partitioner, seed=0):
     key = jax.random.key(0)  # of nothing: all parameters are known
-    return place(model, partitioner, flatten(params_of(model, seed)), key, key)
+    return place_params(model, partitioner, flatten(params_of(model, seed)), key, key)
 
 
 def begun(case: Case, partitioner: Partitioner):

@@ -16,7 +16,15 @@ LAYERS = [
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"train_step", "text_batches", "predictor", "model_info"},
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "evaluate"},
-    {"loading", "stage", "stage_step", "run_context", "stage_evaluator", "training_log"},
+    {
+        "finished_run",
+        "loading",
+        "stage",
+        "stage_step",
+        "run_context",
+        "stage_evaluator",
+        "training_log",
+    },
     {"trainer", "ensembles"},
     {"recipe"},
     {"stage_start"},
@@ -25,6 +33,7 @@ LAYERS = [
     {"inference", "gin_types", "report"},
     {"gin_config", "preflight"},
     {"command_line", "from_gin"},
+    {"model_directory"},
     {"train", "eval", "infer", "convert", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])

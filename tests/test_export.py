@@ -19,6 +19,7 @@ import robust_ft
 from robust_ft import command_line, export, runner, stage_start
 from robust_ft.checkpoints_io import adapters, native, peft, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.convert import main
 from robust_ft.errors import UserError
 from robust_ft.fingerprint import fingerprint
@@ -70,6 +71,10 @@ def bases(tmp_path_factory):
     }
 
 
+def tokens_of(model):
+    return Tokens.of(model, ByteVocabulary(extra_ids=0))
+
+
 def train(folder, model, patterns, restored_from="the base", seed=5):
     """Changes what matches and exports it, as a stage does; returns all parameters."""
     flat = flatten(random_params(model, seed)) | base_params()
@@ -77,7 +82,7 @@ def train(folder, model, patterns, restored_from="the base", seed=5):
     trained = trainable_paths(before, patterns)
     after = unflatten({p: leaf + 0.25 * (p in trained) for p, leaf in flat.items()})
     base = export.base_of(model, before, trained, restored_from)
-    export.write(folder, model, after, trained, base, Partitioner())
+    export.write(folder, model, after, trained, base, tokens_of(model), Partitioner())
     return after
 
 
@@ -137,7 +142,7 @@ def test_a_prompt_takes_kilobytes_and_is_an_array_too(tmp_path):
     np.testing.assert_array_equal(held, params["encoder"]["prompt"])
     settings = json.loads((tmp_path / "export" / adapters.SETTINGS).read_text())
     (method,) = settings["methods"]
-    assert settings["version"] == 2 and method["method"] == "Prompt"
+    assert settings["version"] == 3 and method["method"] == "Prompt"
     assert method["settings"]["length"] == 3 and method["settings"]["position"] == "before"
     assert not method["settings"].keys() & {"text", "vocabulary", "labels", "file", "tasks"}
 
@@ -381,7 +386,7 @@ def test_version_1_had_one_method_and_no_base(bases, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": 3}, "was written by a newer robust_ft"),
+        ({"version": 4}, "was written by a newer robust_ft"),
         ({"version": "two"}, "lacks version, methods or settings"),
         ({"methods": None}, "lacks version, methods or settings"),
         ({"methods": [{"method": "Lora"}]}, "lacks version, methods or settings"),
@@ -433,7 +438,8 @@ params = jax.device_put(params, partitioner.shardings(model.logical_axes()))
 trained = trainable_paths(params, [".*(prefix|lora).*", "decoder/.*"])
 with partitioner.activate():
     base = export.base_of(model, params, trained, "the base")
-    export.write(pathlib.Path(sys.argv[1]), model, params, trained, base, partitioner)
+    tokens = test_export.tokens_of(model)
+    export.write(pathlib.Path(sys.argv[1]), model, params, trained, base, tokens, partitioner)
 """
 
 
@@ -450,7 +456,7 @@ def test_sharded_parameters_are_exported_whole(tmp_path):
     params = random_params(model)
     trained = trainable_paths(params, [".*(prefix|lora).*", "decoder/.*"])
     base = export.base_of(model, params, trained, "the base")
-    export.write(tmp_path / "one", model, params, trained, base, Partitioner())
+    export.write(tmp_path / "one", model, params, trained, base, tokens_of(model), Partitioner())
     one, sharded = (peft.read(str(tmp_path / name)) for name in ("one", "sharded"))
     assert one.base == sharded.base and one.methods == sharded.methods
     assert one.tensors.keys() == sharded.tensors.keys()

@@ -1,7 +1,8 @@
 """Adapters: what finetuning adds to a base model, and parameters of the base that it changed.
 
-Our directories hold the parameters in `adapter.safetensors` under our paths, the methods' settings
-and the base's fingerprint in `robust_ft_adapter.json`, and soft prompts again as bare arrays.
+Our directories hold the parameters in `adapter.safetensors` under our paths, the methods' settings,
+the token ids and the base's fingerprint in `robust_ft_adapter.json`, and soft prompts again as bare
+arrays.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 from robust_ft.checkpoints_io import safetensors_files
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import read_json_object, write_json
 from robust_ft.fingerprint import fingerprint
@@ -24,7 +26,7 @@ from robust_ft.models.peft import Peft, Prompt
 from robust_ft.trainable import flatten
 
 SETTINGS, WEIGHTS = "robust_ft_adapter.json", "adapter.safetensors"
-VERSION = 2
+VERSION = 3
 METHODS = {method.__name__: method for method in peft.METHODS.values()}
 # Settings that select layers; they need not agree, as the parameters' paths tell the layers, too.
 _PATTERNS = ("target", "outputs", "inputs", "sites")
@@ -53,6 +55,7 @@ class Adapter:
         tensors: {parameter path: tensor}, all parameters of the methods, and those of the base
             that were trained.
         base: The base, None if it is not known.
+        tokens: The token ids and the vocabulary that it was trained with, None if not known.
         peft_config: PEFT's own adapter_config.json if it was read from one, else empty.
     """
 
@@ -60,12 +63,18 @@ class Adapter:
     methods: tuple[Peft, ...]
     tensors: Mapping[str, Tensor]
     base: Base | None = None
+    tokens: Tokens | None = None
     peft_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def changed(self) -> list[str]:
         """Paths of the base's own parameters that it replaces."""
         return [p for p in self.tensors if not any(method.owns(p) for method in self.methods)]
+
+    def only(self, *methods: Peft) -> "Adapter":
+        """Returns some of its methods, without what it changed in the base."""
+        tensors = {p: t for p, t in self.tensors.items() if any(m.owns(p) for m in methods)}
+        return dataclasses.replace(self, methods=methods, tensors=tensors)
 
     @property
     def kinds(self) -> str:
@@ -94,7 +103,7 @@ def read(folder: Path) -> Adapter:
     try:
         if (version := int(settings["version"])) > VERSION:
             raise UserError(f"'{folder / SETTINGS}' was written by a newer robust_ft.")
-        # Version 1 had one method, and did not record its base.
+        # Version 1 had one method, and did not record its base; version 2 recorded no tokens.
         entries = [settings] if version == 1 else settings["methods"]
         kinds = [(entry["method"], dict(entry["settings"])) for entry in entries]
         base = Base(**settings["base"]) if settings.get("base") else None
@@ -103,7 +112,8 @@ def read(folder: Path) -> Adapter:
             raise
         raise UserError(f"'{folder / SETTINGS}' lacks version, methods or settings.") from None
     methods = tuple(method(kind, fields, folder / SETTINGS) for kind, fields in kinds)
-    return Adapter(str(folder), methods, tensors, base, settings.get("peft", {}))
+    tokens = Tokens.read(settings.get("tokens"), folder / SETTINGS)
+    return Adapter(str(folder), methods, tensors, base, tokens, settings.get("peft", {}))
 
 
 def write(adapter: Adapter, folder: Path) -> None:
@@ -114,10 +124,9 @@ def write(adapter: Adapter, folder: Path) -> None:
     """
     settings = {
         "version": VERSION,
-        "methods": [
-            {"method": type(each).__name__, "settings": _settings(each)} for each in adapter.methods
-        ],
+        "methods": described(adapter.methods),
         "base": dataclasses.asdict(adapter.base) if adapter.base else None,
+        "tokens": dataclasses.asdict(adapter.tokens) if adapter.tokens else None,
         "peft": dict(adapter.peft_config),
     }
     write_json(folder / SETTINGS, settings)
@@ -130,6 +139,11 @@ def write(adapter: Adapter, folder: Path) -> None:
                 np.save(folder / f"{each.name}.npy", prompts)
             for task, prompt in zip(each.tasks, prompts, strict=False):
                 np.save(folder / f"{each.name}-{quote(task, safe='')}.npy", prompt)
+
+
+def described(methods: Iterable[Peft]) -> list[dict[str, Any]]:
+    """Returns methods as JSON has them; `method` reads one of them."""
+    return [{"method": type(each).__name__, "settings": _settings(each)} for each in methods]
 
 
 def method(kind: Any, fields: Mapping[str, Any], place: object) -> Any:

@@ -63,6 +63,12 @@ def get(family: str) -> Family:
     return cast(Family, importlib.import_module(_MODULES[family]))
 
 
+def name_of(config: ModelConfig) -> str:
+    """Returns the family of a config; of a user's own, the name of its class."""
+    names = (name for name in _MODULES if get(name).CONFIG is type(config))
+    return next(names, type(config).__name__)
+
+
 def of_model_type(model_type: Any, source: str) -> str:
     """Returns the family of Hugging Face's `model_type`."""
     if model_type not in MODEL_TYPES:

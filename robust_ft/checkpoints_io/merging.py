@@ -9,7 +9,19 @@ from robust_ft.checkpoints_io import adapters
 from robust_ft.checkpoints_io.adapters import Adapter
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
-from robust_ft.models.peft import IA3, Lora
+from robust_ft.models.peft import IA3, Lora, Peft
+
+
+def split(adapter: Adapter) -> tuple[Adapter, tuple[Peft, ...]]:
+    """Returns what can be merged into a base, and the methods that cannot.
+
+    Those read vectors beside the input, or add layers: no weights can say it.
+    """
+    rest = tuple(each for each in adapter.methods if not isinstance(each, Lora | IA3))
+    left_out = adapter.only(*rest).tensors.keys()
+    methods = tuple(each for each in adapter.methods if each not in rest)
+    tensors = {path: t for path, t in adapter.tensors.items() if path not in left_out}
+    return dataclasses.replace(adapter, methods=methods, tensors=tensors), rest
 
 
 def merged(adapter: Adapter, base: Checkpoint) -> Checkpoint:

@@ -41,7 +41,7 @@ def read(source: str) -> Checkpoint:
         name, fields, files = settings["family"], settings["config"], settings["files"]
     except (KeyError, TypeError):
         raise UserError(f"'{folder / SETTINGS}' lacks version, family, config or files.") from None
-    config = _config(families.get(name).CONFIG, fields, folder / SETTINGS)
+    config = read_config(families.get(name).CONFIG, fields, folder / SETTINGS)
     if lost := [file for file in files if not (folder / file).is_file()]:
         raise UserError(f"'{folder}' lacks {', '.join(lost)}, which its {SETTINGS} names.")
     tensors = read_weights(folder)
@@ -107,10 +107,25 @@ def check(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> No
 
 def model(checkpoint: Checkpoint) -> Model:
     """Returns a checkpoint's model, with its token ids."""
-    ids: Any = dict(checkpoint.token_ids)
+    return with_ids(checkpoint.config, checkpoint.token_ids)
+
+
+def with_ids(config: ModelConfig, token_ids: Mapping[str, Any]) -> Model:
+    """Returns the model of a config with these `Checkpoint.token_ids`."""
+    ids: Any = dict(token_ids)
     stop_ids = tuple(ids.pop("stop", ()))
     named = {f"{name}_id": value for name, value in ids.items()}
-    return Model(checkpoint.config, stop_ids=stop_ids, **named)
+    return Model(config, stop_ids=stop_ids, **named)
+
+
+def token_ids(model: Model) -> dict[str, Any]:
+    """Returns a model's ids, as in `Checkpoint.token_ids`."""
+    ids: dict[str, Any] = {"pad": model.pad_id, "eos": model.eos_id, "start": model.start_id}
+    if model.separator_id is not None:
+        ids["separator"] = model.separator_id
+    if model.stop_ids:
+        ids["stop"] = list(model.stop_ids)
+    return ids
 
 
 def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -146,7 +161,12 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     return vocabulary
 
 
-def _config(config_class: Any, fields: Mapping[str, Any], file: Path) -> ModelConfig:
+def read_config(config_class: Any, fields: Mapping[str, Any], file: Path) -> ModelConfig:
+    """Returns a config from its fields, as a JSON file has them.
+
+    Raises:
+        UserError: There is no such field.
+    """
     known = {field.name for field in dataclasses.fields(config_class)}
     # Earlier versions told padding by an id.
     fields = {name: value for name, value in fields.items() if name != "pad_id"}

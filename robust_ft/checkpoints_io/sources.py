@@ -13,11 +13,13 @@ from robust_ft.checkpoints_io import (
     orbax_params,
     peft,
     safetensors_files,
+    stage_record,
     t5x,
 )
 from robust_ft.checkpoints_io.adapters import Adapter
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
+from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
@@ -57,6 +59,7 @@ def detect(path: str) -> str:
         return "hf"
     if t5x.is_directory(folder):
         return "t5x"
+    _check_no_run(folder, path)
     raise UserError(
         f"'{path}' is no model directory: it has neither {hf.CONFIG} (Hugging Face), "
         f"{native.SETTINGS} (robust_ft) nor {t5x.INDEX} (t5x)."
@@ -95,11 +98,20 @@ def weights(path: str) -> dict[str, Tensor]:
         return dict(hf.read(str(file), vocabulary=False).tensors)
     if t5x.is_directory(file):
         return t5x.read_weights(file)
+    _check_no_run(file, path)
     raise UserError(
         f"'{path}' is no checkpoint: neither a .safetensors or .npy file, nor a directory with "
         f"{hf.CONFIG} (Hugging Face), {native.SETTINGS} (robust_ft), {t5x.INDEX} (t5x), "
         f"{peft.CONFIG} (PEFT) or params (checkpoint_<step> of a run)."
     )
+
+
+def _check_no_run(folder: Path, path: str) -> None:
+    if stage_record.is_run(folder):
+        raise UserError(
+            f"'{path}' is a run: robust_ft.load('{path}') loads what it ended with, and python -m "
+            f"robust_ft.convert --input={path} --output=DIR makes a model directory of it."
+        )
 
 
 def split(path: str) -> list[str]:
@@ -113,6 +125,24 @@ def adapter(path: str) -> Adapter | None:
     """Returns the adapter at a path, None if there is no adapter."""
     folder = Path(assets.resolve(path)).expanduser()
     return peft.read(str(folder)) if peft.is_directory(folder) else None
+
+
+def addition(path: str) -> Adapter:
+    """Returns what is laid over a model: an adapter, or the parameters of any other checkpoint.
+
+    Those of a stage's `checkpoint_<step>` come with the tokens that the stage records.
+    """
+    opened = adapter(path)
+    return opened or Adapter(path, (), weights(path), tokens=tokens(path))
+
+
+def tokens(path: str) -> Tokens | None:
+    """Returns what an adapter or a stage's checkpoint was trained with, None if that is unknown."""
+    opened = adapter(path)
+    if opened is not None:
+        return opened.tokens
+    record = stage_record.of_checkpoint(Path(path).expanduser())
+    return None if record is None else record.tokens
 
 
 def is_addition(path: str) -> bool:

@@ -81,14 +81,17 @@ class SelectedWeight:
     Attributes:
         weight: The selected lambda.
         candidates: One for each lambda that was tried.
+        members: Of an ensemble, the stages that decode together; lambda is the first one's weight.
     """
 
     weight: float
     candidates: tuple[Candidate, ...]
+    members: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate]) -> "SelectedWeight":
-        return cls(select({c.weight: c.score for c in candidates}), tuple(candidates))
+    def of(cls, candidates: Sequence[Candidate], members: Sequence[str] = ()) -> "SelectedWeight":
+        weight = select({c.weight: c.score for c in candidates})
+        return cls(weight, tuple(candidates), tuple(members))
 
     @property
     def selected(self) -> Candidate:
@@ -99,5 +102,6 @@ class SelectedWeight:
         """Returns the selected weight that a folder holds, None if nothing was selected yet."""
         for file in (directory / FILE, directory / _EARLIER_FILE):
             if (fields := read_json(file, default=None)) is not None:
-                return cls(fields["weight"], tuple(Candidate(**c) for c in fields["candidates"]))
+                candidates = tuple(Candidate(**c) for c in fields["candidates"])
+                return cls(fields["weight"], candidates, tuple(fields.get("members", ())))
         return None

@@ -113,7 +113,7 @@ class EnsembleSelection:
             score = norm_avg([result.score for result in results[: len(selecting)]])
             console.print_line(f"[{self.name}] lambda {weight:g}: validation {score:.1f}")
             candidates.append(Candidate(weight, score, folder, step))
-        return SelectedWeight.of(candidates)
+        return SelectedWeight.of(candidates, self.stages)
 
     def predictor(self, selected: SelectedWeight, load: Load) -> Ensemble:
         members = [load(name) for name in self.stages]

@@ -15,6 +15,7 @@ from robust_ft.vocabulary.directory import (
     vocabulary_settings,
 )
 from robust_ft.vocabulary.hub import BpeVocabulary, TokenizersVocabulary
+from robust_ft.vocabulary.hub_files import write_hub_files
 from robust_ft.vocabulary.sentence_piece import SentencePieceVocabulary
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "vocabulary_files",
     "vocabulary_from_directory",
     "vocabulary_settings",
+    "write_hub_files",
 ]

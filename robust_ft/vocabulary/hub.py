@@ -116,6 +116,11 @@ class _HubVocabulary(Vocabulary):
         """The token of an id as the files spell it, None if there is none."""
         return self._tokenizer.id_to_token(token_id)
 
+    def to_json(self) -> str:
+        """Returns a tokenizer.json, with the added tokens."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def _special(self, setting: str, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:

@@ -5,7 +5,7 @@ import numpy as np
 from test_prefix import TEXT, prefix_of
 from tiny_families import batch_of, model_of, params_of
 
-from robust_ft.loading import place
+from robust_ft.restore import place_params
 from robust_ft.models.peft import Prefix
 from robust_ft.partitioning import Partitioner
 from robust_ft.trainable import flatten
@@ -24,7 +24,7 @@ def main():
         path: leaf for path, leaf in flatten(params_of(model)).items() if not method.owns(path)
     }
     rngs = jax.random.split(jax.random.key(0))
-    params = place(model, partitioner, known, *rngs)
+    params = place_params(model, partitioner, known, *rngs)
     out = params["prefix"]["decoder"]["out"]
     # [mid, layers, key or value, heads, head_dim]: one of two heads a device
     assert shards(out["kernel"]) == {(8, 2, 2, 1, 6)} and shards(out["bias"]) == {(2, 2, 1, 6)}
@@ -38,7 +38,7 @@ def main():
             assert shards(leaf) == {(4, 1, 6)}, path
     # Words give the prefix that they give on one device, which the MLP does not change.
     local = {path: np.asarray(leaf) for path, leaf in known.items()}
-    alone = place(
+    alone = place_params(
         model_of("t5", prefix_of(TEXT)), Partitioner().on(jax.devices()[:1]), local, *rngs
     )
     expected = jax.jit(plain_model.logits)(alone, batch_of())
