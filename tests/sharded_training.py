@@ -26,10 +26,10 @@ from tiny_families import CONFIGS, START, params_of
 from tiny_models import random_batch
 
 from robust_ft import multihost
-from robust_ft.restore import place_params
 from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
+from robust_ft.restore import place_params
 from robust_ft.stage_step import compile_train_step, place_state
 from robust_ft.trainable import flatten, split
 

@@ -1,24 +1,15 @@
 """`robust_ft.load(run)`: what a run ended with, from its MODEL_DIR alone."""
 
-import dataclasses
-import json
-import shutil
 
-import numpy as np
 import pytest
 import toy
-from random_checkpoints import edit_json
 from test_export import NORMS, with_methods, write_base
 
 import robust_ft
 from robust_ft import runner, stage_start
-from robust_ft.checkpoints_io import adapters, stage_record
-from robust_ft.errors import UserError
 from robust_ft.metrics import postprocess
 from robust_ft.models.peft import IA3, Adapter, Lora, Prefix, Prompt
 from robust_ft.recipe import Recipe
-from robust_ft.trainable import flatten
-from robust_ft.vocabulary import ByteVocabulary
 
 ALL = [".*"]
 TEST = {"evaluations": (), "final_evaluations": toy.evaluations("test", held_out=False)}

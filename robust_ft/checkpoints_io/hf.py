@@ -202,7 +202,8 @@ def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str
     if original and _same_model(family.config_from_hf(original, tensors), checkpoint.config):
         return dict(original)
     settings = family.config_to_hf(checkpoint.config)
-    known = {TOKEN_IDS[name]: value for name, value in checkpoint.token_ids.items()}
+    ids = checkpoint.token_ids
+    known = {key: ids[name] for name, key in TOKEN_IDS.items() if name in ids}
     return settings | {name: value for name, value in known.items() if name in settings}
 
 

@@ -5,9 +5,9 @@ import numpy as np
 from test_prefix import TEXT, prefix_of
 from tiny_families import batch_of, model_of, params_of
 
-from robust_ft.restore import place_params
 from robust_ft.models.peft import Prefix
 from robust_ft.partitioning import Partitioner
+from robust_ft.restore import place_params
 from robust_ft.trainable import flatten
 
 
