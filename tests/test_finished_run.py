@@ -1,6 +1,5 @@
 """`robust_ft.load(run)`: what a run ended with, from its MODEL_DIR alone."""
 
-
 import pytest
 import toy
 from test_export import NORMS, with_methods, write_base
