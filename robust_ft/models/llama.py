@@ -5,13 +5,11 @@ RMSNorm before each sublayer, grouped-query attention, SwiGLU. Input and target 
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,12 +20,9 @@ from robust_ft.models.config import ModelConfig
 from robust_ft.models.decoder_only import Cache, Layout
 from robust_ft.models.options import rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
+from robust_ft.models.rotary import ROPE_SCALINGS, Rotary, rotary_angles, rotate
 from robust_ft.partitioning import constrain
 from robust_ft.types import AnyArray, Batch
-
-ROPE_SCALINGS = ("none", "linear", "llama3")
-
-Rotary = tuple[jax.Array, jax.Array]  # cosines and sines, each [batch, length, 1, head_dim / 2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +41,19 @@ class LlamaConfig(ModelConfig):
         first_window_layer: The first layer with a window; those below see all tokens.
         rope_theta: Base of the rotary positions' wavelengths.
         rope_scaling: How wavelengths are stretched for long sequences: "none", "linear" all by
-            `rope_factor`, "llama3" the long ones only.
+            `rope_factor`; "llama3" and "yarn" the long ones only.
+        rope_factor: By how much.
+        rope_original_length: The length that "llama3" and "yarn" models were first trained on.
         rope_low_freq_factor: In "llama3", wavelengths above rope_original_length / this are
             stretched in full.
         rope_high_freq_factor: And those below rope_original_length / this are not; those between
             by degrees.
-        rope_original_length: The length that "llama3" models were first trained on.
+        rope_beta_slow: In "yarn", wavelengths with fewer than about this many periods in
+            rope_original_length are stretched in full.
+        rope_beta_fast: And those with more than this many are not; those between by degrees.
+        rope_truncate: Whether "yarn" rounds these two limits outwards, to whole pairs of entries.
+        rope_attention_factor: In "yarn", what queries and keys are multiplied by; None for
+            0.1 log(rope_factor) + 1.
     """
 
     decoder_only: ClassVar[bool] = True
@@ -74,9 +76,13 @@ class LlamaConfig(ModelConfig):
     rope_theta: float = 10000.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
+    rope_original_length: int = 8192
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
-    rope_original_length: int = 8192
+    rope_beta_slow: float = 1.0
+    rope_beta_fast: float = 32.0
+    rope_truncate: bool = True
+    rope_attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +108,11 @@ class LlamaConfig(ModelConfig):
             raise UserError(
                 f"LlamaConfig.rope_low_freq_factor={self.rope_low_freq_factor} must be above 0 and "
                 f"below rope_high_freq_factor={self.rope_high_freq_factor}."
+            )
+        if self.rope_scaling == "yarn" and not 0 < self.rope_beta_slow < self.rope_beta_fast:
+            raise UserError(
+                f"LlamaConfig.rope_beta_slow={self.rope_beta_slow} must be above 0 and below "
+                f"rope_beta_fast={self.rope_beta_fast}."
             )
 
     def module(self, peft: tuple[Peft, ...] = ()) -> "Llama":
@@ -265,7 +276,7 @@ class Decoder(nn.Module):
         """Returns the last layer's output, and every layer's keys and values, or its cache."""
         cfg = self.config
         positions = layout.positions + decoder_slots(self.peft)
-        rotary = rotary_angles(positions, rotary_frequencies(cfg))
+        rotary = rotary_angles(positions, cfg)
         # Both biases are computed once, not in every layer.
         full, windowed = layout.bias(), layout.bias(cfg.sliding_window)
         states = []
@@ -316,43 +327,6 @@ class Llama(nn.Module):
     ) -> tuple[Float[Array, "batch new embed"], Cache]:
         """Reads the target's next tokens and returns their hidden states, what `head` reads."""
         return self.decoder.extend(self.token_embedder(tokens), cache)
-
-
-def rotary_frequencies(cfg: LlamaConfig) -> Float[np.ndarray, "pairs"]:
-    """Returns by how many radians a position rotates each of the head_dim / 2 pairs of entries."""
-    # On the host in float64, and rounded to float32 once, at the end.
-    frequencies = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    if cfg.rope_scaling == "none":
-        return frequencies.astype(np.float32)
-    stretched = frequencies / cfg.rope_factor
-    if cfg.rope_scaling == "linear":
-        return stretched.astype(np.float32)
-    # "llama3": frequencies with many periods in the original length stay, those with few are
-    # stretched, those between are interpolated.
-    periods = cfg.rope_original_length * frequencies / (2 * math.pi)
-    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-    share = np.clip((periods - low) / (high - low), 0, 1)
-    return (share * frequencies + (1 - share) * stretched).astype(np.float32)
-
-
-def rotary_angles(
-    positions: Int[Array, "batch length"], frequencies: Float[np.ndarray, "pairs"]
-) -> Rotary:
-    """Returns float32 cosines and sines of each position's angles."""
-    # [batch, length, 1, pairs], the same for all heads
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], rotary: Rotary
-) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates entries i and i + head_dim / 2 of every head by their angle, in float32."""
-    cos, sin = rotary  # [batch, length, 1, head_dim / 2]
-    # Halves, not neighbours, are pairs: Hugging Face's layout. Meta's checkpoints have neighbours.
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return rotated.astype(x.dtype)
 
 
 def _norm(cfg: LlamaConfig, axis: str = "embed", name: str | None = None) -> layers.RMSNorm:

@@ -11,9 +11,10 @@ from checks import decode_cached, logits_of
 from tiny_models import assert_trees_close, random_params
 
 from robust_ft.errors import UserError
-from robust_ft.models.llama import LlamaConfig, rotary_frequencies
+from robust_ft.models.llama import LlamaConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
+from robust_ft.models.rotary import attention_factor, rotary_frequencies
 from robust_ft.objectives import CrossEntropy
 from robust_ft.text_batches import padded
 from robust_ft.trainable import flatten
@@ -257,6 +258,24 @@ def test_frequencies_by_hand():
     np.testing.assert_allclose(rotary_frequencies(linear), plain / 8, rtol=1e-6)
     none = dataclasses.replace(config, rope_scaling="none")
     np.testing.assert_allclose(rotary_frequencies(none), plain, rtol=1e-6)
+    assert attention_factor(none) == attention_factor(linear) == 1
+
+
+def test_yarn_by_hand():
+    config = tiny_model(head_dim=8, rope_theta=100.0, rope_scaling="yarn", rope_factor=4.0).config
+    config = dataclasses.replace(config, rope_original_length=64, rope_beta_fast=8.0)
+    plain = np.array([1.0, 100**-0.25, 100**-0.5, 100**-0.75])
+    # Pairs 0.21 and 2.02 have 8 periods and 1 in 64 positions: rounded outwards, 0 and 3.
+    kept = np.array([1, 2 / 3, 1 / 3, 0])
+    expected = kept * plain + (1 - kept) * plain / 4
+    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=1e-6)
+    exact = dataclasses.replace(config, rope_truncate=False)
+    low, high = (8 * np.log(64 / (n * 2 * np.pi)) / (2 * np.log(100)) for n in (8, 1))
+    kept = 1 - np.clip((np.arange(4) - low) / (high - low), 0, 1)
+    expected = kept * plain + (1 - kept) * plain / 4
+    np.testing.assert_allclose(rotary_frequencies(exact), expected, rtol=1e-6)
+    assert attention_factor(config) == pytest.approx(1 + 0.1 * np.log(4))
+    assert attention_factor(dataclasses.replace(config, rope_attention_factor=0.7)) == 0.7
 
 
 @pytest.mark.parametrize(
@@ -272,6 +291,7 @@ def test_frequencies_by_hand():
         ({"sliding_window": 0}, "sliding_window=0"),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor"),
         ({"rope_scaling": "llama3", "rope_low_freq_factor": 4.0}, "rope_high_freq_factor"),
+        ({"rope_scaling": "yarn", "rope_beta_slow": 40.0}, "rope_beta_fast=32.0"),
     ],
 )
 def test_settings_that_no_model_has(changes, named):
