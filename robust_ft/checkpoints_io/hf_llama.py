@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ft.checkpoints_io import config_json
+from robust_ft.checkpoints_io import config_json, hf_rope
 from robust_ft.checkpoints_io.names import Name, Redundant
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
@@ -119,7 +119,7 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         sliding_window=window,
         first_window_layer=first_window_layer,
         norm_epsilon=known["rms_norm_eps"],
-        **_rope(known),
+        **hf_rope.from_hf(known),
         param_dtype=config_json.param_dtype(tensors),
     )
 
@@ -136,15 +136,6 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         kind = "qwen2"
     else:
         kind = "llama" if config.sliding_window is None else "mistral"
-    scaling: dict[str, Any] | None = None
-    if config.rope_scaling != "none":
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-        if config.rope_scaling == "llama3":
-            scaling |= {
-                "low_freq_factor": config.rope_low_freq_factor,
-                "high_freq_factor": config.rope_high_freq_factor,
-                "original_max_position_embeddings": config.rope_original_length,
-            }
     settings = {
         "architectures": [f"{_CLASSES[kind]}ForCausalLM"],
         "model_type": kind,
@@ -158,8 +149,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
+        **hf_rope.to_hf(config),
         "tie_word_embeddings": config.logits_via_embedding,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -222,40 +212,6 @@ def _window(kind: str, settings: Mapping[str, Any]) -> tuple[int | None, int]:
                 "below layers with one."
             )
     return (None, 0) if first == count else (settings["sliding_window"], first)
-
-
-def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads version 5's rope_parameters, or the rope_theta and rope_scaling of earlier ones."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
-    share = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
-    if kind not in ("default", "linear", "llama3") or any(
-        isinstance(v, dict) for v in rope.values()
-    ):
-        raise UserError(
-            f"config.json says rotary positions are {dict(rope)}; known rope types are 'default', "
-            "'linear' and 'llama3', the same in all layers."
-        )
-    if share != 1:
-        raise UserError(f"config.json says partial_rotary_factor={share}; only 1 is known.")
-    fields: dict[str, Any] = {"rope_theta": float(theta)}
-    if kind == "default":
-        return fields
-    names = {"factor": "rope_factor"}
-    if kind == "llama3":
-        names |= {
-            "low_freq_factor": "rope_low_freq_factor",
-            "high_freq_factor": "rope_high_freq_factor",
-            "original_max_position_embeddings": "rope_original_length",
-        }
-        rope = {
-            "original_max_position_embeddings": settings["max_position_embeddings"],
-            **rope,
-        }
-    if lost := [name for name in names if name not in rope]:
-        raise UserError(f"config.json says rope type '{kind}' but not its {', '.join(lost)}.")
-    return fields | {"rope_scaling": kind} | {ours: rope[name] for name, ours in names.items()}
 
 
 def _check_round_trip(config: LlamaConfig, settings: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ Rotary = tuple[jax.Array, jax.Array]  # cosines and sines, each [batch, length, 
 def rotary_angles(positions: Int[Array, "batch length"], cfg: "LlamaConfig") -> Rotary:
     """Returns float32 cosines and sines of each position's angles, times the attention factor."""
     # [batch, length, 1, pairs], the same for all heads
-    angles = positions[:, :, None, None].astype(jnp.float32) * rotary_frequencies(cfg)
+    frequencies = rotary_frequencies(cfg)[None, None, None]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     scale = attention_factor(cfg)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
