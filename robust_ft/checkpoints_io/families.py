@@ -28,19 +28,20 @@ class Family(Protocol):
     """What a `hf_<family>.py` module defines.
 
     A module may also define functions that `optional` looks up:
-    - `tied(settings, tensors) -> {name: the name it is tied to}`, for heads that a file leaves out;
-    - `token_ids(settings) -> {"pad": id, "eos": id, "start": id}`, for families that need more than
-      `config_json.token_ids`.
+    - `tied(settings) -> {name: the name it is tied to}`, for heads that a file leaves out;
+    - `scaling(settings, config) -> {name: value}` of config.json, for heads whose input is scaled.
 
     Attributes:
         CONFIG: The family's config dataclass.
         NAMES: Our paths and Hugging Face's names, for all configs of the family.
         REDUNDANT: What files may hold besides these.
+        TIED_BY_DEFAULT: What a config.json without tie_word_embeddings means.
     """
 
     CONFIG: type
     NAMES: tuple[Name, ...]
     REDUNDANT: Redundant
+    TIED_BY_DEFAULT: bool
 
     @staticmethod
     def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
@@ -49,6 +50,10 @@ class Family(Protocol):
     @staticmethod
     def config_to_hf(config: Any) -> dict[str, Any]:
         """Returns the config.json of a config, with "model_type" and "architectures"."""
+
+    @staticmethod
+    def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
+        """Returns "pad", "eos" and "start", as far as a config.json or defaults know them."""
 
 
 def get(family: str) -> Family:

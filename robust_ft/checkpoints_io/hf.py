@@ -1,21 +1,17 @@
 """Hugging Face model directories, read and written tensor by tensor."""
 
-import dataclasses
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from robust_ft.checkpoints_io import families, safetensors_files
-from robust_ft.checkpoints_io.config_json import TOKEN_IDS, token_ids
-from robust_ft.checkpoints_io.names import expand, resolve
+from robust_ft.checkpoints_io import families, hf_settings, safetensors_files
+from robust_ft.checkpoints_io.names import expand, resolve, with_prefix
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.files import read_json_object, write_json
-from robust_ft.models.config import COMPUTE_FIELDS, ModelConfig
 from robust_ft.vocabulary import (
     Vocabulary,
     vocabulary_files,
@@ -36,7 +32,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    hf_settings.GENERATION,
     "chat_template.jinja",
 )
 
@@ -62,7 +58,8 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         raise UserError(f"'{source}' is no Hugging Face model directory: it has no {CONFIG}.")
     settings = read_json_object(folder / CONFIG, default={})
     name = families.of_model_type(settings.get("model_type"), str(folder / CONFIG))
-    family, tensors = families.get(name), read_weights(folder)
+    family = families.get(name)
+    tensors, stripped = with_prefix(read_weights(folder), family.NAMES, family.REDUNDANT)
     try:
         config = family.config_from_hf(settings, tensors)
     except UserError as error:
@@ -74,14 +71,10 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         tensors,
         source,
         family.REDUNDANT,
-        tied(settings, tensors) if tied else None,
+        tied(settings) if tied else None,
     )
-    ids = (families.optional(name, "token_ids") or token_ids)(settings)
     tokenizer = _vocabulary(folder) if vocabulary else None
-    if tokenizer is not None:
-        # Data is padded and ended with the vocabulary's ids; config.json often lacks them, or has
-        # several.
-        ids |= {"pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
+    ids = hf_settings.token_ids(name, settings, folder, tokenizer, config)
     return Checkpoint(
         source,
         name,
@@ -90,7 +83,7 @@ def read(source: str, vocabulary: bool = True) -> Checkpoint:
         ids,
         vocabulary_settings(tokenizer)[0] if tokenizer else None,
         _companions(folder),
-        {"config": settings} | resolved.notes(),
+        {"config": settings, "token_ids": ids, "stripped": stripped} | resolved.notes(),
     )
 
 
@@ -99,13 +92,16 @@ def write(
 ) -> None:
     """Writes config.json, the weights and the files that lie beside them into a directory.
 
-    A checkpoint that came from Hugging Face gets its own config.json and names back.
+    A checkpoint that came from Hugging Face gets its own config.json and names back; what has
+    changed since is all that changes in them.
     """
     tensors = _named(checkpoint)
-    write_json(folder / CONFIG, _settings(checkpoint, tensors))
+    write_json(folder / CONFIG, hf_settings.config(checkpoint, tensors))
     safetensors_files.write_sharded(folder, tensors, {"format": "pt"}, shard_bytes)
     for file in checkpoint.files:
         (folder / file.name).write_bytes(file.read_bytes())
+    hf_settings.edit_generation_config(checkpoint, folder)
+    hf_settings.warn_of_a_separator(checkpoint)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -193,25 +189,6 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
             named.setdefault(copy, named[original])
     stripped = notes.get("stripped", "")
     return {name.removeprefix(stripped): tensor for name, tensor in named.items()}
-
-
-def _settings(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the source's own config.json if it still describes the model, else a new one."""
-    family = families.get(checkpoint.family)
-    original = checkpoint.hugging_face.get("config")
-    if original and _same_model(family.config_from_hf(original, tensors), checkpoint.config):
-        return dict(original)
-    settings = family.config_to_hf(checkpoint.config)
-    ids = checkpoint.token_ids
-    known = {key: ids[name] for name, key in TOKEN_IDS.items() if name in ids}
-    return settings | {name: value for name, value in known.items() if name in settings}
-
-
-def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    fields = [dataclasses.asdict(config) for config in (one, other)]
-    return all(
-        fields[0][name] == fields[1][name] for name in fields[0] if name not in COMPUTE_FIELDS
-    )
 
 
 def _vocabulary(folder: Path) -> Vocabulary | None:

@@ -10,6 +10,7 @@ from robust_ft.errors import UserError
 from robust_ft.models.bart import BartConfig
 
 CONFIG = BartConfig
+TIED_BY_DEFAULT = True
 SHARED, BIAS = "model.shared.weight", "final_logits_bias"
 
 _ACTIVATIONS = {
@@ -93,6 +94,8 @@ REDUNDANT = Redundant(
 def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BartConfig:
     """Reads a config.json; whether there is a final_logits_bias, the tensors say."""
     config_json.check_fixed(settings, _FIXED, "BART")
+    copies = [copy for copy, _ in REDUNDANT.duplicates]
+    config_json.check_tied(settings, tensors, copies, "BART")
     sizes = {
         f"{stack}_{name}": settings.get(f"{stack}_{name}", default)
         for stack in ("encoder", "decoder")

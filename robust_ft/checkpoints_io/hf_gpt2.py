@@ -11,6 +11,7 @@ from robust_ft.errors import UserError
 from robust_ft.models.gpt2 import GPT2Config
 
 CONFIG = GPT2Config
+TIED_BY_DEFAULT = True
 TABLE = "transformer.wte.weight"
 END_OF_TEXT = 50256
 
@@ -69,6 +70,7 @@ REDUNDANT = Redundant(
 def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GPT2Config:
     """Reads a config.json."""
     config_json.check_fixed(settings, _FIXED, "GPT-2")
+    config_json.check_tied(settings, tensors, ("lm_head.weight", TABLE), "GPT-2")
     residual, embedded = (settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd"))
     if residual != embedded:
         logging.warning(
@@ -120,14 +122,10 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         "pad_token_id": END_OF_TEXT,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
-        "decoder_start_token_id": END_OF_TEXT,
     }
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Padding and the separator are the end of text, unless config.json has tokens for them."""
-    eos = config_json.token_id(settings, "eos_token_id")
-    eos = END_OF_TEXT if eos is None else eos
-    separator = config_json.token_id(settings, "sep_token_id")
-    start = eos if separator is None else separator
-    return config_json.token_ids(settings, pad=eos, eos=eos, start=start)
+    """GPT-2's end of text is every special token, unless config.json sets others."""
+    ends = {config_json.BOS: END_OF_TEXT, config_json.EOS: END_OF_TEXT}
+    return config_json.decoder_only_ids(settings, **ends)

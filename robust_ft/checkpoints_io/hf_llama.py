@@ -12,6 +12,7 @@ from robust_ft.models.config import COMPUTE_FIELDS
 from robust_ft.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig
+TIED_BY_DEFAULT = False
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _OURS, _THEIRS = "decoder/layers_{i}", "model.layers.{i}"
@@ -136,7 +137,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         kind = "qwen2"
     else:
         kind = "llama" if config.sliding_window is None else "mistral"
-    settings = {
+    settings: dict[str, Any] = {
         "architectures": [f"{_CLASSES[kind]}ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
@@ -164,36 +165,27 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         settings["sliding_window"] = config.sliding_window
     if kind in ("qwen2", "qwen3"):
         settings["use_sliding_window"] = config.sliding_window is not None
-        settings["max_window_layers"] = (
-            config.num_layers if config.sliding_window is None else config.first_window_layer
-        )
+        full = config.num_layers if config.sliding_window is None else config.first_window_layer
+        settings["max_window_layers"] = full
+        settings["layer_types"] = ["full_attention"] * full
+        settings["layer_types"] += ["sliding_attention"] * (config.num_layers - full)
     _check_round_trip(config, settings)
     return settings
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Targets start with the beginning-of-sequence token, if there is one, else with the end's.
-
-    Models without a padding token are padded with the end-of-sequence token.
-    """
-    named = {
-        name: config_json.token_id(settings, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    # Early Llamas have -1 for "no padding token".
-    ids = {name: token for name, token in named.items() if token is not None and token >= 0}
-    sources = {"pad": ("pad", "eos"), "eos": ("eos",), "start": ("bos", "eos")}
-    return {
-        name: next(ids[each] for each in choices if each in ids)
-        for name, choices in sources.items()
-        if any(each in ids for each in choices)
-    }
+    """The ids in config.json; Llama and Mistral have defaults."""
+    known = settings["model_type"] in ("llama", "mistral")
+    return config_json.decoder_only_ids(
+        settings, **{config_json.BOS: 1, config_json.EOS: 2} if known else {}
+    )
 
 
 def _is_tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     if not settings["tie_word_embeddings"] or head is None or embedding is None:
         return bool(settings["tie_word_embeddings"])
-    return head.shape == embedding.shape and head.digest() == embedding.digest()
+    return head.equals(embedding)
 
 
 def _window(kind: str, settings: Mapping[str, Any]) -> tuple[int | None, int]:

@@ -125,10 +125,10 @@ def _resolved(rope: Mapping[str, Any], max_length: int) -> dict[str, Any]:
         found["truncate"] = bool(rope["truncate"])
     if "factor" not in found:
         found["factor"] = max_length / _number(found, _LENGTH)
-    scales = [found.get(name) for name in ("mscale", "mscale_all_dim")]
-    if "attention_factor" not in found and all(scales):
-        factor = float(_number(found, "factor"))
-        one, all_dim = (0.1 * float(scale) * math.log(factor) + 1 for scale in scales)
+    scales = ("mscale", "mscale_all_dim")
+    if "attention_factor" not in found and all(found.get(name) for name in scales):
+        log = math.log(_number(found, "factor"))
+        one, all_dim = (0.1 * _number(found, name) * log + 1 for name in scales)
         found["attention_factor"] = one / all_dim
     return found
 

@@ -1,6 +1,5 @@
 """T5 1.0, T5 1.1, LM-adapted T5, mT5 and ByT5 as Hugging Face names them."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,9 @@ from robust_ft.errors import UserError
 from robust_ft.models.t5 import T5Config
 
 CONFIG = T5Config
+TIED_BY_DEFAULT = True
 SHARED, HEAD = "shared.weight", "lm_head.weight"
+_SCALED = "scale_decoder_outputs"
 _BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _GATED = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
@@ -117,7 +118,7 @@ def config_from_hf(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         mlp_activations=config_json.activation(
             settings, "feed_forward_proj", default_projection, _ACTIVATIONS
         ),
-        logits_via_embedding=_tied_and_scaled(settings, tensors),
+        **_head(settings, tensors),
         relative_num_buckets=settings.get("relative_attention_num_buckets", 32),
         relative_max_distance=settings.get("relative_attention_max_distance", 128),
         dropout_rate=settings.get("dropout_rate", 0.1),
@@ -130,7 +131,7 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     if config.mlp_activations not in _PROJECTIONS:
         raise UserError(f"Hugging Face's T5 has no feed_forward_proj for {config.mlp_activations}.")
     projection = _PROJECTIONS[config.mlp_activations]
-    return {
+    settings = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "vocab_size": config.vocab_size,
@@ -156,16 +157,25 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
+    return settings | scaling(settings, config)
 
 
-def tied(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the head as tied if version 5 of `transformers` has left it out of the file.
+def tied(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns head and embedding as tied to each other if version 5 of `transformers` ties them.
 
-    That version ties every head, including those whose input it does not scale.
+    That version ties every head, including those whose input it does not scale, and leaves it out
+    of its files. In files of earlier versions a head that is missing has been lost.
     """
-    del tensors
-    saved_by_5 = "scale_decoder_outputs" in settings or settings.get("model_type") == "mt5"
-    return {HEAD: SHARED} if saved_by_5 and settings.get("tie_word_embeddings", True) else {}
+    saved_by_5 = _SCALED in settings or settings.get("model_type") == "mt5"
+    if not saved_by_5 or not settings.get("tie_word_embeddings", True):
+        return {}
+    return {HEAD: SHARED, SHARED: HEAD}
+
+
+def scaling(settings: Mapping[str, Any], config: T5Config) -> dict[str, bool]:
+    """Returns the flag that says whether the head's input is scaled, if nothing else does."""
+    scaled = config.logits_via_embedding or config.scaled_head
+    return {} if _is_scaled(settings) == scaled else {_SCALED: scaled}
 
 
 def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -173,26 +183,22 @@ def token_ids(settings: Mapping[str, Any]) -> dict[str, int]:
     return config_json.token_ids(settings, pad=0, eos=1, start=0)
 
 
-def _tied_and_scaled(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Returns whether the logits come from the embedding, with the decoder's output scaled.
+def _head(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the fields that say what the head is: the embedding or its own, scaled or not.
 
     A head that differs from the embedding is not tied, whatever the flags say: version 5 of
     `transformers` writes `tie_word_embeddings: true` for all models.
     """
+    scaled = _is_scaled(settings)
+    head = tensors.get(HEAD)
+    copies = (SHARED, *(copy for copy, _ in REDUNDANT.duplicates if copy != HEAD))
+    embedding = next((tensors[name] for name in copies if name in tensors), None)
+    own = head is not None and embedding is not None and not head.equals(embedding)
+    return {"logits_via_embedding": scaled and not own, "scaled_head": scaled and own}
+
+
+def _is_scaled(settings: Mapping[str, Any]) -> bool:
+    """Returns whether version 5 of `transformers` scales what the head reads by d_model^-0.5."""
     if settings.get("model_type") == "mt5":
-        scaled = False  # every mT5 has a head of its own, and no version scales its input
-    else:
-        tied_flag = settings.get("tie_word_embeddings") is not False
-        scaled = settings.get("scale_decoder_outputs", tied_flag)
-    head, shared = tensors.get(HEAD), tensors.get(SHARED)
-    if head is None or shared is None:
-        return scaled
-    if head.shape == shared.shape and head.digest() == shared.digest():
-        return scaled
-    if settings.get("scale_decoder_outputs"):
-        logging.warning(
-            "config.json says scale_decoder_outputs=true, but %s differs from the embedding; it is "
-            "taken for a head of its own, whose input is not scaled.",
-            head.where,
-        )
-    return False
+        return False
+    return bool(settings.get(_SCALED, settings.get("tie_word_embeddings") is not False))

@@ -67,17 +67,15 @@ class Resolved:
         tensors: {parameter path: tensor}.
         duplicates: {copy: original} of the copies that the files held.
         stand_ins: {name that the files lacked: name of the copy that they held instead}.
-        stripped: The prefix that their names lacked.
     """
 
     tensors: dict[str, Tensor]
     duplicates: dict[str, str]
     stand_ins: dict[str, str]
-    stripped: str = ""
 
     def notes(self) -> dict[str, Any]:
         """Returns all but the tensors as plain data, without what is empty."""
-        notes = {name: getattr(self, name) for name in ("duplicates", "stand_ins", "stripped")}
+        notes = {name: getattr(self, name) for name in ("duplicates", "stand_ins")}
         return {name: value for name, value in notes.items() if value}
 
 
@@ -98,6 +96,17 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=16)
 def _shapes(config: Any) -> Mapping[str, jax.ShapeDtypeStruct]:
     return flatten(Model(config).shapes())  # tracing a large model takes seconds
+
+
+def with_prefix(
+    tensors: Mapping[str, Tensor], names: Iterable[Name], redundant: Redundant
+) -> tuple[dict[str, Tensor], str]:
+    """Returns a file's tensors under the names of whole models, and the prefix that they lacked."""
+    prefix = redundant.prefix
+    if not prefix or any(name.startswith(prefix) for name in tensors):
+        return dict(tensors), ""
+    known = {name.theirs for name in names} | {copy for copy, _ in redundant.duplicates}
+    return {name if name in known else prefix + name: t for name, t in tensors.items()}, prefix
 
 
 def resolve(
@@ -124,9 +133,6 @@ def resolve(
     """
     shapes = parameter_shapes(config)
     table = _expand(tuple(names), shapes)
-    stripped = _lacks(redundant.prefix, table.values(), tensors)
-    if stripped:
-        tensors = {_with_prefix(stripped, name, table): t for name, t in tensors.items()}
     missing = [theirs for theirs, _ in table.values() if theirs not in tensors]
     wanted = {theirs for theirs, _ in table.values()}
     # A name may be a copy in one config and a parameter in another: a head, tied or not.
@@ -155,7 +161,7 @@ def resolve(
                 f"{_shape(shapes[path].shape, transpose)}."
             )
         ours[path] = tensor
-    return Resolved(ours, dict(sorted(duplicates.items())), stand_ins, stripped)
+    return Resolved(ours, dict(sorted(duplicates.items())), stand_ins)
 
 
 def misfit(source: str, unplaced: Sequence[str], missing: Sequence[str]) -> str:
@@ -181,17 +187,6 @@ def _expand(names: Sequence[Name], paths: Iterable[str]) -> dict[str, tuple[str,
     return table
 
 
-def _lacks(prefix: str, table: Iterable[tuple[str, bool]], tensors: Iterable[str]) -> str:
-    """Returns the prefix if the table's names have it and no tensor's name does."""
-    in_table = prefix and any(theirs.startswith(prefix) for theirs, _ in table)
-    return prefix if in_table and not any(name.startswith(prefix) for name in tensors) else ""
-
-
-def _with_prefix(prefix: str, name: str, table: Mapping[str, tuple[str, bool]]) -> str:
-    known = {theirs for theirs, _ in table.values()}
-    return name if name in known else prefix + name
-
-
 def _stand_ins(
     missing: Iterable[str],
     tensors: Mapping[str, Tensor],
@@ -212,7 +207,7 @@ def _stand_ins(
 
 
 def _check_equal(copy: Tensor, original: Tensor) -> None:
-    if copy.shape != original.shape or copy.digest() != original.digest():
+    if not copy.equals(original):
         raise UserError(
             f"{copy.where} differs from {original.where}, whose copy it should be; the model has "
             "one place for both."

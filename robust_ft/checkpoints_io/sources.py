@@ -27,6 +27,14 @@ from robust_ft.models.peft import prompt_values
 # Prompt tuning saves a soft prompt as a bare array.
 PROMPT = "encoder/prompt"
 FORMATS = ("hf", "t5x", "robust_ft")
+# {name of a token id in `Model`: its name in `Checkpoint.token_ids`}
+IDS = {
+    "pad_id": "pad",
+    "eos_id": "eos",
+    "start_id": "start",
+    "separator_id": "separator",
+    "stop_ids": "stop",
+}
 
 
 def read(
@@ -37,17 +45,20 @@ def read(
     Args:
         path: The directory, or a model's name on the Hugging Face hub.
         file_format: One of FORMATS; detected from the directory's files if not given.
-        overrides: Fields of the config that replace the directory's.
+        overrides: Fields of the config, or token ids, that replace the directory's.
 
     Raises:
         UserError: Nothing is there, or it is broken; the message names file and tensor.
     """
     path = assets.resolve(path)
     file_format = file_format or detect(path)
+    overrides = overrides or {}
     if file_format == "t5x":
-        return t5x.read(path, overrides)
+        ids = {name: value for name, value in overrides.items() if name in IDS}
+        sizes = {name: value for name, value in overrides.items() if name not in IDS}
+        return overridden(t5x.read(path, sizes), ids)
     checkpoint = hf.read(path) if file_format == "hf" else native.read(path)
-    return overridden(checkpoint, overrides or {})
+    return overridden(checkpoint, overrides)
 
 
 def detect(path: str) -> str:
@@ -174,9 +185,10 @@ def overlaid(base: Checkpoint, changed: Mapping[str, Tensor], source: str) -> Ch
 
 
 def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
-    """Returns the checkpoint with fields of its config replaced.
+    """Returns the checkpoint with fields of its config, or token ids, replaced.
 
-    A larger `vocab_size` adds tokens: see `added_tokens`.
+    A larger `vocab_size` adds tokens: see `added_tokens`. Token ids are named as in `Model`
+    (`pad_id`, `separator_id`, ...); None removes a separator.
 
     Raises:
         UserError: There is no such field, or the tensors do not fit the new config.
@@ -186,12 +198,36 @@ def overridden(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Checkpoint:
     config: Any = checkpoint.config
     known = {field.name for field in dataclasses.fields(config)}
     for name in fields:
-        if name not in known:
+        if name not in known and name not in IDS:
             raise UserError(
-                f"{type(config).__name__} has no field '{name}'." + nearest(name, known)
+                f"{type(config).__name__} has no field '{name}', and there is no such token id."
+                + nearest(name, known | IDS.keys())
             )
-    config = dataclasses.replace(config, **fields)
+    config = dataclasses.replace(config, **{n: v for n, v in fields.items() if n in known})
+    ids = {n: v for n, v in fields.items() if n in IDS}
     model, source = Model(config), checkpoint.source
     tensors = added_tokens.extended_tensors(model, checkpoint.tensors, source)
     native.check(source, config, tensors)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    replaced = dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    return _with_ids(replaced, ids) if ids else replaced
+
+
+def _with_ids(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> Checkpoint:
+    token_ids, size = dict(checkpoint.token_ids), checkpoint.config.vocab_size
+    for name, value in ids.items():
+        listed = value if isinstance(value, list | tuple) else [value]
+        if value is None and name == "separator_id":
+            listed = []
+        if isinstance(value, list | tuple) != (name == "stop_ids") or not all(
+            type(token) is int and 0 <= token < size for token in listed
+        ):
+            kind = "a list of tokens" if name == "stop_ids" else "a token"
+            raise UserError(f"{name}={value} is not {kind} of 0 to {size - 1}, the vocabulary's.")
+        token_ids[IDS[name]] = list(value) if name == "stop_ids" else value
+    # Decoding stops at the end-of-sequence token anyway.
+    stop = [token for token in token_ids.get("stop", ()) if token != token_ids.get("eos")]
+    token_ids["stop"] = stop
+    known = {name: value for name, value in token_ids.items() if value not in (None, [])}
+    changed = dataclasses.replace(checkpoint, token_ids=known)
+    native.model(changed)  # which checks that a separator has a place
+    return changed

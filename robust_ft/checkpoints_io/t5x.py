@@ -85,7 +85,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes parameters as t5x does: matrices as zarr, norms and biases inside the index."""
+    """Writes parameters as t5x does: matrices as zarr, norms and biases inside the index.
+
+    Raises:
+        UserError: t5x has no such model.
+    """
+    if getattr(checkpoint.config, "scaled_head", False):
+        raise UserError(
+            f"'{checkpoint.source}' has T5Config.scaled_head=True, a head of its own that reads "
+            "scaled states; t5x scales those of tied heads only."
+        )
     target: dict[str, Any] = {}
     for path, tensor in sorted(checkpoint.tensors.items()):
         if path.split("/")[-1] in ("kernel", "embedding"):

@@ -31,6 +31,7 @@ class T5Config(ModelConfig):
     Attributes:
         logits_via_embedding: Use the token embedding as the output head, scaled by
             emb_dim^-0.5 (T5 1.0); otherwise the head has its own kernel (T5 1.1, mT5).
+        scaled_head: Scale the logits of a head with its own kernel, too.
     """
 
     vocab_size: int = 32128
@@ -42,6 +43,7 @@ class T5Config(ModelConfig):
     num_decoder_layers: int = 8
     mlp_activations: Sequence[str] = ("gelu", "linear")
     logits_via_embedding: bool = False
+    scaled_head: bool = False
     relative_num_buckets: int = 32
     relative_max_distance: int = 128
 
@@ -301,12 +303,15 @@ class T5(nn.Module):
 
     def head(self, hidden: Float[Array, "*rest embed"]) -> Float[Array, "*rest vocab"]:
         """Returns float32 logits of hidden states."""
-        if self.config.logits_via_embedding:
-            # T5 1.0 scales what its head reads, as its embedding was not initialized for a head.
-            logits: jax.Array = self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
+        cfg = self.config
+        logits: jax.Array
+        if cfg.logits_via_embedding:
+            logits = self.token_embedder.attend(hidden)
         else:
             logits = self.decoder.logits_dense(hidden)
-        return logits
+        # T5 1.0 scales what its head reads, as its embedding was not initialized for a head.
+        scaled = cfg.logits_via_embedding or cfg.scaled_head
+        return logits * cfg.emb_dim**-0.5 if scaled else logits
 
     def __call__(self, batch: Batch) -> Float[Array, "batch target vocab"]:
         return constrain(self.head(self.hidden(batch)), "batch", "length", "vocab")

@@ -1,5 +1,6 @@
 """Hugging Face directories against `transformers`, and every way to be broken."""
 
+import dataclasses
 import json
 import shutil
 
@@ -91,13 +92,14 @@ def test_logits_and_files_of_transformers(tmp_path, name):
     converted = native.read(str(tmp_path / "ours"))
     np.testing.assert_allclose(our_logits(converted, batch), expected, rtol=0, atol=1e-4)
     convert(str(tmp_path / "ours"), str(tmp_path / "back"), output_format="hf")
-    for file in ("model.safetensors", "config.json"):
-        before, after = tmp_path / "theirs" / file, tmp_path / "back" / file
-        assert (
-            json.loads(before.read_text()) == json.loads(after.read_text())
-            if (file == "config.json")
-            else before.read_bytes() == after.read_bytes()
-        )
+    weights, config = "model.safetensors", "config.json"
+    before, after = tmp_path / "theirs", tmp_path / "back"
+    assert (before / weights).read_bytes() == (after / weights).read_bytes()
+    settings = json.loads((before / config).read_text())
+    # Version 5 says of every T5 that its head is tied, also of one that differs.
+    assert json.loads((after / config).read_text()) == settings | {
+        "tie_word_embeddings": not MODELS[name][2]
+    }
     again = type(model).from_pretrained(tmp_path / "back").eval()
     np.testing.assert_array_equal(reference_logits(again, batch), expected)
 
@@ -226,10 +228,9 @@ def test_a_trained_head_is_no_longer_tied(tmp_path):
         changed = Tensor.of(found.tensors[path].load() + change, path)
         folder = tmp_path / f"back{change}"
         folder.mkdir()
-        hf.write(
-            hf.dataclasses.replace(found, tensors=dict(found.tensors) | {path: changed}), folder
-        )
+        hf.write(dataclasses.replace(found, tensors=dict(found.tensors) | {path: changed}), folder)
         assert ("lm_head.weight" in hf.read_weights(folder)) is expected
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] != expected
 
 
 def test_config_defaults_are_those_of_the_class(tmp_path):

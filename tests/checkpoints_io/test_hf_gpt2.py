@@ -17,7 +17,7 @@ from robust_ft.trainable import flatten
 CONFIG = GPT2Config(
     vocab_size=43, emb_dim=15, num_heads=3, mlp_dim=22, num_layers=2, num_positions=9
 )
-IDS = {"pad": 41, "eos": 40, "start": 42}
+IDS = {"pad": 41, "eos": 40, "start": 42, "stop": [39]}
 
 
 def checkpoint(config=CONFIG):
@@ -61,7 +61,7 @@ def test_what_hugging_face_saves_comes_back_bit_identical(tmp_path, head):
     getattr(transformers, head)(config).save_pretrained(tmp_path / "theirs")
     found = sources.read(str(tmp_path / "theirs"))
     assert found.token_ids == {"pad": 40, "eos": 40, "start": 40}
-    assert found.config.mlp_dim == 60
+    assert found.token_ids["pad"] == 40 and found.config.mlp_dim == 60
     ours = sources.read(str(written(found, tmp_path / "ours", native.write)))
     again = written(ours, tmp_path / "again")
     theirs = tmp_path / "theirs"
@@ -79,12 +79,12 @@ def test_hugging_face_reads_what_has_been_trained_with_added_tokens(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
 
-    changes = {"vocab_size": 45, "dropout_rate": 0.2}
+    changes = {"vocab_size": 45, "pad_id": 44, "dropout_rate": 0.2}
     grown = sources.overridden(checkpoint(), changes)
     folder = written(grown, tmp_path / "grown")
     model = transformers.GPT2LMHeadModel.from_pretrained(folder)
     assert model.transformer.wte.weight.shape == (45, 15)
-    assert model.config.resid_pdrop == 0.2 and model.config.pad_token_id == 41
+    assert model.config.resid_pdrop == 0.2 and model.config.pad_token_id == 44
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -132,7 +132,8 @@ def test_activations_come_back():
         hf_gpt2.config_to_hf(GPT2Config(activation="linear"))
 
 
-def test_separators_that_a_config_names():
+def test_token_ids():
     assert hf_gpt2.token_ids({}) == {"pad": 50256, "eos": 50256, "start": 50256}
-    named = {"eos_token_id": [7, 8], "pad_token_id": 0, "sep_token_id": 9}
+    named = {"eos_token_id": [7, 8], "pad_token_id": 0, "bos_token_id": 9, "sep_token_id": 5}
     assert hf_gpt2.token_ids(named) == {"pad": 0, "eos": 7, "start": 9}
+    assert hf_gpt2.token_ids({"bos_token_id": None, "eos_token_id": 7})["start"] == 7

@@ -316,11 +316,15 @@ def test_classes_defaults():
 
 
 def test_token_ids():
-    ids = hf_llama.token_ids
-    assert ids({"bos_token_id": 1, "eos_token_id": 2}) == {"pad": 2, "eos": 2, "start": 1}
-    assert ids({"eos_token_id": [5, 6], "pad_token_id": -1}) == {"pad": 5, "eos": 5, "start": 5}
-    assert ids({"bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0})["pad"] == 0
-    assert ids({}) == {}
+    def ids(model_type="qwen2", **settings):
+        return hf_llama.token_ids({"model_type": model_type} | settings)
+
+    assert ids(bos_token_id=1, eos_token_id=2) == {"pad": 2, "eos": 2, "start": 1}
+    assert ids(eos_token_id=[5, 6], pad_token_id=-1) == {"pad": 5, "eos": 5, "start": 5}
+    assert ids(bos_token_id=None, eos_token_id=3, pad_token_id=0)["pad"] == 0
+    assert ids() == ids("llama", bos_token_id=None, eos_token_id=None) == {}
+    # The classes' defaults.
+    assert ids("llama") == ids("mistral") == {"pad": 2, "eos": 2, "start": 1}
 
 
 @pytest.mark.parametrize(
@@ -384,7 +388,7 @@ def test_padding_and_end_are_the_vocabularys(tmp_path):
     hf.write(random_checkpoint(qkv_bias=True), tmp_path)
     changes = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": [5, 6]}
     edit_json(tmp_path / "config.json", **changes)
-    assert hf.read(str(tmp_path)).token_ids["pad"] == 5
+    assert hf.read(str(tmp_path)).token_ids == {"pad": 5, "eos": 5, "start": 5, "stop": [6]}
     ids = {"<|endoftext|>": 4, "<|im_start|>": 5, "<|im_end|>": 6, "a": 7}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "a"))
     words.add_special_tokens(list(ids)[:3])
@@ -392,7 +396,7 @@ def test_padding_and_end_are_the_vocabularys(tmp_path):
     special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     found = hf.read(str(tmp_path))
-    assert found.token_ids == {"pad": 4, "eos": 6, "start": 5}
+    assert found.token_ids == {"pad": 4, "eos": 6, "start": 5, "stop": [5]}
     (tmp_path / "back").mkdir()
     hf.write(found, tmp_path / "back")
     before, after = (f / "config.json" for f in (tmp_path, tmp_path / "back"))

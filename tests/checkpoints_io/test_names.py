@@ -5,7 +5,7 @@ import pytest
 from tiny_models import tiny_config
 
 from robust_ft.checkpoints_io import hf_t5
-from robust_ft.checkpoints_io.names import Name, Redundant, expand, resolve
+from robust_ft.checkpoints_io.names import Name, Redundant, expand, resolve, with_prefix
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
@@ -113,8 +113,12 @@ def test_base_models_leave_out_a_prefix():
         Name(n.ours, n.theirs if n.theirs.startswith("lm_") else f"base.{n.theirs}", n.transpose)
         for n in hf_t5.NAMES
     )
-    redundant = Redundant(prefix="base.")
-    found = resolve(names, CONFIG, tensors_of(CONFIG), "x", redundant)
-    assert found.stripped == "base."
-    whole = {(n if n.startswith("lm_") else f"base.{n}"): t for n, t in tensors_of(CONFIG).items()}
-    assert not resolve(names, CONFIG, whole, "x", redundant).stripped
+    redundant = Redundant((("copy", "base.shared.weight"),), prefix="base.")
+    bare = tensors_of(CONFIG)
+    bare["copy"] = bare["shared.weight"]
+    found, prefix = with_prefix(bare, names, redundant)
+    whole = {n if n.startswith(("lm_", "copy")) else f"base.{n}": t for n, t in bare.items()}
+    assert found == whole and prefix == "base."
+    assert with_prefix(whole, names, redundant) == (whole, "")
+    assert with_prefix(bare, names, Redundant()) == (bare, "")
+    assert resolve(names, CONFIG, found, "x", redundant).duplicates
