@@ -65,7 +65,8 @@ def _kept(
         # Linear in the number of periods in the original length.
         periods = cfg.rope_original_length * frequencies / (2 * math.pi)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        return np.clip((periods - low) / (high - low), 0, 1)
+        share: np.ndarray = np.clip((periods - low) / (high - low), 0, 1)
+        return share
     # "yarn": linear in the pair's index, between the pairs with beta_fast and beta_slow periods.
     first, last = _pair(cfg, cfg.rope_beta_fast), _pair(cfg, cfg.rope_beta_slow)
     if cfg.rope_truncate:
@@ -73,7 +74,8 @@ def _kept(
     # The bounds, the last one's too, are those of YaRN's own code.
     first, last = max(first, 0), min(last, cfg.head_dim - 1)
     width = last - first or 0.001
-    return 1 - np.clip((np.arange(cfg.head_dim // 2) - first) / width, 0, 1)
+    stretched: np.ndarray = np.clip((np.arange(cfg.head_dim // 2) - first) / width, 0, 1)
+    return 1 - stretched
 
 
 def _pair(cfg: "LlamaConfig", periods: float) -> float:
