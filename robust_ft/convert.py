@@ -195,6 +195,7 @@ def _convert_adapter(
                 adapters.write(cast, temporary)
             elif output_format == "peft":
                 peft.write(cast, model, temporary)
+                model_directory.warn_of_a_separator(adapter.tokens, vocabulary)
             else:  # merged in the types that both were saved in, and rounded once
                 whole = merging.merged(adapter, model).cast(dtype)
                 model_directory.write(whole, temporary, output_format, vocabulary)
@@ -267,7 +268,7 @@ def _convert_run(
 ) -> None:
     from robust_ft import console
     from robust_ft.checkpoints_io import outputs, peft, safetensors_files
-    from robust_ft.model_directory import FinishedModel
+    from robust_ft.model_directory import FinishedModel, warn_of_a_separator
 
     if output.endswith(".safetensors"):
         tensors = {path: tensor.cast(dtype) for path, tensor in stage.trained().items()}
@@ -280,6 +281,7 @@ def _convert_run(
         temporary.mkdir()
         if output_format == "peft":
             peft.write(model.cast(dtype).adapter, model.base, temporary)
+            warn_of_a_separator(model.adapter.tokens, model.vocabulary)
             sentences = [f"{model.adapter.kinds} in {output}."]
         else:
             sentences = model.write(temporary, output, output_format, dtype)

@@ -5,12 +5,14 @@ adapters cannot be: they are written into a folder below the model that they bel
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from robust_ft.checkpoints_io import adapters, hf, merging, native, peft, sources, t5x
 from robust_ft.checkpoints_io.adapters import Adapter, Base
 from robust_ft.checkpoints_io.tensors import Checkpoint
+from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError
 from robust_ft.export import FOLDER
 from robust_ft.fingerprint import fingerprint
@@ -36,6 +38,19 @@ def write(
     {"hf": hf, "t5x": t5x, "robust_ft": native}[output_format].write(checkpoint, folder)
     if output_format == "hf" and vocabulary is not None:
         write_hub_files(vocabulary, folder)
+
+
+def warn_of_a_separator(tokens: Tokens | None, vocabulary: Vocabulary | None) -> None:
+    """Says what whoever uses an adapter has to do, as no file of PEFT's can."""
+    separator = tokens and tokens.ids.get("separator")
+    if separator is not None:
+        text = vocabulary.decode([separator]) if vocabulary is not None else ""
+        logging.warning(
+            "PEFT's files cannot say the separator between input and target: put token %d%s "
+            "behind each input.",
+            separator,
+            f" ({text!r})" if text else "",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

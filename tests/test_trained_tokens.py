@@ -246,3 +246,32 @@ def test_transformers_reads_the_added_tokens(grown, tmp_path, name):
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.vocab_size, config.pad_token_id) == (SIZE + 2, SIZE)
     assert config.eos_token_id == END
+
+
+def test_peft_cannot_say_a_separator(grown, tmp_path, caplog):
+    assert run("--to=peft", f"--input={grown['prompt']}", f"--output={tmp_path}/out") == 0
+    assert "put token 260 ('<sep>') behind each input" in caplog.text
+    assert json.loads((tmp_path / "out" / peft.CONFIG).read_text())["num_virtual_tokens"] == 2
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("name", ["full", "lora", "prompt"])
+def test_transformers_and_peft_answer_the_same(grown, tmp_path, name):
+    """With the separator behind each input, which their files cannot say."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    import peft as theirs
+
+    out = tmp_path / "out"
+    assert run("--to=hf", f"--input={grown[name]}", f"--output={out}") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    if name == "prompt":
+        model = theirs.PeftModel.from_pretrained(model, out / "prompt").eval()
+    loaded = robust_ft.load(grown[name])
+    for text, expected in zip(TEXTS, answers(loaded), strict=True):
+        inputs = tokenizer(text + "<sep>", return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        new = made[0, inputs.input_ids.shape[1] :].tolist()
+        assert loaded.text(np.array(new)) == expected
