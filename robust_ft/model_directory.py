@@ -42,7 +42,7 @@ def write(
 
 def warn_of_a_separator(tokens: Tokens | None, vocabulary: Vocabulary | None) -> None:
     """Says what whoever uses an adapter has to do, as no file of PEFT's can."""
-    separator = tokens and tokens.ids.get("separator")
+    separator = None if tokens is None else tokens.ids.get("separator")
     if separator is not None:
         text = vocabulary.decode([separator]) if vocabulary is not None else ""
         logging.warning(
