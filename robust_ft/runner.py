@@ -49,9 +49,17 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
             been changed.
         Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
     """
+    claim(recipe)
+    return run_claimed(recipe, callbacks)
+
+
+def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
+    """Runs the stages of a recipe whose MODEL_DIR is claimed already, as `run` does.
+
+    For callers that write into MODEL_DIR first.
+    """
     compiling.use_cache()
     compiling.use_effort(recipe.compile_effort)
-    claim(recipe)
     directory = Path(recipe.model_dir)
     summary = Summary(directory, enabled=multihost.is_first())
     params: Params | None = None

@@ -37,14 +37,14 @@ def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
 def _train(config: "Config", callbacks: Sequence["Callback"]) -> int:
     from robust_ft import console, multihost, report
     from robust_ft.checks import claim
-    from robust_ft.runner import run
+    from robust_ft.runner import run_claimed
     from robust_ft.trainer import Stopped
 
     recipe = config.recipe
     claim(recipe)
     _write_config(config)
     try:
-        run(recipe, callbacks)
+        run_claimed(recipe, callbacks)
     except Stopped as stopped:
         console.print_line(f"{stopped} Run the same command to resume.")
         return command_line.RESUME

@@ -163,9 +163,24 @@ def test_sigterm_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
     def stopped(recipe, callbacks):
         raise Stopped("Stopped at step 3 of stage 'model'.")
 
-    monkeypatch.setattr(runner, "run", stopped)
+    monkeypatch.setattr(runner, "run_claimed", stopped)
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME == 75
     assert "step 3 of stage 'model'. Run the same command to resume." in capsys.readouterr().out
+
+
+def test_a_recipe_is_checked_once(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Stopped("Stopped before the first stage.")
+
+    def counting(recipe):
+        checked.append(recipe.name)
+        check(recipe)
+
+    checked, check = [], checks.check
+    monkeypatch.setattr(checks, "check", counting)
+    monkeypatch.setattr(runner, "restore", stopped)
+    assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME
+    assert checked == ["toy_promot"] and (tmp_path / "config.gin").is_file()
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
