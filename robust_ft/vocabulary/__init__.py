@@ -14,11 +14,12 @@ from robust_ft.vocabulary.directory import (
     vocabulary_from_directory,
     vocabulary_settings,
 )
-from robust_ft.vocabulary.hub import BpeVocabulary, TokenizersVocabulary
+from robust_ft.vocabulary.hub import AddedToken, BpeVocabulary, TokenizersVocabulary
 from robust_ft.vocabulary.hub_files import write_hub_files
 from robust_ft.vocabulary.sentence_piece import SentencePieceVocabulary
 
 __all__ = [
+    "AddedToken",
     "BpeVocabulary",
     "ByteVocabulary",
     "SentencePieceVocabulary",

@@ -1,17 +1,38 @@
-"""Vocabularies run by the `tokenizers` package: a tokenizer.json, or GPT-2's and BART's files."""
+"""Vocabularies run by the `tokenizers` package, from a tokenizer.json and other files."""
 
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsInt, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsInt, cast
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import parse_json
+from robust_ft.vocabulary import pipelines
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, read, until_eos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+class AddedToken(NamedTuple):
+    """A token that is never split, and how it is found in a text; JSON holds it as a list.
+
+    Attributes:
+        content: The token.
+        special: Whether it is special to the model rather than a word.
+        normalized: Whether it is looked for in the normalized text rather than the text as it is.
+        lstrip: Whether it takes the white space before it.
+        rstrip: Whether it takes the white space after it.
+        single_word: Whether it is found only where no letter or digit stands beside it.
+    """
+
+    content: str
+    special: bool = True
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
 
 class _HubVocabulary(Vocabulary):
@@ -26,7 +47,11 @@ class _HubVocabulary(Vocabulary):
         input_suffix: Tokens after every input, None for EOS.
         target_prefix: Tokens before every target.
         added_tokens: Further tokens that are never split; those that the files lack get the next
-            ids, in this order.
+            ids, in this order. An `AddedToken` says more than a special token's name.
+        pipeline: Which tokenizer class of transformers cuts the text (`pipelines.PIPELINES`).
+        prefix_space: Where that class puts a space before the text: 'first', 'always', 'never', or
+            None for its own choice.
+        split_special_tokens: Whether special tokens that a text spells out are cut as text.
     """
 
     _PATHS: ClassVar[tuple[str, ...]]  # names of the fields that are paths
@@ -38,12 +63,19 @@ class _HubVocabulary(Vocabulary):
     input_prefix: Sequence[str]
     input_suffix: Sequence[str] | None
     target_prefix: Sequence[str]
-    added_tokens: Sequence[str]
+    added_tokens: Sequence[str | AddedToken]
+    pipeline: str | None
+    prefix_space: str | None
+    split_special_tokens: bool
 
     def __post_init__(self) -> None:
-        for name in ("input_prefix", "input_suffix", "target_prefix", "added_tokens"):
+        for name in ("input_prefix", "input_suffix", "target_prefix"):
             if (value := getattr(self, name)) is not None:  # configs have lists, which do not hash
                 object.__setattr__(self, name, tuple(value))
+        tokens = (t if isinstance(t, str) else AddedToken(*t) for t in self.added_tokens)
+        # Only what is not usual is spelled out, so that equal vocabularies are equal.
+        plain = (t.content if t == AddedToken(t[0]) else t for t in map(_added, tokens))
+        object.__setattr__(self, "added_tokens", tuple(plain))
 
     @functools.cached_property
     def pad_id(self) -> int:
@@ -93,18 +125,30 @@ class _HubVocabulary(Vocabulary):
         fields = dataclasses.fields(cast(Any, self))
         values = {field.name: getattr(self, field.name) for field in fields}
         paths = [values.pop(name) for name in self._PATHS]
+        # Fields that vocabularies did not always have: fingerprints without them are as before.
+        for field in fields:
+            later = field.name in ("pipeline", "prefix_space", "split_special_tokens")
+            if later and values[field.name] == field.default:
+                del values[field.name]
         contents = [b"" if path is None else read(path, "tokenizer") for path in paths]
         # With their sizes: the contents are hashed one after the other, without borders.
         settings = (*values.items(), [len(content) for content in contents])
         return fingerprint(type(self).__name__, settings, *contents)
 
     def encode(self, text: str) -> list[int]:
-        """See `Vocabulary`. A special token that `text` spells out is that token, as in the hub."""
+        """See `Vocabulary`. A special token that `text` spells out is that token.
+
+        Equal to the ids of transformers' `tokenizer(text, add_special_tokens=False)`.
+        """
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """See `Vocabulary`. Sentinels such as `<extra_id_0>` stay: post-processing needs them."""
-        dropped = (self.pad_id, self.bos_id, *self.target_prefix_ids)
+        """See `Vocabulary`.
+
+        Other special tokens stay, unlike with transformers' `skip_special_tokens`: what a model
+        writes of sentinels (`<extra_id_0>`), separators and tags is for post-processing to read.
+        """
+        dropped = (self.pad_id, self.bos_id, *self.input_prefix_ids, *self.target_prefix_ids)
         tokens = until_eos(ids, self.eos_id, dropped)
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
@@ -121,6 +165,13 @@ class _HubVocabulary(Vocabulary):
         text: str = self._tokenizer.to_str()
         return text
 
+    def added_by_id(self) -> dict[int, AddedToken]:
+        """Returns the tokens that are never split, those of the files included, by their ids."""
+        return {
+            token_id: AddedToken(*(getattr(token, field) for field in AddedToken._fields))
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
+
     def _special(self, setting: str, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
@@ -134,12 +185,14 @@ class _HubVocabulary(Vocabulary):
         import tokenizers
 
         tokenizer = self._make_tokenizer()
-        tokenizer.add_special_tokens(
-            [
-                tokenizers.AddedToken(token, normalized=False, special=True)
-                for token in self.added_tokens
-            ]
-        )
+        if self.pipeline is not None:
+            # Those that the files lack are left out: asking for their id is an error (`_special`).
+            named = (self.bos_token, self.pad_token, self.eos_token, self.unk_token)
+            present = [t for t in named if t is not None and tokenizer.token_to_id(t) is not None]
+            tokenizer.add_special_tokens(present)
+        added = [tokenizers.AddedToken(**_added(token)._asdict()) for token in self.added_tokens]
+        tokenizer.add_tokens(added)
+        tokenizer.encode_special_tokens = self.split_special_tokens
         return tokenizer
 
     def _make_tokenizer(self) -> "Tokenizer":
@@ -148,7 +201,11 @@ class _HubVocabulary(Vocabulary):
 
 @dataclass(frozen=True)
 class TokenizersVocabulary(_HubVocabulary):
-    """A `tokenizer.json` of the `tokenizers` package (Hugging Face), by path.
+    """A tokenizer.json of the `tokenizers` package or a SentencePiece model, by path.
+
+    Without a `pipeline` it is the tokenizer.json as it is; with one, the file's tokens and merges
+    are run as that tokenizer class of transformers runs them, and the tokens that it declares as
+    added count only if `added_tokens` has them. A SentencePiece model needs a pipeline.
 
     The file's own template (its BOS and EOS) is not applied; `input_prefix` and `input_suffix` are,
     and `vocabulary_from_directory` fills them in from the template. See `_HubVocabulary` for the
@@ -165,18 +222,43 @@ class TokenizersVocabulary(_HubVocabulary):
     input_prefix: Sequence[str] = ()
     input_suffix: Sequence[str] | None = None
     target_prefix: Sequence[str] = ()
-    added_tokens: Sequence[str] = ()
+    added_tokens: Sequence[str | AddedToken] = ()
+    pipeline: str | None = None
+    prefix_space: str | None = None
+    split_special_tokens: bool = False
 
-    def template(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Returns the tokens that the file's own template puts before and after one text."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        full = self._tokenizer.encode("a", add_special_tokens=True)
-        for start in range(len(full.ids) - len(plain) + 1):
-            if full.ids[start : start + len(plain)] == plain:
-                return tuple(full.tokens[:start]), tuple(full.tokens[start + len(plain) :])
-        raise UserError(f"The template of the tokenizer '{self.path}' does not keep its text.")
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids that a tokenizer.json's own template puts before and after one text."""
+        import tokenizers
+
+        # Any text does, so long as it has a token: not every model has one for a given letter.
+        word = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+        full = self._from_file().post_process(word.encode("a"), add_special_tokens=True)
+        places = [i for i, special in enumerate(full.special_tokens_mask) if not special]
+        if len(places) != 1:
+            raise UserError(f"The template of the tokenizer '{self.path}' does not keep its text.")
+        return tuple(full.ids[: places[0]]), tuple(full.ids[places[0] + 1 :])
 
     def _make_tokenizer(self) -> "Tokenizer":
+        if self.pipeline is None:
+            return self._from_file()
+        if self.path.endswith(".model"):
+            pieces = pipelines.from_sentencepiece(self.path, self.pipeline)
+        else:
+            found = pipelines.from_tokenizer_json(self.path)
+            if found is None:
+                raise UserError(
+                    f"'{self.path}' has no BPE or unigram model; it needs pipeline=None."
+                )
+            pieces = found
+        try:
+            return pipelines.build(self.pipeline, pieces, self.prefix_space)
+        except UserError:
+            raise
+        except Exception as error:  # the package raises a bare Exception
+            raise UserError(f"The tokens in '{self.path}' do not fit together ({error}).") from None
+
+    def _from_file(self) -> "Tokenizer":
         import tokenizers
 
         data = read(self.path, "tokenizer")
@@ -217,7 +299,10 @@ class BpeVocabulary(_HubVocabulary):
     input_prefix: Sequence[str] = ()
     input_suffix: Sequence[str] | None = ()
     target_prefix: Sequence[str] = ()
-    added_tokens: Sequence[str] = ()
+    added_tokens: Sequence[str | AddedToken] = ()
+    pipeline: str = "gpt2"
+    prefix_space: str | None = None
+    split_special_tokens: bool = False
 
     @classmethod
     def bart(
@@ -230,25 +315,23 @@ class BpeVocabulary(_HubVocabulary):
         return cls(vocab_path, merges_path, dict_path, **BART_TOKENS)
 
     def _make_tokenizer(self) -> "Tokenizer":
-        import tokenizers
-
         vocab = _read_vocab(self.vocab_path)
         if self.dict_path is not None:
             vocab = _fairseq_vocab(vocab, self.vocab_path, self.dict_path)
         merges = _read_merges(self.merges_path)
         try:
-            model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+            pieces = pipelines.Pieces(vocab, merges)
+            return pipelines.build(self.pipeline, pieces, self.prefix_space)
+        except UserError:
+            raise
         except Exception as error:  # the package raises a bare Exception
             raise UserError(
                 f"The merges '{self.merges_path}' do not fit '{self.vocab_path}' ({error})."
             ) from error
-        tokenizer = tokenizers.Tokenizer(model)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        # Those that the files lack are left out: asking for their id is an error (`_special`).
-        named = (self.bos_token, self.pad_token, self.eos_token, self.unk_token)
-        tokenizer.add_special_tokens([token for token in named if token in vocab])
-        return tokenizer
+
+
+def _added(token: str | AddedToken) -> AddedToken:
+    return AddedToken(token) if isinstance(token, str) else token
 
 
 BART_TOKENS: dict[str, Any] = {

@@ -48,9 +48,9 @@ def write_hub_files(vocabulary: Vocabulary, folder: Path) -> None:
             settings["extra_ids"] = vocabulary.extra_ids
     elif isinstance(vocabulary, TokenizersVocabulary | BpeVocabulary):
         tokenizer = json.loads(vocabulary.to_json())
-        if "tokenizer_class" not in settings:
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            tokenizer["post_processor"] = _template(vocabulary)
+        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        # Flags such as add_bos_token do not count beside a tokenizer.json.
+        tokenizer["post_processor"] = _template(vocabulary)
         write_json(folder / TOKENIZER, tokenizer)
         settings["added_tokens_decoder"] = {
             str(token["id"]): {name: token[name] for name in _ADDED}
@@ -102,7 +102,8 @@ def _template(vocabulary: TokenizersVocabulary | BpeVocabulary) -> dict[str, Any
 def _check(vocabulary: Vocabulary, folder: Path) -> None:
     """Raises a UserError unless the files give the vocabulary's ids back."""
     found = vocabulary_from_directory(folder)
-    text = " ".join(["The", *getattr(vocabulary, "added_tokens", ()), "a 1."])
+    added = getattr(vocabulary, "added_tokens", ())
+    text = " ".join(["The", *(t if isinstance(t, str) else t.content for t in added), "a 1."])
     for name in ("pad_id", "eos_id", "vocab_size", "input_prefix_ids", "input_suffix_ids"):
         ours, theirs = getattr(vocabulary, name), getattr(found, name)
         if ours != theirs:

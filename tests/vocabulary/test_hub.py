@@ -103,9 +103,9 @@ def test_template_of_a_file_is_found(tmp_path):
     file = tmp_path / "tokenizer.json"
     for template, around in (
         (None, ((), ())),
-        ("<s> $A", (("<s>",), ())),
-        ("<s> $A </s>", (("<s>",), ("</s>",))),
-        ("$A </s> </s>", ((), ("</s>", "</s>"))),
+        ("<s> $A", ((0,), ())),
+        ("<s> $A </s>", ((0,), (1,))),
+        ("$A </s> </s>", ((), (1, 1))),
     ):
         if template:
             tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
