@@ -1,8 +1,9 @@
 """Checks a recipe before training starts, and claims its MODEL_DIR."""
 
+import math
 from pathlib import Path
 
-from robust_ft import multihost, trainable
+from robust_ft import initial_checkpoint, multihost
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
@@ -11,8 +12,9 @@ from robust_ft.files import read_json, write_json
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.recipe import Recipe
-from robust_ft.stage import Stage
+from robust_ft.stage import SCRATCH, STAGE, Stage
 from robust_ft.stage_start import teacher_model
+from robust_ft.trainable import flatten
 from robust_ft.vocabulary.base import same_vocabulary
 
 
@@ -66,6 +68,8 @@ def check(recipe: Recipe) -> None:
     """
     for stage in recipe.stages:
         stage.model.check()
+        if stage.restore != SCRATCH and not stage.restore.startswith(STAGE):
+            initial_checkpoint.check(stage.model, stage.restore)
         stage.trainable_paths()
         _check_tasks(stage)
         _check_mesh(recipe, stage)
@@ -73,6 +77,24 @@ def check(recipe: Recipe) -> None:
         _check_teacher(recipe, stage)
     for selection in recipe.selections:
         check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
+
+
+def untuned(recipe: Recipe) -> str | None:
+    """Returns a sentence if a model is larger than those that the hyperparameters are for."""
+    if recipe.tuned_up_to is None:
+        return None
+    sizes = {
+        stage.name: sum(math.prod(leaf.shape) for leaf in flatten(stage.model.shapes()).values())
+        for stage in recipe.stages
+    }
+    name = max(sizes, key=lambda name: sizes[name])
+    if sizes[name] <= recipe.tuned_up_to:
+        return None
+    return (
+        f"These hyperparameters are for models of up to {recipe.tuned_up_to:,} parameters, and "
+        f"stage '{name}' has one of {sizes[name]:,}: add --gin_file=gin_configs/scale/base.gin "
+        "(base_t5.gin for a T5), or set Recipe.tuned_up_to=None if they are your own."
+    )
 
 
 def _evaluations(stage: Stage) -> list[Evaluation]:
@@ -114,8 +136,8 @@ def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     for field in ("num_heads", "num_kv_heads"):
         if (heads := getattr(config, field, None)) is not None:
             partitioner.check_sizes(f"{type(config).__name__}.{field}", ("heads",), (heads,))
-    axes = trainable.flatten(stage.model.logical_axes())
-    for path, leaf in trainable.flatten(stage.model.shapes()).items():
+    axes = flatten(stage.model.logical_axes())
+    for path, leaf in flatten(stage.model.shapes()).items():
         partitioner.check_sizes(f"Parameter '{path}'", axes[path], leaf.shape)
 
 

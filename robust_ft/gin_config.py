@@ -5,6 +5,7 @@ what a config can name.
 """
 
 import ast
+import functools
 import inspect
 import re
 import tokenize
@@ -14,192 +15,61 @@ from typing import Any, NamedTuple
 
 import gin
 
-from robust_ft import gin_types, objectives, optim, task_names, trainable, vocabulary
+from robust_ft import gin_builders, gin_types, initial_checkpoint
 from robust_ft.bundled import ROOT
-from robust_ft.data.cache import TaskData
-from robust_ft.data.file_task import FileTask
-from robust_ft.decoding import Decoder
-from robust_ft.ensembles.selection import (
-    CocktailSelection,
-    EnsembleSelection,
-    Selection,
-    students,
-)
+from robust_ft.checkpoints_io.tensors import Checkpoint
 from robust_ft.errors import UserError, nearest
-from robust_ft.evaluate import Evaluation, suite
-from robust_ft.evaluator import Evaluator
 from robust_ft.inference import Inference
-from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.config import ModelConfig
 from robust_ft.models.model import Model
-from robust_ft.models.peft import METHODS, Peft
-from robust_ft.objectives import gradients
-from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
-from robust_ft.stage import Stage
+from robust_ft.vocabulary import Vocabulary
 
 CONFIGS = ROOT / "gin_configs"
 
 
-def task_data(
-    task: str,
-    module: str,
-    split: str,
-    feature_lengths: Mapping[str, int],
-    vocabulary: vocabulary.Vocabulary,
-    cache_dir: str | None = None,
-    shots: int = 0,
-    file_tasks: Sequence[FileTask] = (),
-) -> TaskData:
-    """Builds `TaskData` from t5x's parameters.
+def pretrained_model(checkpoint: str, vocabulary: Vocabulary) -> Model:
+    """Returns the model in a checkpoint: its sizes and token ids, without PEFT methods.
+
+    What no checkpoint determines, such as dropout and dtypes, is what the config binds in the
+    family's class (`LlamaConfig.remat`) or in `ModelConfig`. Sizes that it binds are compared with
+    the checkpoint's, see `initial_checkpoint.check`; a larger `vocab_size` adds tokens.
 
     Args:
-        task: Name of the task or mixture.
-        module: The module that registers it.
-        split: Name of the split.
-        feature_lengths: As t5x's TASK_FEATURE_LENGTHS, {'inputs': 512, 'targets': 128}.
-        vocabulary: Of the model.
-        cache_dir: The folder of all caches.
-        shots: Number of exemplars before each input; above 0, the task is "<task>_<shots>shot".
-        file_tasks: Tasks that are read from files.
+        checkpoint: A model directory, or a model's name on the Hugging Face hub; of several,
+            separated by commas, the first.
+        vocabulary: The data's; its pad and eos ids are the model's.
     """
-    if set(feature_lengths) != {"inputs", "targets"}:
-        raise UserError(
-            f"TaskData.feature_lengths={dict(feature_lengths)} needs exactly 'inputs' and "
-            "'targets'."
-        )
-    return TaskData(
-        task=task_names.with_shots(task, shots),
-        module=module,
-        split=split,
-        inputs_length=feature_lengths["inputs"],
-        targets_length=feature_lengths["targets"],
-        vocabulary=vocabulary,
-        cache_dir=cache_dir,
-        file_tasks=tuple(file_tasks),
-    )
+    opened = _opened(checkpoint)
+    family = type(opened.config).__name__
+    bound = gin.get_bindings(family)
+    taken = {
+        field: value
+        for field, value in vars(opened.config).items()
+        if field not in bound and not initial_checkpoint.is_free(field)
+    }
+    return initial_checkpoint.model(opened, gin.get_configurable(family)(**taken), vocabulary)
 
 
-def model(
-    config: ModelConfig,
-    peft: Sequence[Peft | None] | None = None,
-    pad_id: int = 0,
-    eos_id: int = 1,
-    start_id: int = 0,
-    separator_id: int | None = None,
-    stop_ids: Sequence[int] = (),
-    **methods: Peft | None,
-) -> Model:
-    """Builds a `Model`; each PEFT method has a parameter of its own, such as `Model.prompt`.
+def pretrained_vocabulary(checkpoint: str) -> Vocabulary:
+    """Returns the vocabulary of the model in a checkpoint.
 
     Args:
-        config: The model's config.
-        peft: All methods, if given, in place of `methods`; None leaves one out.
-        pad_id: Id of the padding token.
-        eos_id: Id of the token that ends a sequence.
-        start_id: Id of the first token of every decoder input; in a decoder-only model, of what
-            stands for an input without tokens.
-        separator_id: Id of a token between input and target of a decoder-only model.
-        stop_ids: Further ids at which decoding stops.
-        **methods: A method by its name in `METHODS`, whose order they get; None leaves one out.
+        checkpoint: As for `pretrained_model`.
     """
-    if peft is None:
-        peft = [methods.get(name) for name in METHODS]
-    used = tuple(method for method in peft if method is not None)
-    return Model(config, used, pad_id, eos_id, start_id, separator_id, tuple(stop_ids))
+    return initial_checkpoint.vocabulary(_opened(checkpoint))
 
 
-# `**methods` written out, for gin and `gin_types`: they refuse what is no parameter.
-model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *list(inspect.signature(model).parameters.values())[:-1],
-        *(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=method | None
-            )
-            for name, method in METHODS.items()
-        ),
-    ]
-)
-
-
-# A list in which `suite` may stand beside evaluations and analyses.
-_Evaluators = Sequence[Evaluator | Sequence[Evaluator]]
-
-
-def stage(
-    evaluations: _Evaluators = (), final_evaluations: _Evaluators = (), **fields: Any
-) -> Stage:
-    """Builds a `Stage`; a group of evaluations, as `suite` returns, counts as its evaluations."""
-    return Stage(
-        evaluations=_flat(evaluations), final_evaluations=_flat(final_evaluations), **fields
-    )
-
-
-def _flat(groups: Sequence[Any]) -> tuple[Any, ...]:
-    flat: list[Any] = []
-    for group in groups:
-        flat += group if isinstance(group, list | tuple) else [group]
-    return tuple(flat)
-
-
-# `**fields` written out, as those of `Stage`.
-stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        parameter.replace(annotation=_Evaluators) if "evaluations" in name else parameter
-        for name, parameter in inspect.signature(Stage).parameters.items()
-    ]
-)
-
-
-def recipe(
-    name: str,
-    model_dir: str,
-    stages: Sequence[Stage | Sequence[Stage]],
-    seed: int = 0,
-    partitioner: Partitioner = Partitioner(),
-    selections: Sequence[Selection] = (),
-    compile_effort: float = 0.0,
-) -> Recipe:
-    """Builds a `Recipe`; a group of stages, as `students` returns, counts as its stages."""
-    return Recipe(
-        name, model_dir, _flat(stages), seed, partitioner, tuple(selections), compile_effort
-    )
+@functools.cache
+def _opened(checkpoint: str) -> Checkpoint:
+    """Returns a checkpoint that is opened once, however many stages and tasks a recipe has."""
+    return initial_checkpoint.read(checkpoint, gin.get_bindings("T5Config"))
 
 
 REGISTERED: dict[str, Callable[..., Any]] = {
-    **{method.__name__: method for method in METHODS.values()},
-    "AdamW": optim.AdamW,
-    "Adafactor": optim.Adafactor,
-    "BartConfig": bart.BartConfig,
-    "BpeVocabulary": vocabulary.BpeVocabulary,
-    "ByteVocabulary": vocabulary.ByteVocabulary,
-    "Cocktail": objectives.Cocktail,
-    "CocktailSelection": CocktailSelection,
-    "CrossEntropy": objectives.CrossEntropy,
-    "Decoder": Decoder,
-    "EnsembleSelection": EnsembleSelection,
-    "Evaluation": Evaluation,
-    "FileTask": FileTask,
-    "GPT2Config": gpt2.GPT2Config,
-    "Inference": Inference,
-    "LlamaConfig": llama.LlamaConfig,
-    "Model": model,
-    "ModelConfig": ModelConfig,
-    "Partitioner": Partitioner,
-    "Recipe": recipe,
-    "Schedule": optim.Schedule,
-    "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,
-    "Stage": stage,
-    "T5Config": t5.T5Config,
-    "TaskData": task_data,
-    "TokenizersVocabulary": vocabulary.TokenizersVocabulary,
-    "backprop": gradients.backprop,
-    "bitfit": trainable.bitfit,
-    "students": students,
-    "suite": suite,
-    "top_layers": trainable.top_layers,
-    "vocabulary_from_directory": vocabulary.vocabulary_from_directory,
+    **gin_builders.REGISTERED,
+    "pretrained_model": pretrained_model,
+    "pretrained_vocabulary": pretrained_vocabulary,
 }
 
 
@@ -275,6 +145,7 @@ def load(
         raise _explain(error) from error
     finally:
         gin.clear_config()
+        _opened.cache_clear()
 
 
 # gin keeps registered names for the life of the process.

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from robust_ft import assets, multihost
-from robust_ft.checkpoints_io import hf, native, sources, stage_record, tokens
+from robust_ft import multihost
+from robust_ft.checkpoints_io import native, sources, stage_record, tokens
 from robust_ft.checkpoints_io.adapters import Adapter, check_base, check_methods
 from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
-from robust_ft.errors import UserError, nearest
+from robust_ft.errors import UserError
 from robust_ft.finished_run import FinishedStage
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
@@ -65,7 +65,7 @@ def load(
     Raises:
         UserError: Nothing is there, it is broken, or its parts do not fit together.
     """
-    path = _existing(os.fspath(directory))
+    path = sources.existing(os.fspath(directory))
     checkpoint, additions = _opened(path, stage, config)
     given = sources.split(os.fspath(weights)) if weights is not None else []
     additions += [sources.addition(each) for each in given]
@@ -120,19 +120,6 @@ def _check_whole(source: str, known: Mapping[str, Any]) -> None:
                 f"it does not hold; call robust_ft.load('{stage.parent}', stage='{stage.name}'), "
                 f"and .without('{method.name}') for the model without it."
             )
-
-
-def _existing(directory: str) -> str:
-    """Returns the path of a local directory, to which a name on the hub is downloaded."""
-    path = assets.resolve(directory)
-    folder = Path(path).expanduser()
-    if folder.exists():
-        return path
-    try:
-        return str(hf.find(path))
-    except UserError as error:
-        names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"{error}{nearest(folder.name, names)}") from None
 
 
 def _methods(peft: Sequence[Peft], adapters: Iterable[Adapter]) -> tuple[Peft, ...]:

@@ -23,6 +23,8 @@ class Recipe:
             result.
         compile_effort: The compiler's effort from -1 to 1, JAX's exec_time_optimization_effort; -1
             for models so deep that compiling would take an hour.
+        tuned_up_to: Number of parameters up to which the hyperparameters are known to suit; a run
+            with a larger model says so. None for no limit.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Recipe:
     partitioner: Partitioner = Partitioner()
     selections: tuple[Selection, ...] = ()
     compile_effort: float = 0.0
+    tuned_up_to: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))

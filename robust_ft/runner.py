@@ -8,7 +8,7 @@ from pathlib import Path
 from robust_ft import compiling, console, model_info, multihost
 from robust_ft.checkpoints_io import sources
 from robust_ft.checkpoints_io.stage_record import StageRecord
-from robust_ft.checks import claim
+from robust_ft.checks import claim, untuned
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.selection import Selection
@@ -60,6 +60,8 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     """
     compiling.use_cache()
     compiling.use_effort(recipe.compile_effort)
+    if note := untuned(recipe):
+        console.print_line(note, style="yellow")
     directory = Path(recipe.model_dir)
     summary = Summary(directory, enabled=multihost.is_first())
     params: Params | None = None

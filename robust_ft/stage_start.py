@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from robust_ft import loading, trainable
+from robust_ft import initial_checkpoint, loading, trainable
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
@@ -36,6 +36,7 @@ def restore(recipe: Recipe, stage: Stage, in_memory: Params | None = None) -> Pa
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
         loaded = load_for_model(stage.model, stage.restore, stage.data.vocabulary)
+        initial_checkpoint.check(stage.model, stage.restore)
         return place(recipe, stage, loaded)
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     dtype = _param_dtype(stage.model)

@@ -76,7 +76,11 @@ def _banner(recipe: "Recipe") -> None:
 
 def _dry_run(config: "Config") -> None:
     from robust_ft import console, model_info
+    from robust_ft.checks import check, untuned
 
+    check(config.recipe)
+    if note := untuned(config.recipe):
+        console.print_line(note, style="yellow")
     console.print_line(config.operative)
     for stage in config.recipe.stages:
         shapes = stage.model.shapes()

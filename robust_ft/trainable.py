@@ -12,7 +12,6 @@ from typing import Any
 from flax import traverse_util
 
 from robust_ft.errors import UserError, nearest
-from robust_ft.models.config import ModelConfig
 from robust_ft.models.model import Model
 from robust_ft.types import Params
 
@@ -77,7 +76,7 @@ def trainable_paths(
 
 
 def top_layers(
-    config: ModelConfig, count: int, encoder: bool = False, more: Sequence[str] = ()
+    model: Model, count: int, encoder: bool = False, more: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Returns patterns that name the parameters of a model's top layers.
 
@@ -85,7 +84,7 @@ def top_layers(
     belong to no layer; `more` can add them.
 
     Args:
-        config: The model's config.
+        model: The model.
         count: Number of top layers of the decoder.
         encoder: Whether as many top layers of the encoder train too.
         more: Further patterns.
@@ -93,6 +92,7 @@ def top_layers(
     Raises:
         UserError: There are fewer layers than `count`, or there is no encoder.
     """
+    config = model.config
     depths: dict[str, int | None] = {
         "decoder": getattr(config, "num_decoder_layers", getattr(config, "num_layers", None))
     }
@@ -111,14 +111,17 @@ def top_layers(
     return (*patterns, *more)
 
 
-def bitfit(config: ModelConfig) -> tuple[str, ...]:
+def bitfit(model: Model) -> tuple[str, ...]:
     """Returns the pattern that names a model's biases (BitFit, Ben Zaken et al., 2022).
 
     Models without biases, such as T5, train the scales of their norms instead, which is logged.
+
+    Args:
+        model: The model.
     """
-    if any(path.endswith("/bias") for path in flatten(Model(config).shapes())):
+    if any(path.endswith("/bias") for path in flatten(model.without_peft().shapes())):
         return (".*/bias",)
-    name = type(config).__name__.removesuffix("Config")
+    name = type(model.config).__name__.removesuffix("Config")
     logging.info("BitFit: a %s has no biases, so its norms' scales train instead.", name)
     return (".*/scale",)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tiny_families import batch_of, model_of
 
+from robust_ft.models.model import Model
 from robust_ft.models.peft import IA3, Adapter, Lora, Peft, Prefix, Prompt
 from robust_ft.models.peft.adapter import PFEIFFER, SITES
 from robust_ft.objectives import CrossEntropy
@@ -75,7 +76,7 @@ PLUGGED = {
 METHODS = PLUGGED | {
     "bitfit": Method(trainable=biases),
     "norm only": Method(trainable=lambda config: [".*norm.*/(scale|bias)"]),
-    "top layers": Method(trainable=lambda config: top_layers(config, 1)),
+    "top layers": Method(trainable=lambda config: top_layers(Model(config), 1)),
     "full": Method(trainable=lambda config: [".*"]),
     "joint": Method((Prompt(length=3),), lambda config: [".*"]),
     # ProMoT's second stage, and full finetuning under a random prompt.

@@ -18,6 +18,7 @@ LAYERS = [
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "evaluate"},
     {
         "finished_run",
+        "initial_checkpoint",
         "loading",
         "stage",
         "stage_step",
@@ -31,8 +32,9 @@ LAYERS = [
     {"checks"},
     {"runner"},
     {"inference", "gin_types", "report"},
+    {"gin_builders"},
     {"gin_config", "preflight"},
-    {"command_line", "from_gin"},
+    {"command_line", "from_gin", "settings"},
     {"model_directory"},
     {"train", "eval", "infer", "convert", "__main__"},
 ]

@@ -10,10 +10,12 @@ import gin
 import pytest
 
 from robust_ft import gin_config
+from robust_ft.checks import untuned
 from robust_ft.errors import UserError
 from robust_ft.gin_config import CONFIGS, ROOT
 from robust_ft.gin_types import fits
 from robust_ft.models.peft import METHODS
+from robust_ft.optim import Adafactor, AdamW, Schedule
 from robust_ft.trainable import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -186,6 +188,52 @@ def test_promot_is_what_the_paper_says():
             assert evaluation.detach == ("all" if held_out else ())
         assert {e.data.split for e in stage.evaluations} == {"validation"}
         assert {e.data.split for e in stage.final_evaluations} == {"test"}
+
+
+def test_the_papers_gpt2_has_a_separator():
+    def models(*files):
+        return {stage.model.separator_id for stage in load(files=files).stages}
+
+    plain = ("gin_configs/table2_webnlg.gin", "gin_configs/models/gpt2_medium.gin")
+    assert models(*plain) == {None}
+    assert models(*plain, "gin_configs/models/families/gpt2_separator.gin") == {50258}
+    for task, expected in (("webnlg", {50258}), ("openqa", {50258}), ("xsum", {None})):
+        recipe = f"gin_configs/cocktail_{task}.gin"
+        assert models(recipe, f"gin_configs/scale/cocktails_{task}.gin") == expected
+
+
+def test_which_hyperparameters_a_recipe_has_for_real_models():
+    def stages(*files):
+        files = [f"gin_configs/{file}.gin" for file in ("promot_rte", *files)]
+        return {stage.name: stage for stage in load(files=files).stages}
+
+    base = stages("scale/base")
+    assert base["model"].optimizer == AdamW(
+        Schedule(5e-5, warmup_steps=100, decay="linear", decay_steps=1000), clip_norm=1.0
+    )
+    prompt = Adafactor(Schedule(0.3), multiply_by_parameter_scale=False, weight_decay=1e-5)
+    assert base["prompt"].optimizer == prompt
+    t5 = stages("scale/base_t5")
+    assert t5["model"].optimizer == Adafactor(Schedule(1e-3, decay_steps=1000))
+    assert t5["prompt"].optimizer == prompt and t5["model"].model.config.dropout_rate == 0.1
+    for scale in ("scale/base", "scale/base_t5"):
+        light = stages(scale, "methods/lora")["lora"].optimizer
+        assert isinstance(light, AdamW) and light.epsilon == 1e-8
+        assert 1e-4 <= light.learning_rate.peak <= 1e-3 and light.learning_rate.warmup_steps == 100
+
+
+def test_a_toys_hyperparameters_say_so_with_a_larger_model():
+    def note(*files):
+        files = [f"gin_configs/{file}.gin" for file in ("full_rte", *files)]
+        return untuned(load("DROPOUT_RATE=0.0", files=files))
+
+    assert note() is None
+    said = note("models/gpt2")
+    assert "up to 10,000,000 parameters" in said and "'model' has one of 124,439,808" in said
+    assert "\n" not in said
+    assert note("models/gpt2", "scale/base") is None
+    assert note("models/t5_base", "scale/base_t5") is None
+    assert note("models/mt5_xl", "scale/mt5_xl") is None
 
 
 # What wins.

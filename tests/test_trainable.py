@@ -173,19 +173,19 @@ def test_top_layers(family):
     paths = set(trainable.flatten(model.shapes()))
     second = {path for path in paths if path.startswith("decoder/layers_1/")}
     both = {path for path in paths if path.startswith("decoder/layers_")}
-    assert second and selected(model, trainable.top_layers(model.config, 1)) == second
-    assert both > second and selected(model, trainable.top_layers(model.config, 2)) == both
-    more = trainable.top_layers(model.config, 1, more=["token_embedder/.*"])
+    assert second and selected(model, trainable.top_layers(model, 1)) == second
+    assert both > second and selected(model, trainable.top_layers(model, 2)) == both
+    more = trainable.top_layers(model, 1, more=["token_embedder/.*"])
     assert selected(model, more) == second | {"token_embedder/embedding"}
     with pytest.raises(UserError, match=r"count=3 must be from 1 to the decoder's 2 layers"):
-        trainable.top_layers(model.config, 3)
+        trainable.top_layers(model, 3)
     with pytest.raises(UserError, match="count=0"):
-        trainable.top_layers(model.config, 0)
+        trainable.top_layers(model, 0)
 
 
 def test_top_layers_have_numbers_of_any_length():
-    config = tiny_model(num_decoder_layers=12).config
-    (pattern,) = trainable.top_layers(config, 3)
+    model = tiny_model(num_decoder_layers=12)
+    (pattern,) = trainable.top_layers(model, 3)
     shapes = {f"layers_{i}": {"mlp": np.zeros(1)} for i in range(120)}
     found = trainable.trainable_paths({"decoder": shapes, "encoder": shapes}, [pattern])
     assert found == {f"decoder/layers_{i}/mlp" for i in (9, 10, 11)}
@@ -196,13 +196,13 @@ def test_top_layers_of_the_encoder(family):
     model = model_of(family)
     if family in ("gpt2", "llama"):
         with pytest.raises(UserError, match=r"encoder=True, but a \w+Config has none"):
-            trainable.top_layers(model.config, 1, encoder=True)
+            trainable.top_layers(model, 1, encoder=True)
         return
     tops = ("decoder/layers_1/", "encoder/layers_0/")
     expected = {p for p in trainable.flatten(model.shapes()) if p.startswith(tops)}
-    assert selected(model, trainable.top_layers(model.config, 1, encoder=True)) == expected
+    assert selected(model, trainable.top_layers(model, 1, encoder=True)) == expected
     with pytest.raises(UserError, match=r"count=2 .* the encoder's 1 layers"):
-        trainable.top_layers(model.config, 2, encoder=True)
+        trainable.top_layers(model, 2, encoder=True)
 
 
 @families
@@ -238,7 +238,7 @@ def test_biases(family):
 @families
 def test_bitfit_is_for_every_family(family, caplog):
     with caplog.at_level("INFO"):
-        found = selected(model_of(family), trainable.bitfit(model_of(family).config))
+        found = selected(model_of(family), trainable.bitfit(model_of(family)))
     has_biases = family in ("bart", "gpt2")
     assert {path.rsplit("/", 1)[1] for path in found} == {"bias" if has_biases else "scale"}
     assert ("has no biases" in caplog.text) != has_biases

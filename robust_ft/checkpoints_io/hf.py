@@ -132,6 +132,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     )
 
 
+def is_name(source: str) -> bool:
+    """Returns whether a path may be a model's name on the hub."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
+
+
 def find(source: str) -> Path:
     """Returns a local directory as it is, and downloads a name of the hub ("google/mt5-small").
 
@@ -141,7 +146,7 @@ def find(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+    if folder.exists() or not is_name(source):
         raise UserError(f"There is no directory '{source}'.")
     # Imported here, as only names on the hub need it.
     import huggingface_hub

@@ -81,10 +81,10 @@ def weights(path: str) -> dict[str, Tensor]:
     """Returns the parameters in any kind of checkpoint, as {our path: tensor}.
 
     Args:
-        path: A directory that `read` opens, a stage's `checkpoint_<step>`, a `.safetensors` file
-            with our paths, an adapter's directory, or a soft prompt in a `.npy` file. `asset:`
-            paths are resolved. Several, separated by commas, are merged (a model and its prompt);
-            the later one wins.
+        path: A directory or name that `read` opens, a stage's `checkpoint_<step>`, a
+            `.safetensors` file with our paths, an adapter's directory, or a soft prompt in a `.npy`
+            file. `asset:` paths are resolved. Several, separated by commas, are merged (a model and
+            its prompt); the later one wins.
 
     Raises:
         UserError: Nothing is there, or it is broken.
@@ -92,9 +92,10 @@ def weights(path: str) -> dict[str, Tensor]:
     if len(paths := split(path)) > 1:
         return {name: tensor for each in paths for name, tensor in weights(each).items()}
     file = Path(assets.resolve(path)).expanduser()
-    if not file.exists():
+    if not file.exists() and (not hf.is_name(path) or file.suffix in (".npy", ".safetensors")):
         siblings = [str(sibling) for sibling in file.parent.glob("*")]
         raise UserError(f"There is no checkpoint at '{path}'." + nearest(str(file), siblings))
+    file = Path(existing(path)).expanduser()
     if file.suffix == ".safetensors":
         return safetensors_files.read(file)
     if file.suffix == ".npy":
@@ -123,6 +124,23 @@ def _check_no_run(folder: Path, path: str) -> None:
             f"'{path}' is a run: robust_ft.load('{path}') loads what it ended with, and python -m "
             f"robust_ft.convert --input={path} --output=DIR makes a model directory of it."
         )
+
+
+def existing(path: str) -> str:
+    """Returns the path of what is there, downloaded if it is a name on the Hugging Face hub.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    path = assets.resolve(path)
+    file = Path(path).expanduser()
+    if file.exists():
+        return path
+    try:
+        return str(hf.find(path))
+    except UserError as error:
+        names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise UserError(f"{error}{nearest(file.name, names)}") from None
 
 
 def split(path: str) -> list[str]:

@@ -169,7 +169,8 @@ def _max_distance(source: str, num_buckets: int) -> int:
         return 128
     raise UserError(
         f"'{source}' has {num_buckets} buckets of relative positions, and nothing in it tells the "
-        "largest distance that they cover; give --config=relative_max_distance=NUMBER."
+        "largest distance that they cover; set T5Config.relative_max_distance, for convert with "
+        "--config=relative_max_distance=NUMBER."
     )
 
 

@@ -31,6 +31,10 @@ class BartConfig(ModelConfig):
     """Sizes and switches of a BART; the defaults are BART base.
 
     Attributes:
+        num_heads: Heads of each attention, which share emb_dim.
+        mlp_dim: Width of the MLP's inner layer.
+        num_encoder_layers: Layers of the encoder.
+        num_decoder_layers: Layers of the decoder.
         num_positions: Most tokens of an input, soft prompts included, and of a target.
         activation: A name in `robust_ft.models.options.ACTIVATIONS`.
         scale_embedding: Multiply embedded tokens by emb_dim^0.5.

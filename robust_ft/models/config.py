@@ -47,6 +47,12 @@ class ModelConfig(abc.ABC):
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name.endswith("dropout_rate") and not 0 <= getattr(self, field.name) < 1:
+                raise UserError(
+                    f"{type(self).__name__}.{field.name}={getattr(self, field.name)} must be at "
+                    "least 0 and below 1."
+                )
         self.check_choice("attention", KERNELS)
         self.check_choice("remat", tuple(REMAT_POLICIES))
         self.check_choice("dtype", DTYPES)

@@ -33,6 +33,9 @@ class GPT2Config(ModelConfig):
         vocab_size: Rows of the embedding, which is the head too. It may be larger than a
             checkpoint's: tokens that a task adds, such as padding and a separator, start as the
             mean of the others (`robust_ft.checkpoints_io.added_tokens`).
+        num_heads: Heads of each attention, which share emb_dim.
+        mlp_dim: Width of the MLP's inner layer.
+        num_layers: Number of layers.
         num_positions: Most tokens that input, target and soft prompts have together.
         activation: A name in `robust_ft.models.options.ACTIVATIONS`.
         attention_dropout_rate: Of the attention weights.

@@ -30,7 +30,11 @@ class LlamaConfig(ModelConfig):
     """Sizes and switches of a Llama-style decoder; the defaults are Llama 2 7B.
 
     Attributes:
+        num_heads: Heads of queries.
         num_kv_heads: Heads of keys and values; each serves num_heads / num_kv_heads of queries.
+        head_dim: Width of a head.
+        mlp_dim: Width of the MLP's inner layer.
+        num_layers: Number of layers.
         max_length: Tokens of the longest sequence that the model was trained on; for information.
         logits_via_embedding: Use the token embedding as the output head; otherwise the head has its
             own kernel.
@@ -39,6 +43,7 @@ class LlamaConfig(ModelConfig):
         qk_norm: Whether each head's queries and keys are normalized (Qwen3).
         sliding_window: How many tokens a token sees, itself included (Mistral); None for all.
         first_window_layer: The first layer with a window; those below see all tokens.
+        norm_epsilon: Added to the mean square in each norm.
         rope_theta: Base of the rotary positions' wavelengths.
         rope_scaling: How wavelengths are stretched for long sequences: "none", "linear" all by
             `rope_factor`; "llama3" and "yarn" the long ones only.

@@ -29,9 +29,18 @@ class T5Config(ModelConfig):
     """Sizes and switches of a T5; the defaults are T5 1.1 small.
 
     Attributes:
+        num_heads: Heads of each attention.
+        head_dim: Width of a head.
+        mlp_dim: Width of the MLP's inner layer.
+        num_encoder_layers: Layers of the encoder.
+        num_decoder_layers: Layers of the decoder.
+        mlp_activations: Names in `robust_ft.models.options.ACTIVATIONS`, whose results are
+            multiplied: two of them gate (T5 1.1), one is plain (T5 1.0).
         logits_via_embedding: Use the token embedding as the output head, scaled by
             emb_dim^-0.5 (T5 1.0); otherwise the head has its own kernel (T5 1.1, mT5).
         scaled_head: Scale the logits of a head with its own kernel, too.
+        relative_num_buckets: Buckets of relative positions, each with a bias of its own.
+        relative_max_distance: All larger distances share the last bucket.
     """
 
     vocab_size: int = 32128

@@ -28,7 +28,14 @@ class GradientFn(Protocol):
 def backprop(
     loss_fn: LossFn, trainable: Params, batch: Batch, rng: jax.Array
 ) -> tuple[Params, Sums]:
-    """The plain gradient, a `GradientFn`."""
+    """The plain gradient, a `GradientFn`.
+
+    Args:
+        loss_fn: The stage's objective; this and what follows is given by the train step.
+        trainable: The parameters that train.
+        batch: The examples.
+        rng: The step's key.
+    """
     (loss, (weight, sums)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
         trainable, batch, rng
     )

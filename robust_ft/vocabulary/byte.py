@@ -13,6 +13,9 @@ class ByteVocabulary(Vocabulary):
 
     As in seqio, extra ids never come out of `encode` and have no text in `decode`. ByT5's
     embedding has 384 rows: `extra_ids=125` covers it.
+
+    Attributes:
+        extra_ids: Number of ids after the bytes.
     """
 
     extra_ids: int = 100

@@ -210,6 +210,9 @@ class TokenizersVocabulary(_HubVocabulary):
     The file's own template (its BOS and EOS) is not applied; `input_prefix` and `input_suffix` are,
     and `vocabulary_from_directory` fills them in from the template. See `_HubVocabulary` for the
     fields: `unk_token` may be missing from the file, the others may not.
+
+    Attributes:
+        path: The `tokenizer.json`.
     """
 
     _PATHS = ("path",)

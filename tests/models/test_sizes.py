@@ -66,6 +66,7 @@ def llama(vocab, embed, heads, kv_heads, head_dim, mlp, layers, tied=False, bias
 MODELS = {
     "mini_byt5": (mini(384), "4.80640e5"),
     "mini_t5": (mini(440), "4.86016e5"),
+    "mini_t5_scratch": (mini(440), "4.86016e5"),
     "t5_small": (t5_1_0(512, 8, 64, 2048, 6), "6.05e7"),
     "t5_base": (t5_1_0(768, 12, 64, 3072, 12), "2.23e8"),
     "t5_large": (t5_1_0(1024, 16, 64, 4096, 24), "7.38e8"),
