@@ -1,7 +1,7 @@
 """What a recipe takes from the checkpoint that it starts from: sizes, token ids, vocabulary."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,10 @@ def model(checkpoint: Checkpoint, config: ModelConfig, vocabulary: Vocabulary) -
     """Returns a checkpoint's model with a config of the same family, and pad and eos of its data.
 
     Raises:
-        UserError: The model has fewer tokens than the vocabulary.
+        UserError: The config is not the checkpoint's, or the model has fewer tokens than the
+            vocabulary.
     """
+    _check_same(_differing_sizes(config, checkpoint), checkpoint.source)
     if vocabulary.vocab_size > config.vocab_size:
         name = type(config).__name__
         raise UserError(
@@ -92,7 +94,8 @@ def check(model: Model, restore: str) -> None:
 
     Shapes alone would let pass what changes numbers and no shape: a RoPE's base, an epsilon, an
     activation. A larger vocabulary adds tokens. Nothing is checked where there is no config to
-    compare with: t5x checkpoints, files of parameters, and models that are not there (yet).
+    compare with: t5x checkpoints, files of parameters, and models that are not there (yet), such as
+    names on the hub.
 
     Raises:
         UserError: Something differs; the message has the field and both values.
@@ -107,22 +110,29 @@ def check(model: Model, restore: str) -> None:
             f"The model is a {type(model.config).__name__}, the checkpoint '{path}' a "
             f"{type(checkpoint.config).__name__}."
         )
-    for field, stated, theirs in _differences(model, checkpoint):
+    _check_same(_differing_sizes(model.config, checkpoint), path)
+    _check_same(_differing_ids(model, checkpoint), path)
+
+
+def _check_same(differences: Iterable[tuple[str, Any, Any]], path: str) -> None:
+    for field, stated, theirs in differences:
         raise UserError(
             f"{field}={stated!r}, but the checkpoint '{path}' has {theirs!r}; leave it out to take "
             "the checkpoint's."
         )
 
 
-def _differences(model: Model, checkpoint: Checkpoint) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (field, the model's value, the checkpoint's) of what changes numbers."""
-    name = type(model.config).__name__
+def _differing_sizes(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (field, the config's value, the checkpoint's) of what changes numbers."""
     for field, theirs in vars(checkpoint.config).items():
-        stated = getattr(model.config, field)
+        stated = getattr(config, field)
         if is_free(field) or field == "max_length":  # the latter is for information
             continue
         if stated != theirs and not (field == "vocab_size" and stated > theirs):
-            yield f"{name}.{field}", stated, theirs
+            yield f"{type(config).__name__}.{field}", stated, theirs
+
+
+def _differing_ids(model: Model, checkpoint: Checkpoint) -> Iterator[tuple[str, Any, Any]]:
     # Padding is told by masks, so its id changes nothing.
     for key in ("eos", "start", "separator"):
         theirs = checkpoint.token_ids.get(key)

@@ -36,7 +36,9 @@ def restore(recipe: Recipe, stage: Stage, in_memory: Params | None = None) -> Pa
         return place(recipe, stage, {})
     if not stage.restore.startswith(STAGE):
         loaded = load_for_model(stage.model, stage.restore, stage.data.vocabulary)
-        initial_checkpoint.check(stage.model, stage.restore)
+        # A name on the hub has been downloaded by now.
+        source = sources.existing(sources.split(stage.restore)[0])
+        initial_checkpoint.check(stage.model, source)
         return place(recipe, stage, loaded)
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     dtype = _param_dtype(stage.model)

@@ -10,11 +10,12 @@ from safetensors.numpy import save_file
 from tiny_families import CONFIGS, params_of
 
 import robust_ft
-from robust_ft import checks, command_line, gin_config, initial_checkpoint, train
+from robust_ft import checks, command_line, gin_config, initial_checkpoint, stage_start, train
 from robust_ft.checkpoints_io import hf, native, t5x
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
+from robust_ft.recipe import Recipe
 from robust_ft.restore import load_params
 from robust_ft.trainable import flatten
 from robust_ft.vocabulary import ByteVocabulary
@@ -176,6 +177,21 @@ def test_a_separator_may_be_added_to_a_model_that_has_none(tmp_path):
     path = write(tmp_path / "model")
     assert stage_of(path).model.separator_id is None
     check(path, "Model.separator_id=3")
+
+
+def test_a_name_on_the_hub_is_enough_and_is_compared(tmp_path, monkeypatch):
+    path = write(tmp_path / "model")
+    monkeypatch.setattr(hf, "find", lambda name: Path(path if name == "me/llama" else name))
+    stage = stage_of("me/llama")
+    assert stage.model == stage_of(path).model and stage.data.vocabulary.vocab_size == 264
+    assert load_params("me/llama").keys() == load_params(path).keys()
+    with pytest.raises(UserError, match=r"rope_theta=500.0, but the checkpoint .* has 5000.0"):
+        stage_of("me/llama", "LlamaConfig.rope_theta=500.0")
+    sized = dataclasses.replace(stage.model.config, rope_theta=500.0)
+    stated = dataclasses.replace(stage, model=dataclasses.replace(stage.model, config=sized))
+    recipe = Recipe("it", str(tmp_path / "run"), [stated])
+    with pytest.raises(UserError, match=r"rope_theta=500.0, but the checkpoint .* has 5000.0"):
+        stage_start.restore(recipe, stated)
 
 
 # What has no config.
