@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 DATA = Path(os.environ.get("ROBUST_FT_DATA_DIR", ""))
+# Prompts to compare. ROBUST_FT_PROMPTS=200 takes most of an hour on two cores.
+PROMPTS = int(os.environ.get("ROBUST_FT_PROMPTS", "32"))
 WORDS_FROM = "wmt_newstest/newstest2016.eng-deu.eng"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GQA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 512}

@@ -5,13 +5,13 @@ import os
 import numpy as np
 import pytest
 import real_directories
-from real_directories import CHAT
+from real_directories import CHAT, PROMPTS
 
 import robust_ft
 from robust_ft.vocabulary import encode_inputs, encode_targets
 
 FAMILIES = ["llama3", "llama2", "mistral", "smollm2", "qwen2", "qwen3", "gpt2"]
-PROMPTS, LENGTH, BATCH = 200, 8, 16
+LENGTH, BATCH = 8, 16
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.slow,
@@ -73,7 +73,7 @@ def ends_of(reference):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_predict_is_generate(both, beams):
     reference, tokenizer, predictor, end = both
-    texts = texts_of(end, PROMPTS if beams == 1 else 40)
+    texts = texts_of(end, PROMPTS if beams == 1 else PROMPTS // 2)
     settings = {"beam_size": beams, "alpha": 1.0, "length_penalty": "hf"} if beams > 1 else {}
     found = predictor.predict(texts, max_decode_len=LENGTH, batch_size=BATCH, **settings)
     ends, ended = ends_of(reference), 0
@@ -104,7 +104,7 @@ def test_score_is_the_log_likelihood(both):
 
 def test_rank_prefers_what_is_likelier(both):
     reference, tokenizer, predictor, end = both
-    texts, rng = texts_of(end, 60), np.random.default_rng(5)
+    texts, rng = texts_of(end, PROMPTS // 2), np.random.default_rng(5)
     choices = [real_directories.targets(int(rng.integers(2, 5)), seed=i) for i in range(len(texts))]
     ranked = predictor.rank(texts, choices, batch_size=BATCH)
     for i, (text, answers) in enumerate(zip(texts, choices, strict=True)):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import real_directories
-from real_directories import CHAT
+from real_directories import CHAT, PROMPTS
 from test_decoder_only_agreement import LENGTH, generated
 
 import robust_ft
@@ -19,8 +19,7 @@ METHODS = {
     "prompt": ((Prompt(length=4),), ("peft",)),
     "prefix": ((Prefix(length=3, counted=True),), ("peft",)),
 }
-# ROBUST_FT_PROMPTS=200 takes half an hour on two cores.
-PROMPTS, BATCH = int(os.environ.get("ROBUST_FT_PROMPTS", "24")), 16
+BATCH = 16
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.slow,
