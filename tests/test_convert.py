@@ -190,7 +190,10 @@ def test_a_base_of_another_model(stage, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config=emb_dims=3"], "no field 'emb_dims'. Did you mean 'emb_dim'"),
+        (
+            ["--config=emb_dims=3"],
+            "no such token id. Did you mean 'emb_dim'",
+        ),
         (["--config=emb_dim"], "has no value"),
         (["--from=t5x"], "is no t5x checkpoint"),
         (["--from=robust_ft"], "it has no robust_ft.json"),

@@ -126,7 +126,7 @@ def test_logits_are_hugging_faces_of_each_row_alone(
 ):
     reference = hugging_face(1, **changes)
     model, params = converted(reference, tmp_path)
-    assert (model.pad_id, model.eos_id, model.start_id) == (PAD, EOS, SEP)
+    assert (model.pad_id, model.eos_id, model.start_id) == (PAD, EOS, EOS)
     batch = scattered(batch_of(2, source_lengths, target_lengths), pad_id=PAD)
     assert_logits_are(reference, model, params, batch)
 
