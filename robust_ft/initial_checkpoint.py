@@ -12,7 +12,7 @@ from robust_ft.errors import UserError
 from robust_ft.models.config import COMPUTE_FIELDS, ModelConfig
 from robust_ft.models.model import Model
 from robust_ft.stage import SCRATCH
-from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
+from robust_ft.vocabulary import Vocabulary
 
 
 def read(restore: str, fields: Mapping[str, Any]) -> Checkpoint:
@@ -52,13 +52,7 @@ def vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     Raises:
         UserError: It has none, as t5x's, or it is broken.
     """
-    found = native.vocabulary(checkpoint)
-    if found is not None:
-        return found
-    try:
-        return vocabulary_from_directory(checkpoint.source)
-    except UserError as error:
-        raise UserError(f"{error} Set TaskData.vocabulary to the model's.") from None
+    return sources.vocabulary(checkpoint, "Set TaskData.vocabulary to the model's.")
 
 
 def model(checkpoint: Checkpoint, config: ModelConfig, vocabulary: Vocabulary) -> Model:

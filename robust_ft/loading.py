@@ -24,6 +24,8 @@ from robust_ft.restore import place_params
 from robust_ft.trainable import flatten
 from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
 
+_VOCABULARY = "Give load(..., vocabulary=...): a directory, or an object of robust_ft.vocabulary."
+
 
 def load(
     directory: str | os.PathLike[str],
@@ -131,19 +133,6 @@ def _methods(peft: Sequence[Peft], adapters: Iterable[Adapter]) -> tuple[Peft, .
     return tuple(methods)
 
 
-def _vocabulary(checkpoint: Checkpoint) -> Vocabulary:
-    vocabulary = native.vocabulary(checkpoint)
-    if vocabulary is not None:
-        return vocabulary
-    try:
-        return vocabulary_from_directory(checkpoint.source)
-    except UserError as error:
-        raise UserError(
-            f"{error} Give load(..., vocabulary=...): a directory, or an object of "
-            "robust_ft.vocabulary."
-        ) from None
-
-
 def _model(
     checkpoint: Checkpoint,
     given: Vocabulary | str | os.PathLike[str] | None,
@@ -164,7 +153,7 @@ def _model(
         source, used = trained
         checkpoint, vocabulary = used.applied(checkpoint, source, given)
     else:
-        vocabulary = given or _vocabulary(checkpoint)
+        vocabulary = given or sources.vocabulary(checkpoint, _VOCABULARY)
         _check_size(checkpoint, vocabulary)
         ids = {"pad": vocabulary.pad_id, "eos": vocabulary.eos_id}
         checkpoint = dataclasses.replace(checkpoint, token_ids={**checkpoint.token_ids, **ids})

@@ -23,6 +23,7 @@ from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
+from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
 
 # Prompt tuning saves a soft prompt as a bare array.
 PROMPT = "encoder/prompt"
@@ -59,6 +60,25 @@ def read(
         return overridden(t5x.read(path, sizes), ids)
     checkpoint = hf.read(path) if file_format == "hf" else native.read(path)
     return overridden(checkpoint, overrides)
+
+
+def vocabulary(checkpoint: Checkpoint, advice: str) -> Vocabulary:
+    """Returns a checkpoint's vocabulary: the one that it carries, or that of its directory.
+
+    Args:
+        checkpoint: The checkpoint.
+        advice: What to do where there is none, for the error.
+
+    Raises:
+        UserError: There is none, as in t5x's checkpoints, or it is broken.
+    """
+    carried = native.vocabulary(checkpoint)
+    if carried is not None:
+        return carried
+    try:
+        return vocabulary_from_directory(checkpoint.source)
+    except UserError as error:
+        raise UserError(f"{error} {advice}") from None
 
 
 def detect(path: str) -> str:
