@@ -12,7 +12,7 @@ import robust_ft
 from robust_ft import AdamW, Lora, Prefix, Prompt, Recipe, Schedule, Stage, TaskData
 from robust_ft.convert import convert
 
-# The others take long: with ROBUST_FT_PROMPTS set. A prefix under Mistral's window differs still.
+# The others take long: with ROBUST_FT_PROMPTS set.
 FAMILIES = ["llama3"]
 if "ROBUST_FT_PROMPTS" in os.environ:
     FAMILIES += ["mistral", "qwen2", "qwen3", "gpt2"]

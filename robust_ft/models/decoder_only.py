@@ -32,13 +32,24 @@ class Layout(NamedTuple):
     key_positions: Int[Array, "batch key"]
     mask: Bool[Array, "batch query key"]
 
-    def bias(self, window: int | None = None) -> Float[Array, "batch 1 query key"]:
-        """Returns the attention bias; with a window, a query sees only the last `window` tokens."""
-        mask = self.mask
-        if window is not None:
-            distance = self.positions[:, :, None] - self.key_positions[:, None, :]
-            mask = mask & (distance < window)  # [batch, query, key]
-        return attention.mask_to_bias(mask)
+    def bias(self) -> Float[Array, "batch 1 query key"]:
+        """Returns the attention bias, the same for all heads."""
+        return attention.mask_to_bias(self.mask)
+
+    def windowed_bias(self, window: int, slots: int) -> Float[Array, "batch 1 query longer"]:
+        """Returns the bias with which a query sees only the last `window` positions.
+
+        Args:
+            window: Positions that a query sees, its own included.
+            slots: Slots of a prefix that take the positions before the first token. The window
+                passes them, too: they have the bias's first columns.
+        """
+        slot_positions = jnp.arange(-slots, 0)[None]  # [1, slots]
+        slot_positions = jnp.broadcast_to(slot_positions, (self.mask.shape[0], slots))
+        keys = jnp.concatenate([slot_positions, self.key_positions], 1)
+        distance = self.positions[:, :, None] - keys[:, None, :]  # [batch, query, slots + key]
+        seen = jnp.pad(self.mask, ((0, 0), (0, 0), (slots, 0)), constant_values=True)
+        return attention.mask_to_bias(seen & (distance < window))
 
 
 def layout(input_mask: Bool[Array, "batch input"], batch: Batch | None = None) -> Layout:

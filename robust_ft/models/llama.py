@@ -280,10 +280,12 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch length embed"], list[Any]]:
         """Returns the last layer's output, and every layer's keys and values, or its cache."""
         cfg = self.config
-        positions = layout.positions + decoder_slots(self.peft)
-        rotary = rotary_angles(positions, cfg)
+        slots = decoder_slots(self.peft)
+        rotary = rotary_angles(layout.positions + slots, cfg)
         # Both biases are computed once, not in every layer.
-        full, windowed = layout.bias(), layout.bias(cfg.sliding_window)
+        full = windowed = layout.bias()
+        if cfg.sliding_window is not None:
+            windowed = layout.windowed_bias(cfg.sliding_window, slots)
         states = []
         for i, layer in enumerate(self.layers):
             bias = windowed if i >= cfg.first_window_layer else full

@@ -31,7 +31,8 @@ CONFIGS = CONFIGS | {
     ),
     # PEFT takes the encoder's number of layers for the decoder's.
     "bart": dataclasses.replace(CONFIGS["bart"], num_encoder_layers=2),
-    "llama": dataclasses.replace(CONFIGS["llama"], sliding_window=None, first_window_layer=0),
+    # Mistral: every layer has a window.
+    "llama": dataclasses.replace(CONFIGS["llama"], sliding_window=6, first_window_layer=0),
 }
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 METHODS = {

@@ -20,7 +20,10 @@ def test_padding_takes_no_position_and_is_not_seen():
 def test_a_window_counts_tokens_and_not_padding():
     input_mask = jnp.asarray([[1, 1, 0, 0, 1]], bool)
     layout = decoder_only.layout(input_mask, {"decoder_input_tokens": jnp.zeros((1, 1), jnp.int32)})
-    np.testing.assert_array_equal(layout.bias(3)[0, 0, -1] == 0, [0, 1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(layout.windowed_bias(3, 0)[0, 0, -1] == 0, [0, 1, 0, 0, 1, 1])
+    # The last token is at position 3, and a prefix of two slots at -2 and -1.
+    seen = layout.windowed_bias(5, 2)[0, 0, -1] == 0
+    np.testing.assert_array_equal(seen, [0, 1, 1, 1, 0, 0, 1, 1])
 
 
 def test_packed_examples_see_themselves_and_start_at_0():

@@ -37,7 +37,7 @@ class Prefix(Peft):
     """Slots before what attention sees: `<attention>/prefix/key` and `value`.
 
     Each is [length, heads, head_dim], with the heads that keys have. All tokens see all slots, in a
-    packed row and with a sliding window too. Decoder-only models have "decoder" attention alone.
+    packed row too. Decoder-only models have "decoder" attention alone.
 
     Attributes:
         length: Slots of each attention.
@@ -46,7 +46,8 @@ class Prefix(Peft):
         cross: Whether the decoder's attention to the encoder's output gets one.
         counted: Whether the decoder's slots take the first positions, as in PEFT: targets (in
             decoder-only models, inputs) then start at position `length`, and T5's relative position
-            bias reaches the slots. Otherwise slots have no position, and no bias.
+            bias reaches the slots; a sliding window leaves them behind, as it does in PEFT.
+            Otherwise slots have no position and no bias, and every token sees them.
         mid_dim: If not None, keys and values of each kind of attention come out of an MLP, whose
             hidden layer has this size: P = W tanh(W' P'), with biases, where P' is [length,
             emb_dim] (section 4.3; the authors take 512 for GPT-2, 800 for BART). Its parameters are
@@ -105,7 +106,7 @@ class Prefix(Peft):
         }
         blocks, missing = [prefix, *blocks], self.length
         if self.counted and scope.path[-1] == SITES["decoder"]:
-            # A relative position bias already has columns for the slots.
+            # A relative position bias, and a window's, already has columns for the slots.
             missing = max(0, sum(block["key"].shape[1] for block in blocks) - bias.shape[-1])
         # A bias of 0: every token sees every slot.
         return blocks, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (missing, 0)))
