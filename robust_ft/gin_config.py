@@ -287,6 +287,10 @@ def _with_settings(
     return UserError(f"{message.removesuffix('.')} (in the config: {names}){end}")
 
 
+# What takes the place of parameters that earlier versions had.
+_GONE = {"pad_id": " Padding is told by masks; Model.pad_id is the id that fills arrays."}
+
+
 def _explain(error: Exception) -> UserError:
     """Returns a gin error as one sentence with the place and the nearest valid name."""
     message = str(error)
@@ -298,9 +302,8 @@ def _explain(error: Exception) -> UserError:
     if match := re.search(r"Configurable '(.*)' doesn't have a parameter named '(.*)'", message):
         owner, parameter = match[1].split(".")[-1], match[2]
         choices = _parameters(REGISTERED[owner]) if owner in REGISTERED else []
-        return UserError(
-            f"{owner} has no parameter '{parameter}'{where}." + nearest(parameter, choices)
-        )
+        advice = _GONE.get(parameter) or nearest(parameter, choices)
+        return UserError(f"{owner} has no parameter '{parameter}'{where}.{advice}")
     if match := re.search(r"No bindings specified for '(\w+)/gin\.macro'", message):
         return UserError(
             f"The config needs a value for the macro {match[1]}; set it with "
@@ -313,7 +316,10 @@ def _explain(error: Exception) -> UserError:
     if isinstance(error, SyntaxError):
         source = f" in {error.filename}, line {error.lineno}" if error.filename else ""
         return UserError(f"Gin syntax error{source}: {error.msg}: {(error.text or '').strip()}")
-    return UserError(f"The config does not build: {message.splitlines()[0]}{where}")
+    message = message.splitlines()[0]
+    if match := re.search(r"unexpected keyword argument '(\w+)'", message):
+        message += "." + _GONE.get(match[1], "")
+    return UserError(f"The config does not build: {message}{where}")
 
 
 def _parameters(target: Callable[..., Any]) -> list[str]:

@@ -110,9 +110,11 @@ def check(model: Model, restore: str) -> None:
 
 def _check_same(differences: Iterable[tuple[str, Any, Any]], path: str) -> None:
     for field, stated, theirs in differences:
+        name = field.removeprefix("Model.")
+        other = f", or write a copy that has yours: convert --config={name}=ID" * (name != field)
         raise UserError(
             f"{field}={stated!r}, but the checkpoint '{path}' has {theirs!r}; leave it out to take "
-            "the checkpoint's."
+            f"the checkpoint's{other}."
         )
 
 

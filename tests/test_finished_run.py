@@ -10,8 +10,10 @@ from test_export import NORMS, with_methods, write_base
 
 import robust_ft
 from robust_ft import runner, stage_start
+from robust_ft.convert import convert
 from robust_ft.ensembles.mixture_weight import Candidate, SelectedWeight
 from robust_ft.errors import UserError
+from robust_ft.export import FOLDER
 from robust_ft.files import write_json
 from robust_ft.metrics import postprocess
 from robust_ft.models.peft import IA3, Adapter, Lora, Prefix, Prompt
@@ -77,7 +79,16 @@ METHODS = {
 def test_every_method(base, tmp_path, methods, patterns):
     model = with_methods(*methods)
     stage = toy.stage(model=model, restore=base, trainable=patterns, **TEST, steps=2)
-    assert_loads(trained(tmp_path, stage), tmp_path, "model")
+    run = tmp_path / "run"
+    assert_loads(trained(run, stage), run, "model")
+    # Converted, it says the same: merged, or with an export of what cannot be merged beside it.
+    out = tmp_path / "out"
+    convert(str(run), str(out), output_format="robust_ft")
+    beside = out / FOLDER
+    converted = robust_ft.load(out, weights=str(beside) if beside.is_dir() else None)
+    inputs, said = predictions(run, "model")
+    answers = converted.predict(inputs, toy.DECODER, inputs_length=toy.DATA.inputs_length)
+    assert [postprocess.first_word(answer) for answer in answers] == said
 
 
 @pytest.mark.parametrize("start", ["scratch", "base"])

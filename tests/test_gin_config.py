@@ -369,6 +369,7 @@ def test_methods_are_plugged_in_by_name_and_always_in_the_same_order():
         "Model.lroa=@Lora()": r"Model has no parameter 'lroa' .*Did you mean 'lora'",
         "Model.lora=@Lroa()": r"Configs know no 'Lroa' .*Did you mean 'Lora'",
         "Model.lora=8": r"Model.lora=8 must be of type Lora or None",
+        "T5Config.pad_id=3": r"'pad_id'.* Model.pad_id is the id that",
         "Model.pad_idd=8": r"Model has no parameter 'pad_idd' .*Did you mean 'pad_id'",
     }.items():
         with pytest.raises(UserError, match=sentence):
