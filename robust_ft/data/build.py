@@ -298,6 +298,7 @@ def _records(
     dtype = records.token_dtype(data.vocabulary.vocab_size)
     has_texts = _has_texts(data)
     for row in rows:
+        counts.example(seen + counts.num_examples, row)
         if "exemplars" in row:
             counts.num_dropped_exemplars += fit_exemplars(row, tokenizers["inputs"])
         features = {name: tokenize(row) for name, tokenize in tokenizers.items()}

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pkgutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from robust_ft import bundled
 from robust_ft.errors import UserError, nearest
 
 DATA_DIR_VARIABLE = "ROBUST_FT_DATA_DIR"
+# File systems count changes in ticks, of up to 2 s.
+_RECENT_NS = 2_000_000_000
 
 
 def module_fingerprint(module: str | None) -> str:
@@ -101,13 +104,17 @@ class RawFile:
     Attributes:
         path: Relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
         size: Bytes.
-        mtime_ns: Modification time; while it is equal, the file is not hashed again.
+        mtime_ns: Modification time.
+        ctime_ns: Change time, which no program can set, unlike the modification time; 0 if it was
+            so recent that a later change could have the same. While size and both times are equal,
+            the file is not hashed again.
         sha256: Hex digest of the content.
     """
 
     path: str
     size: int
     mtime_ns: int
+    ctime_ns: int
     sha256: str
 
 
@@ -119,7 +126,9 @@ def describe_file(path: str | os.PathLike[str]) -> RawFile:
     if data_dir and file.is_relative_to(Path(data_dir).resolve()):
         name = file.relative_to(Path(data_dir).resolve()).as_posix()
     stat = file.stat()
-    return RawFile(name, stat.st_size, stat.st_mtime_ns, _sha256(file))
+    is_recent = time.time_ns() - stat.st_ctime_ns < _RECENT_NS
+    ctime = 0 if is_recent else stat.st_ctime_ns
+    return RawFile(name, stat.st_size, stat.st_mtime_ns, ctime, _sha256(file))
 
 
 def has_changed(raw: RawFile) -> bool:
@@ -135,7 +144,8 @@ def has_changed(raw: RawFile) -> bool:
     stat = file.stat()
     if stat.st_size != raw.size:
         return True
-    return stat.st_mtime_ns != raw.mtime_ns and _sha256(file) != raw.sha256
+    unchanged = (stat.st_mtime_ns, stat.st_ctime_ns) == (raw.mtime_ns, raw.ctime_ns)
+    return not unchanged and _sha256(file) != raw.sha256
 
 
 def _sha256(file: Path) -> str:

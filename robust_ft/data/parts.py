@@ -6,6 +6,7 @@ folder at the same time.
 """
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import socket
@@ -35,6 +36,8 @@ class Counts:
         num_truncated: Number of truncated examples, by feature.
         max_length: Tokens of the longest example before truncation, by feature.
         num_tokens: Tokens after truncation, by feature.
+        content: The sum, modulo 2**256, of the SHA-256 of each example and its number, before it is
+            tokenized; hexadecimal, "" for no examples.
     """
 
     num_examples: int = 0
@@ -42,6 +45,7 @@ class Counts:
     num_truncated: dict[str, int] = field(default_factory=dict)
     max_length: dict[str, int] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
+    content: str = ""
 
     def feature(self, name: str, before: int, after: int) -> None:
         """Counts one example's feature, by its numbers of tokens before and after truncation."""
@@ -49,10 +53,29 @@ class Counts:
         self.max_length[name] = max(self.max_length.get(name, 0), before)
         self.num_tokens[name] = self.num_tokens.get(name, 0) + after
 
+    def example(self, number: int, example: Mapping[str, Any]) -> None:
+        """Adds an example to the content.
+
+        Args:
+            number: Its position in the split.
+            example: The task's, before it is tokenized.
+        """
+        values = [
+            (name, value.tolist() if hasattr(value, "tolist") else value)
+            for name, value in sorted(example.items())
+        ]
+        self._add_content(hashlib.sha256(repr((number, values)).encode()).hexdigest())
+
+    def _add_content(self, content: str) -> None:
+        # A sum does not depend on how a split is divided into parts.
+        total = (int(self.content or "0", 16) + int(content or "0", 16)) % 2**256
+        self.content = f"{total:064x}"
+
     def add(self, other: "Counts") -> None:
         """Adds the counts of other examples."""
         self.num_examples += other.num_examples
         self.num_dropped_exemplars += other.num_dropped_exemplars
+        self._add_content(other.content)
         for name in other.max_length:
             self.num_truncated[name] = self.num_truncated.get(name, 0) + other.num_truncated[name]
             self.max_length[name] = max(self.max_length.get(name, 0), other.max_length[name])

@@ -201,11 +201,13 @@ def test_rebuilt_when_a_raw_file_changes(toy, toy_folder):
     file = toy_folder / "toy_package" / "files" / "train.jsonl"
     file.parent.mkdir(exist_ok=True)
     file.write_text('{"q": "one", "a": "1"}\n')
+    os.utime(file, (1, 1))
     [before] = cache.ensure(data)
     assert before.info.raw_files[0].size == file.stat().st_size
     os.utime(file, (1, 1))  # touched, not changed
     assert cache.load(data) == [before]
     file.write_text('{"q": "two", "a": "2"}\n')
+    os.utime(file, (1, 1))  # changed, and its time set back
     assert cache.load(data) is None
     assert stored(cache.ensure(data)[0])[0][1] == [ord("2") + 3, 1]
     file.unlink()  # a machine without the raw files

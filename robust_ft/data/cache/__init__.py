@@ -25,7 +25,7 @@ from robust_ft.files import read_json
 from robust_ft.vocabulary import Vocabulary
 
 # Incremented when records, info.json or the tokenization change: then no old cache is read.
-FORMAT = 1
+FORMAT = 2
 EXAMPLES = "examples.array_record"
 INFO = "info.json"
 MIXTURE = "mixture.json"
@@ -90,6 +90,8 @@ class CacheInfo:
         raw_files: Files that the examples were read from, as far as the task's source names them.
         seqio_version: Version of the seqio that ran the task.
         num_dropped_exemplars: Exemplars of a k-shot task that did not fit into the inputs.
+        content: A hash of the examples before they are tokenized, wherever they come from; a run's
+            record knows them by it.
     """
 
     task: str
@@ -105,6 +107,7 @@ class CacheInfo:
     raw_files: tuple[fingerprints.RawFile, ...]
     seqio_version: str
     num_dropped_exemplars: int = 0
+    content: str = ""
 
 
 @dataclass(frozen=True)

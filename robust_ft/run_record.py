@@ -1,0 +1,262 @@
+"""What a run is made with, in `MODEL_DIR/run.json`: its settings, its data and its base.
+
+A used MODEL_DIR goes on with what it was made with, and with nothing else: whatever differs and
+could change results is refused, field by field.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from robust_ft import multihost
+from robust_ft.checkpoints_io import sources
+from robust_ft.checkpoints_io.stage_record import RUN
+from robust_ft.data import cache
+from robust_ft.errors import UserError
+from robust_ft.files import read_json_object
+from robust_ft.models.peft import prompt_values
+from robust_ft.recipe import Recipe
+from robust_ft.recorded_settings import Flattened, Setting, digest
+from robust_ft.stage import PRETRAINED, SCRATCH, STAGE
+from robust_ft.stage_start import teacher_model
+
+_DATA = "data."
+_SHOWN = 60  # characters of a value in a sentence
+_HASHED_AT_ONCE = 4  # tensors of a checkpoint
+_ABSENT = object()
+
+
+class Difference(NamedTuple):
+    """A field in which two records differ; None stands for what one of them has not."""
+
+    field: str
+    recorded: Setting
+    now: Setting
+
+
+class Change(NamedTuple):
+    """A setting that was changed in the middle of a run: what `--allow_change` has let pass.
+
+    Attributes:
+        field: The field.
+        before: Its value in the steps before.
+        after: Its value in those after.
+        stage: The stage that was not finished then.
+        step: Steps of it that were done then.
+    """
+
+    field: str
+    before: Setting
+    after: Setting
+    stage: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """All that a run's results depend on.
+
+    Attributes:
+        settings: {field: value}, see `recorded_settings`. A checkpoint that a stage restores and a
+            task's examples ("data.<task>.<split>.examples") are there as a hash of their content.
+        origins: {field: {path: hash}}: the files that such content came from. Not compared.
+        changes: What was changed in the middle of the run, in order.
+        defaults: The fields that have their class's default; empty if it was read from a file.
+    """
+
+    settings: Mapping[str, Setting]
+    origins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    defaults: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "RunRecord":
+        """Returns a recipe's record; builds the caches of its data that are missing.
+
+        Raises:
+            UserError: There is no such data or checkpoint.
+        """
+        flattened = Flattened.of(recipe)
+        settings, origins = flattened.settings, {}
+        for field, place in flattened.places.items():
+            content = _content(field, place)
+            if content:
+                settings[field], origins[field] = content, {str(place): content}
+            else:
+                settings[field] = place or None
+        for stage in recipe.stages:
+            if f"stages.{stage.name}.teacher" in origins:
+                teacher = Flattened.of(teacher_model(recipe, stage), _of_teacher(stage.name))
+                settings |= teacher.settings
+        for data, is_evaluated in flattened.data.items():
+            for field, value, files in _of_data(data, is_evaluated):
+                settings[field] = value
+                if files:
+                    origins[field] = files
+        return cls(settings, origins, (), frozenset(flattened.defaults))
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str]) -> "RunRecord | None":
+        """Returns the record of the run in a MODEL_DIR.
+
+        None if there is no run, or one of a version that kept no record.
+
+        Raises:
+            UserError: Its file is broken.
+        """
+        file = Path(directory) / RUN
+        fields = read_json_object(file, default={})
+        if "settings" not in fields:
+            return None
+        try:
+            changes = tuple(Change(**change) for change in fields["changes"])
+            return cls(dict(fields["settings"]), dict(fields["origins"]), changes)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"'{file}' is no record of a run, or a newer robust_ft's.") from None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `read` reads, as fields of a JSON object."""
+        return {
+            "settings": dict(self.settings),
+            "origins": dict(self.origins),
+            "changes": [change._asdict() for change in self.changes],
+        }
+
+    def differences(self, now: "RunRecord") -> list[Difference]:
+        """Returns the fields in which another record differs from this one.
+
+        Where an object is of another class, or one has elements that the other lacks, that alone is
+        a difference, and not all that is inside. A field that only one of two versions of robust_ft
+        knows is none, if it has its default.
+        """
+        return [
+            Difference(field, self.settings.get(field), now.settings.get(field))
+            for field in dict.fromkeys([*self.settings, *now.settings])
+            if self._differs(field, now)
+        ]
+
+    def _differs(self, field: str, now: "RunRecord") -> bool:
+        one, other = (record.settings.get(field, _ABSENT) for record in (self, now))
+        if one == other:
+            return False
+        # What is around it, the nearest last.
+        around = [field[:i] for i, letter in enumerate(field) if letter == "."]
+        around = [name for name in around if name in self.settings or name in now.settings]
+        for name in around:
+            values = [record.settings.get(name, _ABSENT) for record in (self, now)]
+            if values[0] != values[1] and any(isinstance(v, str) for v in values):
+                return False  # objects of different classes
+        if one is not _ABSENT and other is not _ABSENT:
+            return True
+        if field.startswith(_DATA):
+            return False  # a setting names the data
+        if not all(self.settings.get(name) == now.settings.get(name) for name in around):
+            return False  # an element that only one has
+        of_an_object = not around or isinstance(now.settings[around[-1]], str)
+        return not (field in now.defaults if one is _ABSENT else of_an_object)
+
+    def owner(self, field: str) -> str:
+        """Returns a field as "Class.field", such as "Schedule.peak"; "" where there is no class."""
+        around, _, name = field.rpartition(".")
+        kind = self.settings.get(around, "Recipe" if not around else None)
+        return f"{kind}.{name}" if isinstance(kind, str) else ""
+
+
+def check_same_everywhere(record: RunRecord) -> None:
+    """Raises a UserError on all processes unless all have the same settings and the same data."""
+    text = json.dumps([record.settings, record.origins], sort_keys=True)
+    if len(set(multihost.gathered(digest(text)))) == 1:
+        return
+    first, *others = (RunRecord(*json.loads(text)) for text in multihost.gathered(text))
+    for process, other in enumerate(others, start=1):
+        differences = first.differences(other)
+        if differences:
+            said = "; ".join(sentence(each, first, other) for each in differences[:3])
+            raise UserError(
+                f"Process {process} differs from process 0: {said}; give all processes the same."
+            )
+
+
+def sentence(difference: Difference, recorded: RunRecord, now: RunRecord) -> str:
+    """Returns a difference in words, without a full stop."""
+    field = difference.field
+    owner = now.owner(field) or recorded.owner(field)
+    name = f"{field} ({owner})" if owner and owner != field else field
+    if field.startswith(_DATA) and field.endswith(".examples"):
+        return _of_files(difference, recorded, now)
+    if field in {**recorded.origins, **now.origins}:
+        places = [
+            next(iter(record.origins.get(field, {})), value)
+            for record, value in ((recorded, difference.recorded), (now, difference.now))
+        ]
+        if places[0] == places[1]:
+            return f"{name}: '{places[0]}' has another content now"
+        return f"{name} is '{places[0]}', now '{places[1]}' with another content"
+    return f"{name} is {_shown(difference.recorded)}, now {_shown(difference.now)}"
+
+
+def _of_files(difference: Difference, recorded: RunRecord, now: RunRecord) -> str:
+    field = difference.field
+    task, split = field.removeprefix(_DATA).removesuffix(".examples").rsplit(".", 1)
+    what = f"{field}: task '{task}', split '{split}', has other examples"
+    before, after = (
+        {Path(path).name: content for path, content in record.origins.get(field, {}).items()}
+        for record in (recorded, now)
+    )
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    if not changed:
+        return f"{what} of the same files, so its code differs, or draws at random"
+    name = changed[0]
+    if name in before and name in after:
+        how = "has another content"
+    else:
+        how = "is new" if name in after else "is gone"
+    more = f", and {len(changed) - 1} more" if changed[1:] else ""
+    return f"{what}: file '{name}' {how}{more}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _of_teacher(stage: str) -> str:
+    return f"stages.{stage}.teacher.model"
+
+
+def _content(field: str, place: Any) -> str:
+    """Returns a hash of the parameters at a place; "" for what is no place."""
+    if not place or place in (SCRATCH, PRETRAINED) or str(place).startswith(STAGE):
+        return ""
+    if field.endswith(".file"):
+        names: Sequence[str] = [place] if isinstance(place, str) else place
+        return digest([prompt_values.read(name).tobytes().hex() for name in names])
+    return _of_checkpoint(place)
+
+
+def _of_checkpoint(place: str) -> str:
+    tensors = sources.weights(place)
+    with concurrent.futures.ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        hashes = pool.map(lambda path: tensors[path].digest(), sorted(tensors))
+        return digest(list(zip(sorted(tensors), hashes, strict=True)))
+
+
+def _of_data(
+    data: cache.TaskData, is_evaluated: bool
+) -> Iterator[tuple[str, Setting, dict[str, str]]]:
+    """Yields (field, value, {file: hash}) of what a cache holds."""
+    tasks = cache.ensure(data)
+    for cached in tasks:
+        info = cached.info
+        field = f"{_DATA}{cached.task}.{data.split}"
+        files = {raw.path: raw.sha256[:16] for raw in info.raw_files}
+        yield f"{field}.examples", info.content[:16], files
+        if is_evaluated:
+            yield f"{field}.metrics", list(info.metrics), {}
+            yield f"{field}.postprocess", info.postprocess, {}
+        if len(tasks) > 1:
+            yield f"{_DATA}{data.task}.{data.split}.rates.{cached.task}", cached.rate, {}
