@@ -21,6 +21,8 @@ SCRATCH = "scratch"
 PRETRAINED = "pretrained"
 
 TYPES = ("bfloat16", "float32")
+# What `Stage.on_nonfinite` may be.
+STOP, SKIP = ON_NONFINITE = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Stage:
         eval_period: Steps between evaluations, each followed by a checkpoint.
         log_period: Steps between lines of training metrics.
         select_best: Whether to select the checkpoint with the best score; otherwise the last.
+        on_nonfinite: What a step does whose loss or parameters are NaN or infinite: "stop" ends the
+            run before anything of it is saved; "skip" leaves parameters and optimizer as they were,
+            which takes memory for a second copy of them, and counts such steps as `skipped`.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Stage:
     eval_period: int = 1000
     log_period: int = 20
     select_best: bool = True
+    on_nonfinite: str = STOP
 
     def __post_init__(self) -> None:
         for field in ("trainable", "evaluations", "final_evaluations"):
@@ -96,12 +102,16 @@ class Stage:
                 f"Stage.microbatches={self.microbatches} of stage '{self.name}' does not divide "
                 f"its batch_size={self.batch_size}."
             )
-        for field in ("gradient_dtype", "teacher_dtype"):
-            dtype = getattr(self, field)
-            if dtype is not None and dtype not in TYPES:
+        for field, known in (
+            ("gradient_dtype", TYPES),
+            ("teacher_dtype", TYPES),
+            ("on_nonfinite", ON_NONFINITE),
+        ):
+            value = getattr(self, field)
+            if value is not None and value not in known:
                 raise UserError(
-                    f"Stage.{field}='{dtype}' of stage '{self.name}' must be one of "
-                    f"{', '.join(TYPES)}." + nearest(dtype, TYPES)
+                    f"Stage.{field}='{value}' of stage '{self.name}' must be one of "
+                    f"{', '.join(known)}." + nearest(value, known)
                 )
         objective = type(self.objective).__name__
         if self.objective.takes_teacher and self.teacher is None:

@@ -7,9 +7,10 @@ import jax
 
 from robust_ft import optim, trainable
 from robust_ft.data import loader
+from robust_ft.finite import CheckedStep, checked
 from robust_ft.partitioning import Partitioner
-from robust_ft.stage import Stage, stage_seed
-from robust_ft.train_step import TrainState, TrainStep, init_state, make_train_step
+from robust_ft.stage import SKIP, Stage, stage_seed
+from robust_ft.train_step import TrainState, init_state, make_train_step
 from robust_ft.types import Params
 
 
@@ -27,8 +28,8 @@ def train_batches(stage: Stage, partitioner: Partitioner, seed: int) -> loader.B
     )
 
 
-def compile_train_step(stage: Stage, state: TrainState) -> TrainStep:
-    """Returns the stage's jitted step; it donates the state it gets.
+def compile_train_step(stage: Stage, state: TrainState) -> CheckedStep:
+    """Returns the stage's jitted step, which says what is not finite; it donates the state.
 
     Args:
         stage: The stage.
@@ -44,7 +45,12 @@ def compile_train_step(stage: Stage, state: TrainState) -> TrainStep:
         stage.gradient_dtype,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted: TrainStep = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    # The flags are on every process, as the number of steps is.
+    jitted: CheckedStep = jax.jit(
+        checked(train_step, skip=stage.on_nonfinite == SKIP),
+        donate_argnums=0,
+        out_shardings=(shardings, None, shardings.step),
+    )
     return jitted
 
 

@@ -1,6 +1,6 @@
 """The training loop: `fit` trains one stage."""
 
-from robust_ft import console, export, multihost, trainable
+from robust_ft import console, export, finite, multihost, trainable
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
@@ -12,7 +12,7 @@ from robust_ft.stage_checkpoints import StageCheckpoints
 from robust_ft.stage_evaluator import StageEvaluator
 from robust_ft.stage_step import compile_train_step, place_state, train_batches
 from robust_ft.train_step import TrainState
-from robust_ft.training_log import TrainingLog
+from robust_ft.training_log import Done, TrainingLog
 from robust_ft.types import Params
 
 
@@ -33,7 +33,9 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
 
     Raises:
         Stopped: `run.stop` was set; a checkpoint has been saved.
+        UserError: What is restored, a step's loss or the parameters after it are not finite.
     """
+    finite.check_start(stage, params, run.teacher)
     # 1. What trains: only this half is differentiated, optimized, donated and saved.
     paths = stage.trainable_paths()
     base = export.base_of(stage.model, params, paths, run.origin)
@@ -49,6 +51,11 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
     checkpoints = StageCheckpoints(directory)
     if resumed := checkpoints.restore(state):
         state, data_position = resumed
+        finite.check(
+            state.trainable,
+            f"{directory}, to which stage '{stage.name}' would return at step {state.step},",
+            "delete the folder of that checkpoint, or of the stage to train it again",
+        )
         if state.step > stage.steps:
             raise UserError(
                 f"{directory} holds a checkpoint of step {state.step}, but stage '{stage.name}' "
@@ -94,14 +101,18 @@ def _train(
     train_step = compile_train_step(stage, state)
     rng = stage_key(run.seed, stage.name, "dropout")
     step = saved = int(state.step)  # on the host, so that no step is waited for
+    paths = sorted(trainable.flatten(state.trainable))
+    nonfinite = finite.NonFinite(stage, paths, batches, saved)
 
     def save(score: float | None) -> None:
+        nonlocal saved
         checkpoints.save(state, batches.get_state(), score)
+        saved = nonfinite.saved = step
         for callback in run.callbacks:
             callback.on_checkpoint(stage, step)
 
     with console.progress(stage.name, stage.steps, step) as progress:
-        log = TrainingLog(evaluator.writer, progress, stage.log_period, stage.batch_size)
+        log = TrainingLog(evaluator.writer, progress, nonfinite, stage.log_period, stage.batch_size)
         while True:
             is_last = step == stage.steps
             if (is_last or step % stage.eval_period == 0) and (step > saved or step == 0):
@@ -113,7 +124,6 @@ def _train(
                     evaluator(stage.final_evaluations, params, step, pretrained=True)
                 if step:
                     save(score)
-                    saved = step
             if is_last:
                 return state
             if run.stop.is_set():
@@ -122,8 +132,8 @@ def _train(
                     save(None)
                 raise Stopped(f"Stopped at step {step} of stage '{stage.name}'.")
             batch = run.partitioner.put_batch(next(batches))
-            state, sums = train_step(state, frozen, run.teacher, batch, rng)
+            state, sums, flags = train_step(state, frozen, run.teacher, batch, rng)
             step += 1
-            log.add(step, sums)
+            log.add(Done(step, sums, flags, batches.examples))
             for callback in run.callbacks:
                 callback.on_step(stage, step, state, sums)

@@ -107,7 +107,8 @@ def train(case: Case, partitioner: Partitioner):
     losses = []
     for i in range(STEPS):
         batch = put_batch(i, partitioner)
-        state, sums = step(state, frozen, teacher, batch, jax.random.key(0))
+        state, sums, flags = step(state, frozen, teacher, batch, jax.random.key(0))
+        assert not flags.any()
         losses.append(sums["loss"] / sums["weight"])
     assert step._cache_size() == 1, "compiled anew"
     check_state(state, flatten(stage.model.logical_axes()), partitioner)

@@ -18,6 +18,7 @@ LAYERS = [
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "evaluate"},
     {
         "finished_run",
+        "finite",
         "initial_checkpoint",
         "loading",
         "stage",

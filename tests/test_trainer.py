@@ -17,7 +17,7 @@ from robust_ft.run_context import Callback
 from robust_ft.stage import stage_key, stage_seed
 from robust_ft.stage_start import restore
 from robust_ft.trainer import Stopped, fit
-from robust_ft.training_log import TrainingLog
+from robust_ft.training_log import Done, TrainingLog
 
 PROMPT_ONLY = {"evaluations": toy.evaluations("validation", held_out=False)}
 
@@ -167,10 +167,11 @@ def test_randomness_of_seeds_stages_and_uses_differs():
     assert stage_seed(0, "model") == stage_seed(0, "model") != stage_seed(1, "model")
 
 
-def sums(loss, weight, rate=0.1):
+def done(step, loss, weight, rate=0.1):
     values = {"loss": loss, "weight": weight, "token_accuracy": weight / 2}
     values |= {"grad_norm": 3.0, "learning_rate": rate}
-    return {name: np.float32(value) for name, value in values.items()}
+    sums = {name: np.float32(value) for name, value in values.items()}
+    return Done(step, sums, np.zeros(3, bool), np.arange(8))
 
 
 def test_the_log_weighs_tokens_and_lags_one_window(tmp_path):
@@ -180,16 +181,16 @@ def test_the_log_weighs_tokens_and_lags_one_window(tmp_path):
 
     shown = []
     with MetricWriter(tmp_path) as writer:
-        log = TrainingLog(writer, Progress(), period=2, batch_size=8)
-        log.add(1, sums(loss=10.0, weight=2.0, rate=0.1))
-        log.add(2, sums(loss=2.0, weight=6.0, rate=0.3))
-        log.add(3, sums(loss=5.0, weight=1.0))
+        log = TrainingLog(writer, Progress(), lambda *_: None, period=2, batch_size=8)
+        log.add(done(1, loss=10.0, weight=2.0, rate=0.1))
+        log.add(done(2, loss=2.0, weight=6.0, rate=0.3))
+        log.add(done(3, loss=5.0, weight=1.0))
         assert shown == [(2, 16, {})] and not (tmp_path / "metrics.jsonl").exists()
-        log.add(4, sums(loss=5.0, weight=1.0))
+        log.add(done(4, loss=5.0, weight=1.0))
         assert shown[1:] == [(4, 16, {"loss": 1.5})]
         log.flush(4)
         assert shown[2:] == [(4, 0, {"loss": 5.0})]
-        log.add(5, sums(loss=0.0, weight=0.0))  # a batch of padding only
+        log.add(done(5, loss=0.0, weight=0.0))  # a batch of padding only
         log.flush(5)
         log.flush(5)
         assert shown[3:] == [(5, 0, {"loss": 0.0})] * 2

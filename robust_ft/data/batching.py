@@ -46,6 +46,11 @@ class ExampleReader:
         # side="right": an example with the number of a start is the first of that task.
         return np.searchsorted(self._starts, numbers, side="right") - 1
 
+    def position_of(self, number: int) -> tuple[int, int]:
+        """Returns the index of an example's task, and the example's position in its split."""
+        owner = int(self.task_of(np.array([number]))[0])
+        return owner, number - int(self._starts[owner])
+
     def examples(self, numbers: Int[np.ndarray, " examples"]) -> list[Arrays]:
         """Returns the token ids of each example by feature ('inputs', 'targets'), not padded."""
         # All tasks of a run share a vocabulary, and so the dtype of their ids.
@@ -119,6 +124,7 @@ class Batcher:
             pad_id=self._data.vocabulary.pad_id,
             start=self._start,
         )
+        batch[records.EXAMPLES] = np.asarray(numbers, np.int64)
         if self._task_indices is not None:
             batch["task_index"] = self._task_indices[self._reader.task_of(numbers)]
         return batch

@@ -15,7 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from robust_ft.data import cache, mixing, records
 from robust_ft.data.batching import Batcher, ExampleReader
@@ -64,14 +64,19 @@ class BatchSource:
     `train_batches` makes one. Its reading thread stops when it is closed or garbage-collected.
     """
 
-    def __init__(self, dataset: grain.IterDataset, identity: Mapping[str, Any]):
+    def __init__(
+        self, dataset: grain.IterDataset, identity: Mapping[str, Any], reader: ExampleReader
+    ):
         """Starts reading.
 
         Args:
-            dataset: Gives the batches.
+            dataset: Gives the batches, with the numbers of their examples.
             identity: All that a position in the dataset depends on, as JSON can hold it.
+            reader: Numbers the examples.
         """
         self._identity = dict(identity)
+        self._reader = reader
+        self._examples = np.zeros(0, np.int64)
         # In a list, which the finalizer empties: it may not hold `self`. Without a finalizer,
         # Grain's iterators would be closed during Python's shutdown, and complain.
         self._open = [iter(dataset)]
@@ -82,7 +87,20 @@ class BatchSource:
 
     def __next__(self) -> Arrays:
         """Returns the next batch."""
-        return next(self._open[0])
+        batch: Arrays = dict(next(self._open[0]))
+        self._examples = batch.pop(records.EXAMPLES)
+        return batch
+
+    @property
+    def examples(self) -> Int64[np.ndarray, " examples"]:
+        """The numbers of the last batch's examples, which `named` tells apart."""
+        return self._examples
+
+    def named(self, numbers: Int64[np.ndarray, " examples"]) -> list[tuple[str, int]]:
+        """Returns the task of each example, and its position in the task's split, from 0."""
+        names = list(self._identity["examples"])
+        located = map(self._reader.position_of, numbers.tolist())
+        return [(names[owner], position) for owner, position in located]
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last batch, as JSON can hold it.
@@ -183,22 +201,30 @@ def train_batches(
             ),
             seed=_seed(seed, "by_length"),
         )
-        return BatchSource(_flat(blocks, by_length), identity)
+        return BatchSource(_flat(blocks, by_length), identity, reader)
     # Blocks of consecutive examples go to the shards in turn. Single examples must not: two tasks
     # at equal rates alternate, and two shards that alternated too would see one task each.
     # drop_remainder: Grain would round the endless length up, past the largest integer it can hold.
     block_size = _PACKING_BLOCK if packing else rows
     blocks = order.batch(block_size, drop_remainder=True)[index::count]
     if not packing:
-        return BatchSource(blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD), identity)
+        batches = blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD)
+        return BatchSource(batches, identity, reader)
 
     def examples_to_pack(numbers: np.ndarray) -> list[Arrays]:
-        examples = reader.examples(numbers)
-        return [records.to_pack(e["inputs"], e["targets"], start) for e in examples]
+        return [
+            records.to_pack(example["inputs"], example["targets"], start, int(number))
+            for number, example in zip(numbers, reader.examples(numbers), strict=True)
+        ]
 
     packed = grain.experimental.FirstFitPackIterDataset(
         _flat(blocks.map(examples_to_pack), _PACKING_BLOCK),
-        length_struct={**data.lengths, "decoder_inputs": data.targets_length},
+        length_struct={
+            **data.lengths,
+            "decoder_inputs": data.targets_length,
+            # More than a row can hold: each has a token of the target.
+            records.EXAMPLES: data.targets_length + 1,
+        },
         num_packing_bins=max(_PACKING_ROWS, rows),
         seed=_seed(seed, "packing"),
     )
@@ -206,7 +232,7 @@ def train_batches(
         lambda batch: records.packed_batch(batch, data.vocabulary.pad_id)
     )
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
-    return BatchSource(ahead, {**identity, "shard": [index, count]})
+    return BatchSource(ahead, {**identity, "shard": [index, count]}, reader)
 
 
 def _check(batch_size: int, index: int, count: int, by_length: int) -> None:

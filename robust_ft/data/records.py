@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 from robust_ft.decoder_start import DecoderStart
 
 _HEADER = np.dtype("<u4")
+# Of a batch, beside t5x's features: the numbers of its examples (`batching.ExampleReader`).
+EXAMPLES = "example_numbers"
 
 # t5x's feature names of one batch.
 Arrays = dict[str, np.ndarray]
@@ -132,13 +134,14 @@ def input_batch(
     }
 
 
-def to_pack(inputs: np.ndarray, targets: np.ndarray, start: DecoderStart) -> Arrays:
+def to_pack(inputs: np.ndarray, targets: np.ndarray, start: DecoderStart, number: int) -> Arrays:
     """Returns what is packed of one example: the decoder has a first token of its own in each."""
     read, first = start.split(inputs)
     return {
         "inputs": read,
         "decoder_inputs": shift_right(targets, first),
         "targets": targets,
+        EXAMPLES: np.array([number], np.int32),
     }
 
 
@@ -164,6 +167,7 @@ def packed_batch(
         "decoder_loss_weights": weights,
         "encoder_segment_ids": packed["inputs_segment_ids"],
         "decoder_segment_ids": packed["targets_segment_ids"],
+        EXAMPLES: packed[EXAMPLES][packed[f"{EXAMPLES}_segment_ids"] > 0].astype(np.int64),
     }
 
 
