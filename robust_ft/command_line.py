@@ -6,6 +6,7 @@ Heavy packages are imported after the flags are parsed, so that `--help` is inst
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,8 +65,9 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
     """Parses the flags of `python -m robust_ft.<program>`."""
     parser = gin_parser(program, description)
     parser.epilog = (
-        "Exit status: 0 done, 2 a mistake in flags or configs, 75 stopped by SIGTERM after "
-        "saving (the same command resumes), 76 another process of the run is gone (restart all)."
+        "Exit status: 0 done, 2 a mistake in flags or configs, 75 stopped by SIGTERM or Ctrl-C "
+        "after saving (the same command resumes), 76 another process of the run is gone (restart "
+        "all), 130 interrupted by Ctrl-C before or after training, or by a second one."
     )
     parser.add_argument(
         "--dry_run",
@@ -258,11 +260,20 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:
-    """Calls a program's `main` and exits; a UserError is printed as one sentence."""
-    from robust_ft.errors import UserError
+    """Calls a program's `main` and exits; a UserError and Ctrl-C are printed as one sentence."""
+    from robust_ft.errors import INTERRUPTED, INTERRUPTION, UserError
 
     try:
         sys.exit(main(*args) or 0)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, INTERRUPTION)
+
+
+def _end(status: int, sentence: str) -> NoReturn:
+    """Ends the process at once with a last line; threads that still write are not waited for."""
+    sys.stdout.flush()
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(status)

@@ -3,6 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+# Ctrl-C: the exit status, 128 + SIGINT, and the sentence.
+INTERRUPTED = 130
+INTERRUPTION = "Interrupted; the same command goes on from what has been saved."
+
 
 class UserError(ValueError):
     """A mistake that a user can fix; its message is one sentence that names the place.

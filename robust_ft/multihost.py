@@ -25,6 +25,7 @@ import numpy as np
 from jax._src import distributed, xla_bridge  # no public way to the store's client; as in Orbax
 from jax.experimental import multihost_utils
 
+from robust_ft import errors
 from robust_ft.errors import UserError
 
 # Exit statuses. LOST (EX_PROTOCOL): another process is lost; when all are started again, the run
@@ -224,6 +225,8 @@ class _Watch(threading.Thread):
 
     def end_with(self, error: BaseException) -> NoReturn:
         """Ends this process, and with it the others, because of its own error."""
+        if isinstance(error, KeyboardInterrupt):
+            self._end(errors.INTERRUPTED, errors.INTERRUPTION)
         if not isinstance(error, UserError):
             if _may_come_from_others(error):
                 # A collective breaks at once when a process dies; the watch notices later, and
@@ -287,6 +290,8 @@ class Stop(Protocol):
 
     def is_set(self) -> bool: ...
 
+    def set(self) -> None: ...
+
 
 class _AgreedStop:
     """Set before the same step on all processes, soon after any of them got SIGTERM.
@@ -301,6 +306,9 @@ class _AgreedStop:
     def is_set(self) -> bool:
         reached: bool = multihost_utils.reached_preemption_sync_point(next(self._steps))
         return reached
+
+    def set(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -318,6 +326,28 @@ def stop_on_sigterm() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c(stop: Stop) -> Iterator[None]:
+    """Lets a first Ctrl-C set `stop` inside the block, as SIGTERM does; a second one interrupts."""
+    previous = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or previous is signal.SIG_IGN:  # in a background job of a shell
+        yield
+        return
+
+    def first(*_: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        # Not by `print`, which the signal may have come into.
+        os.write(2, b"\nCtrl-C: saving after this step; press it again to end at once.\n")
+        stop.set()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 _rounds = itertools.count()

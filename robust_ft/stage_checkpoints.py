@@ -56,6 +56,13 @@ class StageCheckpoints:
             item_names=(orbax_params.ITEM, "optimizer", "data"),
         )
 
+    def __enter__(self) -> "StageCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # which ends at once, and what is not whole is dropped
+            self.close()
+
     def save(self, state: TrainState, data_state: Mapping[str, Any], score: float | None) -> None:
         """Starts writing a checkpoint; returns as soon as the arrays are copied.
 

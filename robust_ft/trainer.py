@@ -62,26 +62,24 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
                 f"has only Stage.steps={stage.steps}; raise it or choose another Recipe.model_dir."
             )
         batches.set_state(data_position)
-    with MetricWriter(directory, multihost.is_first()) as writer:
+    with MetricWriter(directory, multihost.is_first()) as writer, checkpoints:
         # What was reported after the checkpoint will be reported again; without a checkpoint,
         # step 0 too.
         last_step = int(state.step) if resumed else -1
         writer.truncate(last_step)
         run.summary.truncate(stage.name, last_step)
         evaluator = StageEvaluator(stage, run, writer)
-        try:
-            # 4. Train.
+        # 4. Train.
+        with multihost.stop_on_ctrl_c(run.stop):
             state = _train(stage, run, state, frozen, batches, checkpoints, evaluator)
-            # 5. Return to the selected checkpoint.
-            selected = (checkpoints.best_step() if stage.select_best else None) or stage.steps
-            if selected != stage.steps:
-                best = checkpoints.restore_params(selected, like=state.trainable)
-                state = state._replace(trainable=best)
-            params = trainable.merge(state.trainable, frozen)
-            evaluator(stage.final_evaluations, params, selected)
-            score = checkpoints.score(selected)
-        finally:
-            checkpoints.close()
+        # 5. Return to the selected checkpoint.
+        selected = (checkpoints.best_step() if stage.select_best else None) or stage.steps
+        if selected != stage.steps:
+            best = checkpoints.restore_params(selected, like=state.trainable)
+            state = state._replace(trainable=best)
+        params = trainable.merge(state.trainable, frozen)
+        evaluator(stage.final_evaluations, params, selected)
+        score = checkpoints.score(selected)
     folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
     export.write(folder, stage.model, params, paths, base, tokens, run.partitioner)
     Outcome(selected, score, tuple(sorted(paths)), stage.steps).write(directory)

@@ -1,8 +1,9 @@
 """Trains from a gin file and stops itself: killed_run.py WHERE STAGE STEP MODEL_DIR GIN_FILE.
 
-WHERE is "nowhere", "step" (SIGKILL after that many steps), "terminated" (SIGTERM there), "saving"
-(SIGKILL as soon as the step's checkpoint is being written), "saved" (SIGKILL when it is complete)
-or "evaluated" (SIGKILL after the final evaluation, before the stage is marked as finished).
+WHERE is "nowhere", "step" (SIGKILL after that many steps), "terminated" (SIGTERM there),
+"interrupted" (Ctrl-C there), "interrupted_twice", "saving" (SIGKILL as soon as the step's
+checkpoint is being written), "saved" (SIGKILL when it is complete), "evaluated" (SIGKILL after the
+final evaluation, before the stage is marked as finished) or "interrupted_outside" (Ctrl-C there).
 """
 
 import functools
@@ -18,12 +19,21 @@ from robust_ft.run_context import Callback
 WHERE, STAGE, STEP, MODEL_DIR, GIN_FILE = sys.argv[1:]
 
 
+ON_STEP = {
+    "step": [signal.SIGKILL],
+    "terminated": [signal.SIGTERM],
+    "interrupted": [signal.SIGINT],
+    "interrupted_twice": [signal.SIGINT, signal.SIGINT],
+}
+
+
 class Killer(Callback):
     """Ends the process at one place of the training loop."""
 
     def on_step(self, stage, step, state, sums):
-        if WHERE in ("step", "terminated"):
-            self.stop(stage, step, signal.SIGTERM if WHERE == "terminated" else signal.SIGKILL)
+        if WHERE in ON_STEP:
+            for number in ON_STEP[WHERE]:
+                self.stop(stage, step, number)
 
     def on_checkpoint(self, stage, step):
         folder = Path(MODEL_DIR) / stage.name
@@ -36,8 +46,11 @@ class Killer(Callback):
             self.stop(stage, step)
 
     def on_evaluation(self, stage, step, results):
-        if WHERE == "evaluated" and step > 0 and results[0].split == "test":
-            self.stop(stage, int(STEP))
+        if step > 0 and results[0].split == "test":
+            if WHERE == "evaluated":
+                self.stop(stage, int(STEP))
+            if WHERE == "interrupted_outside":
+                self.stop(stage, int(STEP), signal.SIGINT)
 
     def stop(self, stage, step, number=signal.SIGKILL):
         if (stage.name, step) == (STAGE, int(STEP)):

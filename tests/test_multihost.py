@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -282,6 +283,25 @@ def test_sigterm_is_a_wish_for_as_long_as_the_block_lasts():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_ctrl_c_is_a_wish_once(capfd):
+    before, stop = signal.getsignal(signal.SIGINT), threading.Event()
+    with multihost.stop_on_ctrl_c(stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        assert capfd.readouterr().err.strip().count("\n") == 0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+    # A shell's background jobs are not meant.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with multihost.stop_on_ctrl_c(stop):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_every_process_gets_its_own_position_back(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import toy
 
 from robust_ft.command_line import RESUME
+from robust_ft.errors import INTERRUPTED
 
 TESTS = Path(__file__).parent
 # One after the other, on one run.
@@ -21,9 +22,18 @@ INTERRUPTIONS = [
     ("evaluated", "prompt", 0),  # all done but the note that it is done
     ("step", "model", 3),
     ("saving", "model", 8),
+    ("interrupted_twice", "model", 9),  # before it is saved
+    ("interrupted", "model", 10),
     ("terminated", "model", 11),
     ("saved", "model", 12),
+    ("interrupted_outside", "model", 0),
 ]
+STATUS = {
+    "terminated": RESUME,
+    "interrupted": RESUME,
+    "interrupted_twice": INTERRUPTED,
+    "interrupted_outside": INTERRUPTED,
+}
 
 
 def start(where, stage, step, directory, config="toy_promot.gin"):
@@ -41,8 +51,13 @@ def runs(tmp_path_factory):
     broken = folder / "broken"
     for where, stage, step in INTERRUPTIONS:
         ended = start(where, stage, step, broken)
-        wanted = RESUME if where == "terminated" else -signal.SIGKILL
+        wanted = STATUS.get(where, -signal.SIGKILL)
         assert ended.returncode == wanted, (where, stage, step, ended.stdout, ended.stderr)
+        if where.startswith("interrupted"):
+            assert "Traceback" not in ended.stdout + ended.stderr
+            last = (ended.stderr if wanted == INTERRUPTED else ended.stdout).splitlines()[-1]
+            again = "Run the same command" if wanted == RESUME else "the same command goes on"
+            assert again in last
         if where == "saving":
             assert not (broken / stage / f"checkpoint_{step}").exists(), "killed too late"
     last = start("nowhere", "-", 0, broken)

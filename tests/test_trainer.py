@@ -110,11 +110,11 @@ def stopped(tmp_path_factory):
 
     class Die(Callback):
         def on_checkpoint(self, stage, step):
-            raise KeyboardInterrupt
+            raise RuntimeError
 
     with pytest.MonkeyPatch.context() as patch:
         toy.ScriptedEvaluate(patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError):
             run(folder, stage(steps=4), callback=Die())
     return folder
 
