@@ -211,6 +211,20 @@ def train_batches(
         batches = blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD)
         return BatchSource(batches, identity, reader)
 
+    packed = _packed(blocks, reader, data, rows, start, _seed(seed, "packing"))
+    return BatchSource(packed, {**identity, "shard": [index, count]}, reader)
+
+
+def _packed(
+    blocks: grain.MapDataset,
+    reader: ExampleReader,
+    data: TaskData,
+    rows: int,
+    start: DecoderStart,
+    seed: int,
+) -> grain.IterDataset:
+    """Returns batches of packed rows, from blocks of the numbers of examples."""
+
     def examples_to_pack(numbers: np.ndarray) -> list[Arrays]:
         return [
             records.to_pack(example["inputs"], example["targets"], start, int(number))
@@ -226,13 +240,12 @@ def train_batches(
             records.EXAMPLES: data.targets_length + 1,
         },
         num_packing_bins=max(_PACKING_ROWS, rows),
-        seed=_seed(seed, "packing"),
+        seed=seed,
     )
     batches = packed.batch(rows, drop_remainder=True).map(
         lambda batch: records.packed_batch(batch, data.vocabulary.pad_id)
     )
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
-    return BatchSource(ahead, {**identity, "shard": [index, count]}, reader)
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
 
 
 def _check(batch_size: int, index: int, count: int, by_length: int) -> None:
