@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from robust_ft import vocabulary as vocabulary
     from robust_ft.data.cache import TaskData as TaskData
     from robust_ft.data.file_task import FileTask as FileTask
-    from robust_ft.data.pairs import pairs_task as pairs_task
+    from robust_ft.data.in_memory import pairs_task as pairs_task
+    from robust_ft.data.in_memory import rows_task as rows_task
     from robust_ft.decoding import Decoder as Decoder
     from robust_ft.ensembles.interpolation import interpolate as interpolate
     from robust_ft.ensembles.predictor import Ensemble as Ensemble
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "data.cache": ["TaskData"],
     "data.file_task": ["FileTask"],
-    "data.pairs": ["pairs_task"],
+    "data.in_memory": ["pairs_task", "rows_task"],
     "decoding": ["Decoder"],
     "ensembles.interpolation": ["interpolate"],
     "ensembles.predictor": ["Ensemble"],

@@ -185,15 +185,21 @@ def _quoted(binding: str) -> str:
     name, sign, value = binding.partition("=")
     if not sign:
         raise UserError(f"--gin.{binding} lacks a value; write --gin.{binding}=VALUE.")
-    if value.startswith(("@", "%")):
+    if value.startswith(("@", "%")) or _is_literal(value.strip()):
         return binding
+    for opened, closed in ("[]", "()", "{}"):
+        if value.count(opened) > value.count(closed):
+            raise UserError(f"--gin.{binding} opens a '{opened}' that it never closes.")
+    without_references = re.sub(r"[@%][A-Za-z_][\w./]*(\(\))?", "None", value.strip())
+    return binding if _is_literal(without_references) else f"{name}={value.strip()!r}"
+
+
+def _is_literal(value: str) -> bool:
+    """Whether gin reads the text as a value; it knows no sets."""
     try:
-        ast.literal_eval(value.strip())
+        return not isinstance(ast.literal_eval(value), set)
     except (ValueError, SyntaxError):
-        if re.search(r"[@%\[({]", value):  # a composite value that holds references
-            return binding
-        return f"{name}={value.strip()!r}"
-    return binding
+        return False
 
 
 def _texts(file: str, folders: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[str]:

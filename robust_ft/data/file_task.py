@@ -1,39 +1,63 @@
-"""A task in a user's own CSV, TSV or JSONL files."""
+"""A task in a user's own files."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robust_ft.data import templates
 from robust_ft.errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # of which each may be gzipped
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+ANSWERS = ("text", "index", "number", "letter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileTask:
     """Files of examples and how to read them.
 
-    A file ends in `.csv` (quoted where needed), `.tsv` (never quoted) or `.jsonl` (an object a
-    line), optionally followed by `.gz`. The first line of `.csv` and `.tsv` names the columns.
+    A file ends in `.csv` (quoted where needed), `.tsv` (never quoted), `.jsonl` (an object a line)
+    or `.json` (a list of objects, an object that holds one such list, or an object a line), each
+    optionally followed by `.gz`, or in `.parquet`, `.arrow` or `.feather`. The first line of `.csv`
+    and `.tsv` names the columns. A folder is a dataset of the library `datasets` saved to disk; of
+    one with splits, the split of the same name is read.
+
+    In place of a file, `validation` and `test` may be a share of the training file, such as 0.1.
+    Which split a row is in depends on `split_seed` and on the values of the columns in `inputs`
+    alone: it is the same on every machine and in every order, rows added later move no other row,
+    and rows with the same inputs are in the same split.
 
     Attributes:
         name: Name of the task: letters, digits and underscores.
         inputs: The input text, with columns in braces: 'Q: {question} A:'. Doubled braces stand for
-            themselves.
-        targets: The target text likewise. Where it is one column that holds a list (`.jsonl`), the
-            first element is the target, and all elements are references.
+            themselves; '{answers.text}' and '{options[0]}' are what is inside of a column. Numbers
+            and booleans are written as Python writes them ('True').
+        targets: The target text likewise. Where it is one column that holds a list, the first
+            element is the target, and all elements are references.
         train: File of the training split, None for none.
-        validation: File of the validation split.
-        test: File of the test split.
-        choices: The answer choices of a classification task: all targets that it has.
-        metrics: Names for `robust_ft.metrics.get`; the first one averages and selects.
-        postprocess: Name for `robust_ft.metrics.get_postprocess`.
+        validation: File of the validation split, or the share of the training file that is cut off
+            for it.
+        test: File of the test split, or a share likewise.
+        choices: The answer choices of a classification task: all targets that it has. With columns
+            they are each row's own: '{options}', a column that holds a list, or several texts,
+            ['{A}', '{B}', '{C}', '{D}'].
+        answer: How `targets` says which choice is right: 'text' (the choice itself), 'index' (its
+            number from 0; False and True are 0 and 1), 'number' (from 1) or 'letter' (from A).
+        rank: Whether evaluation ranks the choices by their likelihood in place of decoding; by
+            default if they are each row's own.
+        delimiter: What separates the columns of `.csv` and `.tsv` files: by default a comma and a
+            tab. A `.tsv` file with another one may be quoted like `.csv`.
+        split_seed: Another one cuts other rows off the training file.
+        metrics: Names for `robust_ft.metrics.get`; the first one averages and selects. By default
+            'exact_match', of ranked choices 'accuracy'.
+        postprocess: Name for `robust_ft.metrics.get_postprocess`. By default 'promot', of ranked
+            choices 'identity'.
         exemplars: Name of the task whose training split has the exemplars of k-shot versions; its
             own by default.
     """
@@ -42,81 +66,245 @@ class FileTask:
     inputs: str
     targets: str
     train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    choices: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("exact_match",)
-    postprocess: str = "promot"
+    validation: str | float | None = None
+    test: str | float | None = None
+    choices: tuple[str, ...] | str = ()
+    answer: str = "text"
+    rank: bool | None = None
+    delimiter: str | None = None
+    split_seed: int = 0
+    metrics: tuple[str, ...] | None = None
+    postprocess: str | None = None
     exemplars: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("choices", "metrics"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        choices = (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
+        object.__setattr__(self, "choices", choices)
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", tuple(self.metrics))
+        if self.delimiter == r"\t":  # as a shell hands it on
+            object.__setattr__(self, "delimiter", "\t")
+        self._check_splits()
+        self._check_texts()
+
+    def _check_splits(self) -> None:
         if not re.fullmatch(r"\w+", self.name):
             raise UserError(
                 f"FileTask.name='{self.name}' may have only letters, digits and underscores."
             )
+        for split, share in self.shares.items():
+            if isinstance(share, bool) or not 0 < share < 1:
+                raise UserError(
+                    f"FileTask.{split}={share} (task '{self.name}') is no file, and as a share of "
+                    "the training file must be above 0 and below 1."
+                )
+            if not self.train:
+                raise UserError(
+                    f"FileTask.{split}={share} (task '{self.name}') is a share of the training "
+                    "file, but FileTask.train names none."
+                )
+        if sum(self.shares.values()) >= 1:
+            raise UserError(
+                f"FileTask.validation={self.validation} and FileTask.test={self.test} (task "
+                f"'{self.name}') leave nothing to train on."
+            )
         if not self.files:
             raise UserError(f"Task '{self.name}' names no file: give train, validation or test.")
         for split, file in self.files.items():
-            if suffix(file) not in SUFFIXES:
+            if suffix(file) not in ("", *TEXT_SUFFIXES, *TABLE_SUFFIXES) and not os.path.isdir(
+                file
+            ):
                 raise UserError(
                     f"File '{file}' (task '{self.name}', split '{split}') must end in one of "
-                    f"{', '.join(SUFFIXES)}, or one of these and '.gz'."
+                    f"{', '.join(TEXT_SUFFIXES)}, or one of these and '.gz', or in one of "
+                    f"{', '.join(TABLE_SUFFIXES)}, or be a folder that `save_to_disk` has written."
                 )
+
+    def _check_texts(self) -> None:
+        if not templates.columns(self.targets):
+            raise UserError(
+                f"FileTask.targets='{self.targets}' (task '{self.name}') names no column: all "
+                f"targets would be the same; columns stand in braces, as in '{{answer}}'."
+            )
+        if self.answer not in ANSWERS:
+            raise UserError(
+                f"FileTask.answer='{self.answer}' (task '{self.name}') is none of "
+                f"{', '.join(ANSWERS)}.{nearest(self.answer, ANSWERS)}"
+            )
+        if not self.choices and (self.rank or self.answer != "text"):
+            setting = "rank=True" if self.rank else f"answer='{self.answer}'"
+            raise UserError(f"FileTask.{setting} (task '{self.name}') needs FileTask.choices.")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise UserError(
+                f"FileTask.delimiter={self.delimiter!r} (task '{self.name}') must be one "
+                r"character, such as ',', ';' or '\t'."
+            )
+
+    @property
+    def has_own_choices(self) -> bool:
+        """Whether each row has choices of its own."""
+        return any(map(templates.columns, self.choices))
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether evaluation ranks the choices."""
+        return self.has_own_choices if self.rank is None else self.rank
+
+    @property
+    def scoring(self) -> tuple[tuple[str, ...], str]:
+        """The names of its metrics and of its postprocessor, given or by default."""
+        metric, postprocess = (
+            ("accuracy", "identity") if self.is_ranked else ("exact_match", "promot")
+        )
+        metrics = (metric,) if self.metrics is None else self.metrics
+        return metrics, postprocess if self.postprocess is None else self.postprocess
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The splits that are cut off the training file, each with its share."""
+        values = {split: getattr(self, split) for split in SPLITS}
+        return {s: value for s, value in values.items() if isinstance(value, int | float)}
 
     @property
     def files(self) -> dict[str, str]:
-        """Absolute file names by split; a relative name starts in the working directory."""
+        """Absolute names of the files that splits are read from, of a share the training file.
+
+        A relative name starts in the working directory.
+        """
         files = {split: getattr(self, split) for split in SPLITS}
+        files |= dict.fromkeys(self.shares, self.train)
         return {split: os.path.abspath(file) for split, file in files.items() if file}
 
     @property
     def definition(self) -> dict[str, Any]:
         """All that its examples depend on except the files' content, as JSON can hold it."""
-        return {**dataclasses.asdict(self), **self.files}
+        return {**dataclasses.asdict(self), **self.files, **self.shares}
 
-    def example(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the inputs, targets and references of a file's record.
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(field, column) of each column in its texts, such as ("inputs", "question")."""
+        texts = [("inputs", self.inputs), ("targets", self.targets)]
+        texts += [("choices", choice) for choice in self.choices if self.has_own_choices]
+        return [(field, name) for field, text in texts for name in templates.columns(text)]
+
+    def split_of(self, record: Mapping[str, Any]) -> str:
+        """Returns which split a row of the training file belongs to: "train" without shares.
 
         Raises:
             ValueError: A column is missing, or holds something that is no text.
         """
-        column = self.targets.removeprefix("{").removesuffix("}")
-        answers = record.get(column) if self.targets == f"{{{column}}}" else None
-        if not isinstance(answers, list):
-            answers = [_fill(self.targets, record)]
-        elif not answers:
-            raise ValueError(f"column '{column}' is an empty list")
-        references = [_text(f"a target {answer!r}", answer) for answer in answers]
-        return {
-            "inputs": _fill(self.inputs, record),
+        if not self.shares:
+            return "train"
+        names = templates.columns(self.inputs) or templates.columns(self.targets)
+        values = [templates.fill(f"{{{name}}}", record) for name in sorted(names)]
+        digest = hashlib.sha256(json.dumps([self.split_seed, *values]).encode()).digest()
+        drawn = int.from_bytes(digest[:8], "little") / 2**64
+        for split, share in self.shares.items():
+            if drawn < share:
+                return split
+            drawn -= share
+        return "train"
+
+    def example(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the inputs, targets and references of a row, and the choices if it is ranked.
+
+        Raises:
+            ValueError: A column is missing, or holds something that is no text; or the target is
+                none of the choices.
+        """
+        if self.inputs in record:
+            raise ValueError(
+                f"FileTask.inputs='{self.inputs}' is the name of a column, which stands in braces: "
+                f"'{{{self.inputs}}}'"
+            )
+        choices = self._choices_of(record)
+        references = self._answers(record, choices)
+        example = {
+            "inputs": templates.fill(self.inputs, record),
             "targets": references[0],
             "references": references,
         }
+        if self.is_ranked:
+            example["answer_choices"] = list(map(str, choices))
+        return example
+
+    def _choices_of(self, record: Mapping[str, Any]) -> Sequence[str | float]:
+        """Returns the choices of a row: texts, or the numbers that it has in their place."""
+        if not self.has_own_choices:
+            return tuple(self.choices)
+        choices = [_found(choice, record) for choice in self.choices]
+        if len(choices) == 1:
+            [found] = choices
+            if not isinstance(found, list):
+                what = f"FileTask.choices='{self.choices[0]}'"
+                raise ValueError(f"{what} is no list of choices but {templates.short(found)}")
+            choices = found
+        for number, choice in enumerate(choices, 1):
+            if templates.text(f"choice {number}", choice) == "":
+                raise ValueError(f"choice {number} is an empty text")
+        if len(choices) < 2:
+            raise ValueError(f"there must be at least two choices, not {len(choices)}")
+        return choices
+
+    def _answers(self, record: Mapping[str, Any], choices: Sequence[str | float]) -> list[str]:
+        """Returns the target and, after it, the other right answers."""
+        found = _found(self.targets, record)
+        name = templates.columns(self.targets)[0]
+        answers, what = (found, "a target in ") if isinstance(found, list) else ([found], "")
+        if not answers:
+            raise ValueError(f"column '{name}' is an empty list")
+        texts = [templates.text(f"{what}column '{name}'", answer) for answer in answers]
+        known = list(map(str, choices))
+        if self.answer != "text":
+            return [known[_position(self.answer, each, len(known))] for each in answers]
+        if not choices:
+            return texts
+        counts = isinstance(answers[0], int) and not any(isinstance(c, int) for c in choices)
+        if texts[0] not in known or (counts and self.has_own_choices):
+            hint = nearest(texts[0], known) if not counts else ""
+            hint = hint or _other_answer(texts[0])
+            raise ValueError(f"target '{texts[0]}' is none of {', '.join(known)}.{hint}")
+        return texts
+
+
+def _found(template: str, record: Mapping[str, Any]) -> Any:
+    """Returns the value of the one column that is all of a template, else the filled template."""
+    name = templates.only_column(template)
+    return templates.fill(template, record) if name is None else templates.value(name, record)
+
+
+def _position(answer: str, found: Any, count: int) -> int:
+    """Returns the index of the choice that a value means."""
+    said = (
+        str(int(found)) if isinstance(found, bool) else templates.text("the answer", found).strip()
+    )
+    if answer == "letter":
+        position = ord(said.upper()) - ord("A") if len(said) == 1 else -1
+        known = f"a letter from A to {chr(ord('A') + count - 1)}"
+    else:
+        first = 0 if answer == "index" else 1
+        whole = re.fullmatch(r"(\d+)(\.0)?", said)
+        position = int(whole[1]) - first if whole else -1
+        known = f"a number from {first} to {count - 1 + first}"
+    if not 0 <= position < count:
+        raise ValueError(
+            f"the answer '{said}' is not {known}, of {count} choices (FileTask.answer='{answer}')"
+        )
+    return position
+
+
+def _other_answer(said: str) -> str:
+    """Returns which `FileTask.answer` a target that is no choice may need, "" for none."""
+    if re.fullmatch(r"[A-Za-z]", said):
+        return " If it is the letter of a choice, set FileTask.answer='letter'."
+    if said in ("True", "False") or re.fullmatch(r"\d+(\.0)?", said):
+        return (
+            " If it counts the choices, set FileTask.answer='index' (from 0) or 'number' (from 1)."
+        )
+    return ""
 
 
 def suffix(file: str) -> str:
-    """Returns a file's suffix apart from `.gz`: one of SUFFIXES if it can be read."""
-    return os.path.splitext(file.removesuffix(".gz"))[1]
-
-
-def _fill(template: str, record: Mapping[str, Any]) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if name is None:
-            return match[0][0]
-        if name not in record:
-            columns = ", ".join(record)
-            raise ValueError(f"no column '{name}', only {columns}.{nearest(name, record)}")
-        return _text(f"column '{name}'", record[name])
-
-    return _FIELD.sub(value, template)
-
-
-def _text(what: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"{what} is neither a text nor a number but {value!r}")
+    """Returns a file's suffix, of a text file apart from `.gz`."""
+    inner = os.path.splitext(file.removesuffix(".gz"))[1]
+    return inner if inner in TEXT_SUFFIXES else os.path.splitext(file)[1]

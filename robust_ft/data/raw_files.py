@@ -5,7 +5,10 @@ Every reader yields `Row`s. A row's place is `<file>, line <n>`, for messages ab
 
 import csv
 import gzip
+import itertools
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,18 +33,37 @@ def lines(file: Path) -> Iterator[tuple[str, str]]:
     """Yields (place, line without its end) of a UTF-8 text file, of a gzipped one if named `.gz`.
 
     Raises:
-        UserError: A line is not UTF-8.
+        UserError: The file cannot be read, is cut off, or a line is not UTF-8.
     """
-    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            place = f"{file}, line {number}"
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{place}: it is not UTF-8 ({error.reason}).") from error
-            if number == 1:
-                text = text.removeprefix(_BYTE_ORDER_MARK)
-            yield place, text.rstrip("\r\n")
+    for number, line in enumerate(_raw_lines(file), 1):
+        place = f"{file}, line {number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start + 1} of the line is 0x{line[error.start]:02X}"
+            raise UserError(f"{place}: it is not UTF-8 ({where}).") from error
+        if number == 1:
+            text = text.removeprefix(_BYTE_ORDER_MARK)
+        yield place, text.rstrip("\r\n")
+
+
+def _raw_lines(file: Path) -> Iterator[bytes]:
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+            for line in stream:
+                yield line
+                number += 1
+    except EOFError as error:
+        raise UserError(
+            f"{file}, behind line {number}: the .gz file is cut off; get it again."
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{file}, line {number + 1}: it is no whole gzip file ({error})."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file}: it cannot be read ({error.strerror or error}).") from error
 
 
 def json_lines(files: Sequence[Path]) -> Iterator[Row]:
@@ -54,15 +76,83 @@ def json_lines(files: Sequence[Path]) -> Iterator[Row]:
         for place, line in lines(file):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{place}: it is not JSON ({error.msg}, column {error.colno})."
-                ) from error
-            if not isinstance(record, dict):
-                raise UserError(f"{place}: it is not a JSON object.")
-            yield Row(place, record)
+            yield _object(place, _parsed(place, line))
+
+
+def json_file(files: Sequence[Path]) -> Iterator[Row]:
+    """Yields the objects of JSON files: of a list, of an object's one list, or one a line.
+
+    Raises:
+        UserError: A file is none of these.
+    """
+    for file in files:
+        first = [(place, line) for place, line in itertools.islice(_filled_lines(file), 2)]
+        if len(first) == 2 and _is_object(first[0][1]):
+            yield from json_lines([file])
+            continue
+        content = "\n".join(line for _, line in lines(file))
+        if not content.strip():
+            return
+        value = _parsed(str(file), content)
+        if isinstance(value, dict):
+            lists = [name for name, inner in value.items() if _is_list_of_objects(inner)]
+            if not lists and len(first) == 1:
+                yield Row(first[0][0], value)
+                continue
+            if len(lists) != 1:
+                found = ", ".join(lists) or f"none ({', '.join(value)})"
+                raise UserError(f"{file}: it must hold one list of objects, and has {found}.")
+            value = value[lists[0]]
+        if not isinstance(value, list):
+            raise UserError(f"{file}: it is neither a JSON list nor JSON objects.")
+        for number, record in enumerate(value, 1):
+            yield _object(f"{file}, item {number}", record)
+
+
+def _filled_lines(file: Path) -> Iterator[tuple[str, str]]:
+    return ((place, line) for place, line in lines(file) if line.strip())
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _object(place: str, record: Any) -> Row:
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: it is not a JSON object.")
+    return Row(place, record)
+
+
+def _parsed(place: str, text: str) -> Any:
+    """Returns the value of JSON text that starts at a place."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            [twice, *_] = _repeated(name for name, _ in pairs)
+            raise UserError(f"{place}: an object has '{twice}' twice.")
+        return record
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        line = "" if ", line " in place else f", line {error.lineno}"
+        raise UserError(
+            f"{place}{line}: it is not JSON ({error.msg}, column {error.colno})."
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{place}: its JSON is nested too deeply.") from error
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def json_list(files: Sequence[Path], key: str | None = None) -> Iterator[Row]:
@@ -101,7 +191,7 @@ def tab_separated(files: Sequence[Path], columns: Sequence[str] = ()) -> Iterato
         for place, line in lines(file):
             fields = line.split("\t")
             if not names:
-                names = tuple(fields)
+                names = _header(place, fields)
             elif line.strip():
                 yield _row(place, names, fields)
 
@@ -136,7 +226,7 @@ def quoted(
             except csv.Error as error:
                 raise UserError(f"{place}: {error}.") from error
             if not names:
-                names = tuple(fields)
+                names = _header(place, fields)
             elif fields:
                 yield _row(place, names, fields)
 
@@ -158,6 +248,28 @@ def aligned(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
             ended = files[group.index(None)]
             raise UserError(f"{place}: it has no counterpart, {ended} ends before it.")
         yield Row(place, dict(zip(columns, (text for _, text in row), strict=True)))
+
+
+def header(file: Path, delimiter: str, is_quoted: bool = True) -> tuple[str, ...]:
+    """Returns the column names in the first line of a file, none if the file is empty.
+
+    Raises:
+        UserError: As `quoted`.
+    """
+    if not is_quoted:
+        return next((_header(place, line.split(delimiter)) for place, line in lines(file)), ())
+    rows = csv.reader((f"{line}\n" for _, line in lines(file)), delimiter=delimiter, strict=True)
+    try:
+        return _header(f"{file}, line 1", next(filter(None, rows), []))
+    except csv.Error as error:
+        raise UserError(f"{file}, line {rows.line_num}: {error}.") from error
+
+
+def _header(place: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns column names, which may leave out some but repeat none."""
+    for name in _repeated(filter(None, names)):
+        raise UserError(f"{place}: two columns are called '{name}'.")
+    return tuple(names)
 
 
 def _row(place: str, names: Sequence[str], fields: Sequence[str]) -> Row:

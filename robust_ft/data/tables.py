@@ -11,9 +11,11 @@ import tensorflow as tf
 from robust_ft.data.raw_files import Row, json_lines
 from robust_ft.errors import UserError
 
+_ARROW_FILE = b"ARROW1"  # how it begins
+
 
 def read(files: Sequence[Path]) -> Iterator[Row]:
-    """Yields the rows of Parquet, Arrow, JSON Lines and TFRecord files.
+    """Yields the rows of Parquet, Arrow (and Feather), JSON Lines and TFRecord files.
 
     A file's name says which of these it is.
 
@@ -21,19 +23,26 @@ def read(files: Sequence[Path]) -> Iterator[Row]:
         UserError: A file is of none of these kinds, or not what its name says.
     """
     for file in files:
-        kind = next((name for name in _READERS if name in file.name), None)
-        if kind is None:
+        kind = max(_READERS, key=file.name.rfind)
+        if kind not in file.name:
             raise UserError(f"{file}: its name says none of {', '.join(_READERS)}.")
         try:
             yield from _READERS[kind](file)
-        except (pa.ArrowInvalid, tf.errors.DataLossError) as error:
-            reason = str(error).splitlines()[0]
+        except (pa.ArrowException, OSError, tf.errors.DataLossError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"{file}: it does not read as {kind} ({reason}).") from error
 
 
 def _arrow(file: Path) -> Iterator[Row]:
+    """Yields the rows of an Arrow file, which can be read anywhere, or stream."""
     with pa.memory_map(str(file)) as stream:
-        yield from _rows(file, pa.ipc.open_stream(stream))
+        is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+        stream.seek(0)
+        if not is_file:
+            yield from _rows(file, pa.ipc.open_stream(stream))
+            return
+        batches = pa.ipc.open_file(stream)
+        yield from _rows(file, map(batches.get_batch, range(batches.num_record_batches)))
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -44,6 +53,9 @@ def _parquet(file: Path) -> Iterator[Row]:
 def _rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        for name in batch.schema.names:
+            if batch.schema.names.count(name) > 1:
+                raise UserError(f"{file}: two columns are called '{name}'.")
         for record in batch.to_pylist():
             number += 1
             yield Row(f"{file}, row {number}", record)
@@ -65,6 +77,7 @@ def _tfrecord(file: Path) -> Iterator[Row]:
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
+    ".feather": _arrow,
     ".jsonl": lambda file: json_lines([file]),
     ".tfrecord": _tfrecord,
 }

@@ -96,14 +96,14 @@ def test_metrics_and_choices(data):
     [
         (
             {"inputs": "{qestion}"},
-            r"a\.csv, line 2: no column 'qestion', only question, .* Did",
+            r"a\.csv, line 1: there is no column 'qestion' .*inputs\), only question, .* Did",
         ),
         ({"choices": ("Ann", "inn")}, r"a\.csv, line 4: target 'in' is none of Ann, inn\. Did you"),
         ({"test": "b.csv"}, r"b\.csv, line 3: it has 1 fields, but there are 2 columns"),
         ({"test": "c.jsonl"}, r"c\.jsonl, line 2: it is not JSON"),
-        ({"test": "d.jsonl"}, r"d\.jsonl, line 1: column 'question' is neither .* but None"),
+        ({"test": "d.jsonl"}, r"d\.jsonl, line 1: column 'question' is empty \(null\)"),
         ({"test": "e.jsonl"}, r"e\.jsonl, line 1: column 'answer' is an empty list"),
-        ({"test": "f.csv"}, "Task 'own' has no examples in its split 'test'"),
+        ({"test": "f.csv"}, r"f\.csv: it has no rows \(task 'own', split 'test'\)"),
         ({"test": "g.csv"}, r"'own', split 'test', has no file .*g\.csv\.$"),
         ({"split": "train"}, "'own' has no split 'train', only test"),
         ({"task": "owm"}, "no task or mixture 'owm'.* Did you mean 'own'"),

@@ -8,7 +8,7 @@ pytest.importorskip("seqio")
 
 from robust_ft.data import loader
 from robust_ft.data.cache import TaskData
-from robust_ft.data.pairs import pairs_task
+from robust_ft.data.in_memory import pairs_task
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import ByteVocabulary
 
