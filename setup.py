@@ -53,7 +53,7 @@ setup(
     extras_require={
         "test": ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
         # Independent references for the tests; without them those tests are skipped.
-        "parity": ["peft", "torch==2.13.0", "transformers~=5.0"],
+        "parity": ["datasets", "pandas", "peft", "torch==2.13.0", "transformers~=5.0"],
         # The site of docs/, and what runs examples/tour.ipynb.
         "docs": ["ipykernel", "mkdocs", "mkdocs-material", "mkdocstrings[python]", "nbclient"],
         "gpu": ["jax[cuda13]"],

@@ -280,6 +280,25 @@ def test_texts_need_no_quotes_in_flags(quoted):
     assert load(f"MODEL_DIR={quoted}").model_dir == "/tmp/a run"
 
 
+@pytest.mark.parametrize(
+    "text", ["{text} {nope}", "{text}", "Q: {text} (x) :)", "50% {a} @home %X", "it's {a}", "{0}"]
+)
+def test_texts_with_brackets_are_texts(text):
+    assert load(f"CACHE_DIR={text}").stages[0].data.cache_dir == text
+
+
+@pytest.mark.parametrize("text", ["{text", "[%TRAIN_STEPS", "(a"])
+def test_brackets_that_are_not_closed(text):
+    with pytest.raises(UserError, match=rf"CACHE_DIR={re.escape(text)} opens a '.' that it never"):
+        load(f"CACHE_DIR={text}")
+
+
+def test_values_with_references_are_no_texts():
+    model = load("HELD_OUT_TASKS={0: ['mini_cb', %MIXTURE_OR_TASK_NAME]}").stages[1]
+    names = [e.task for e in model.evaluations if e.role == "held_out"]
+    assert names == ["mini_cb", "mini_rte"]
+
+
 def test_other_values_of_flags_are_not_taken_for_texts():
     recipe = load(
         "HELD_OUT_TASKS={0: ['a', 'b'], 1: ['c']}",
