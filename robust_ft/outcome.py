@@ -22,7 +22,7 @@ class Outcome:
         step: The selected step: the best on the selection's split, or the last one.
         score: Its score, or None if nothing was selected by score.
         paths: The paths of the parameters that trained, all that its checkpoints hold.
-        steps: The number of steps that the stage took.
+        steps: The number of steps that the stage took, fewer than its own if patience ended it.
     """
 
     step: int

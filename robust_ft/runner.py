@@ -134,7 +134,8 @@ def final_predictor(recipe: Recipe) -> BasePredictor:
 
 
 def _check_finished(recipe: Recipe, stage: Stage, outcome: Outcome) -> None:
-    if outcome.steps != stage.steps:
+    ended_early = stage.patience is not None and outcome.steps < stage.steps
+    if outcome.steps != stage.steps and not ended_early:
         raise UserError(
             f"Stage '{stage.name}' has finished in {recipe.model_dir} after {outcome.steps} steps, "
             f"not {stage.steps}; choose another Recipe.model_dir, or delete the stage's folder and "

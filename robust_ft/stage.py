@@ -9,7 +9,7 @@ import jax
 from robust_ft import optim, trainable
 from robust_ft.data.cache import TaskData
 from robust_ft.errors import UserError, nearest
-from robust_ft.evaluator import Evaluator
+from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective
 from robust_ft.objectives.gradients import GradientFn, backprop
@@ -60,6 +60,8 @@ class Stage:
         eval_period: Steps between evaluations, each followed by a checkpoint.
         log_period: Steps between lines of training metrics.
         select_best: Whether to select the checkpoint with the best score; otherwise the last.
+        patience: The stage ends when this many evaluations in a row have no better score than an
+            earlier checkpoint's; None for all `steps`. The learning rate follows its schedule.
         on_nonfinite: What a step does whose loss or parameters are NaN or infinite: "stop" ends the
             run before anything of it is saved; "skip" leaves parameters and optimizer as they were,
             which takes memory for a second copy of them, and counts such steps as `skipped`.
@@ -86,6 +88,7 @@ class Stage:
     eval_period: int = 1000
     log_period: int = 20
     select_best: bool = True
+    patience: int | None = None
     on_nonfinite: str = STOP
 
     def __post_init__(self) -> None:
@@ -113,6 +116,12 @@ class Stage:
                     f"Stage.{field}='{value}' of stage '{self.name}' must be one of "
                     f"{', '.join(known)}." + nearest(value, known)
                 )
+        scored = any(getattr(each, "role", None) == TARGET for each in self.evaluations)
+        if self.patience is not None and not (self.select_best and scored):
+            raise UserError(
+                f"Stage.patience={self.patience} of stage '{self.name}' waits for a better score, "
+                f"so it needs Stage.select_best=True and evaluations with the role '{TARGET}'."
+            )
         objective = type(self.objective).__name__
         if self.objective.takes_teacher and self.teacher is None:
             raise UserError(
@@ -124,6 +133,19 @@ class Stage:
                 f"Stage '{self.name}' has the teacher '{self.teacher}', from which its objective "
                 f"{objective} learns nothing; choose one that does, such as a Cocktail."
             )
+
+    def is_over(self, step: int, best: int | None) -> bool:
+        """Returns whether the stage ends after a step, at which it may have been evaluated.
+
+        Args:
+            step: Number of steps done.
+            best: The step of the checkpoint with the best score, if any has one.
+        """
+        if step >= self.steps:
+            return True
+        if self.patience is None or best is None:
+            return False
+        return step // self.eval_period - best // self.eval_period >= self.patience
 
     def trainable_paths(self) -> frozenset[str]:
         """Returns the paths of the parameters that train.

@@ -1,6 +1,7 @@
 """The checkpoints that a stage saves while it trains, and resumes from."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,9 @@ class StageCheckpoints:
             ),
             item_names=(orbax_params.ITEM, "optimizer", "data"),
         )
+        saved = map(self._manager.metrics, self._manager.all_steps())
+        # Of the best checkpoint. Asked for after every evaluation, when it may not be whole yet.
+        self._best = max((m for m in saved if m is not None), key=_rank, default=None)
 
     def __enter__(self) -> "StageCheckpoints":
         return self
@@ -83,6 +87,8 @@ class StageCheckpoints:
             metrics=metrics,
             force=True,
         )
+        if metrics and (self._best is None or _rank(metrics) > _rank(self._best)):
+            self._best = metrics
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the newest state and data position, or None if there is no checkpoint.
@@ -120,13 +126,7 @@ class StageCheckpoints:
 
     def best_step(self) -> int | None:
         """Returns the step with the best score; of equal ones the earliest; None without scores."""
-        self._manager.wait_until_finished()
-        scored = []
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics is not None:
-                scored.append((_rank(metrics), step))
-        return max(scored)[1] if scored else None
+        return None if self._best is None else int(self._best["step"])
 
     def score(self, step: int) -> float | None:
         """Returns the score that a checkpoint was saved with, None if it had none."""
@@ -156,8 +156,9 @@ class StageCheckpoints:
 
 
 def _rank(metrics: Mapping[str, Any]) -> tuple[float, int]:
-    # Of equally good checkpoints the earliest counts: it changed the model least.
-    return metrics["score"], -int(metrics["step"])
+    # Of equally good checkpoints the earliest counts: it changed the model least. NaN is the worst.
+    score = metrics["score"]
+    return -math.inf if math.isnan(score) else score, -int(metrics["step"])
 
 
 def _of_all_processes(data_state: Mapping[str, Any]) -> dict[str, Any]:

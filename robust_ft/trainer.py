@@ -73,8 +73,14 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         with multihost.stop_on_ctrl_c(run.stop):
             state = _train(stage, run, state, frozen, batches, checkpoints, evaluator)
         # 5. Return to the selected checkpoint.
-        selected = (checkpoints.best_step() if stage.select_best else None) or stage.steps
-        if selected != stage.steps:
+        last = int(state.step)
+        selected = (checkpoints.best_step() if stage.select_best else None) or last
+        if last < stage.steps:
+            console.print_line(
+                f"[{stage.name}] ends at step {last}: after step {selected} no score was better, "
+                f"in {stage.patience} evaluation(s)."
+            )
+        if selected != last:
             best = checkpoints.restore_params(selected, like=state.trainable)
             state = state._replace(trainable=best)
         params = trainable.merge(state.trainable, frozen)
@@ -82,7 +88,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         score = checkpoints.score(selected)
     folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
     export.write(folder, stage.model, params, paths, base, tokens, run.partitioner)
-    Outcome(selected, score, tuple(sorted(paths)), stage.steps).write(directory)
+    Outcome(selected, score, tuple(sorted(paths)), last).write(directory)
     return params
 
 
@@ -112,8 +118,9 @@ def _train(
     with console.progress(stage.name, stage.steps, step) as progress:
         log = TrainingLog(evaluator.writer, progress, nonfinite, stage.log_period, stage.batch_size)
         while True:
-            is_last = step == stage.steps
-            if (is_last or step % stage.eval_period == 0) and (step > saved or step == 0):
+            if (step == stage.steps or step % stage.eval_period == 0) and (
+                step > saved or step == 0
+            ):
                 log.flush(step)
                 params = trainable.merge(state.trainable, frozen)
                 score = evaluator(stage.evaluations, params, step)
@@ -122,7 +129,7 @@ def _train(
                     evaluator(stage.final_evaluations, params, step, pretrained=True)
                 if step:
                     save(score)
-            if is_last:
+            if stage.is_over(step, checkpoints.best_step()):
                 return state
             if run.stop.is_set():
                 log.flush(step)

@@ -167,6 +167,15 @@ def test_finished_stages_are_skipped(finished, monkeypatch):
     assert (finished.directory / "summary.json").read_text() == before
 
 
+def test_a_stage_that_patience_ended_is_skipped_too(tmp_path, monkeypatch):
+    recipe = toy.promot(tmp_path, prompt={"steps": 20, "patience": 1}, model={"steps": 2})
+    toy.ScriptedEvaluate(monkeypatch, [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    rows = runner.run(recipe).rows
+    assert max(row.step for row in rows if row.stage == "prompt") == 4
+    monkeypatch.setattr(runner, "fit", None)
+    assert runner.run(recipe).rows == rows
+
+
 def test_restoring_a_stage_from_files_equals_handing_it_over(finished, tmp_path, monkeypatch):
     recipe = toy.promot(tmp_path)
     toy.ScriptedEvaluate(monkeypatch, SCORES)

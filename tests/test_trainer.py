@@ -63,6 +63,51 @@ def test_the_last_checkpoint_where_the_best_is_not_asked_for(tmp_path, evaluate)
     assert (outcome.step, outcome.score) == (4, 1.0)
 
 
+def test_patience_ends_the_stage_as_if_finished(tmp_path, evaluate, capsys):
+    patient = stage(steps=20, patience=2, final_evaluations=toy.evaluations("test", False))
+    evaluate.scores = [9.0, 1.0, 3.0, 3.0, 2.0, 9.0]  # at steps 0, 2, 4, 6, 8
+    params, _ = run(tmp_path, patient)
+    outcome = Outcome.read(tmp_path / "prompt")
+    assert (outcome.step, outcome.score, outcome.steps) == (4, 3.0, 8)
+    assert steps_of(tmp_path, "validation") == [0, 2, 4, 6, 8]
+    assert "ends at step 8: after step 4 no score was better" in capsys.readouterr().out
+    # Another length of the stage changes neither the steps nor the schedule.
+    evaluate.scores = [9.0, 1.0, 3.0]
+    plain, _ = run(tmp_path / "plain", stage(steps=4))
+    toy.assert_same(params, plain)
+
+
+def test_patience_goes_on_counting_after_a_restart(tmp_path, evaluate):
+    patient = stage(steps=20, patience=2)
+    evaluate.scores, stop = [0.0, 5.0, 1.0], threading.Event()
+    with pytest.raises(Stopped, match="step 5"):
+        run(tmp_path, patient, stop=stop, callback=toy.At("prompt", 5, stop.set))
+    evaluate.scores = [2.0, 9.0]
+    died = {"final_evaluations": toy.evaluations("test", False)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outcome, "write", lambda *_: toy.raising(RuntimeError)())
+        with pytest.raises(RuntimeError):
+            run(tmp_path, stage(steps=20, patience=2, **died))
+    assert not (tmp_path / "prompt" / "outcome.json").exists()
+    run(tmp_path, stage(steps=20, patience=2, **died))  # nothing is left to train
+    outcome = Outcome.read(tmp_path / "prompt")
+    assert (outcome.step, outcome.steps) == (2, 6)
+    assert steps_of(tmp_path, "validation") == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patience": 2, "select_best": False},
+        {"patience": 2, "evaluations": ()},
+        {"patience": 2, "evaluations": toy.evaluations("validation")[1:]},
+    ],
+)
+def test_patience_needs_a_score(changes):
+    with pytest.raises(UserError, match="patience=2 of stage 'prompt' waits for a better"):
+        stage(**changes)
+
+
 def test_without_evaluations_the_last_checkpoint(tmp_path, evaluate):
     run(tmp_path, stage(steps=3, evaluations=()))
     outcome = Outcome.read(tmp_path / "prompt")
