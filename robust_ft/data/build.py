@@ -200,7 +200,11 @@ def _build_task(task: seqio.Task, data: cache.TaskData, source: str) -> None:
             # Without locks, another process might finish with a shared folder first and remove it.
             own = folder.with_name(f"{folder.name}.parts")
             parts_folder = parts.folder_of(final) if is_alone else own
-            info = _write_examples(task, data, folder, parts_folder)
+            try:
+                info = _write_examples(task, data, folder, parts_folder)
+            except UserError:  # the data are at fault: what was made of them is of no use
+                shutil.rmtree(parts_folder, ignore_errors=True)
+                raise
             write_json(folder / cache.INFO, dataclasses.asdict(info))
         shutil.rmtree(parts_folder)
     _report(info, data)

@@ -11,6 +11,7 @@ import pyarrow as pa
 from robust_ft import files
 from robust_ft.data import cache, templates
 from robust_ft.data.file_task import SPLITS, FileTask
+from robust_ft.data.raw_files import located
 from robust_ft.errors import UserError, nearest
 
 Pairs = Iterable[tuple[str, str]]
@@ -132,7 +133,7 @@ def _task(
             try:
                 task.example(record)
             except ValueError as error:
-                raise UserError(f"Task '{name}', {split}, row {number}: {error}.") from error
+                raise located(f"Task '{name}', {split}, row {number}", error) from error
     for file, text in texts.items():
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

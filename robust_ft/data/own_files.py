@@ -95,7 +95,7 @@ def _rows(
         try:
             part = task.split_of(row.record) if len(parts) > 1 else split
         except ValueError as error:
-            raise UserError(f"{row.place}: {error}.") from error
+            raise raw_files.located(row.place, error) from error
         counts[part] += 1
         if part == split:
             yield row

@@ -29,6 +29,13 @@ class Row(NamedTuple):
 Reader = Callable[[Sequence[Path]], Iterable[Row]]
 
 
+def located(place: str, error: Exception) -> UserError:
+    """Returns the error of a record with its place, as one sentence."""
+    message = f"no field {error}" if isinstance(error, KeyError) else str(error)
+    message = " ".join(message.split("\n"))
+    return UserError(f"{place}: {message}{'' if message.endswith(('.', '?')) else '.'}")
+
+
 def lines(file: Path) -> Iterator[tuple[str, str]]:
     """Yields (place, line without its end) of a UTF-8 text file, of a gzipped one if named `.gz`.
 

@@ -22,7 +22,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from robust_ft.data.fingerprints import DATA_DIR_VARIABLE
-from robust_ft.data.raw_files import Reader, Row
+from robust_ft.data.raw_files import Reader, Row, located
 from robust_ft.errors import UserError, nearest
 
 _CHUNK = 256  # examples that go from Python to tensorflow at once
@@ -236,11 +236,8 @@ class TextSource(seqio.DataSource):
                     hint = nearest(target, self._choices)
                     known = ", ".join(self._choices)
                     raise ValueError(f"target '{target}' is none of {known}.{hint}")
-            except KeyError as error:
-                raise UserError(f"{place}: no field {error}.") from error
-            except ValueError as error:
-                end = "" if str(error).endswith((".", "?")) else "."
-                raise UserError(f"{place}: {error}{end}") from error
+            except (KeyError, ValueError) as error:
+                raise located(place, error) from error
             yield {**example, "choices": self._choices, "id": count}
             count += 1
 

@@ -127,6 +127,11 @@ def test_a_share_of_rows(tmp_path):
         ([{"q": None, "label": 1}], {}, r"row 1: column 'q' is empty \(null\)"),
         ([{"q": float("nan"), "label": 1}], {}, r"row 1: column 'q' is empty \(NaN\)"),
         ([{"q": object(), "label": 1}], {}, "row 1: column 'q' is not plain data .*object"),
+        (
+            [{"q": "?", "label": "two\nlines"}],
+            {"choices": ["a", "b"]},
+            r"row 1: target 'two lines' is none of a, b\.$",
+        ),
         (["q"], {}, "row 1: it is not a dict but 'q'"),
         ({"q": ["a"], "label": ["b"]}, {}, "row 1: it is not a dict but 'q'"),
         (ROWS, {"choices": "{of}"}, r"row 1: target '0' is none of a, b.*answer='index'"),

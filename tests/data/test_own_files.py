@@ -115,7 +115,7 @@ def test_metrics_and_choices(data):
         ({"name": "mini_rte"}, "'mini_rte' is the name of another task"),
     ],
 )
-def test_what_is_wrong_and_where(data, settings, sentence):
+def test_what_is_wrong_and_where(data, settings, sentence, tmp_path):
     files = {
         "a.csv": 'question,answer\n"Who,\nexactly?",Ann\nWhere?,in\n',
         "b.csv": "question,answer\na,b\nc\n",
@@ -126,6 +126,8 @@ def test_what_is_wrong_and_where(data, settings, sentence):
     }
     with pytest.raises(UserError, match=sentence):
         cache.ensure(data(files, **{"test": "a.csv"} | settings))
+    left = [path for path in (tmp_path / "cache").glob("*") if path.suffix != ".lock"]
+    assert not left  # nothing half-written
 
 
 @pytest.mark.parametrize(
