@@ -1,14 +1,11 @@
-"""Checks a recipe before training starts, and claims its MODEL_DIR."""
+"""Checks a recipe before training starts."""
 
 import math
-from pathlib import Path
 
-from robust_ft import initial_checkpoint, multihost
+from robust_ft import initial_checkpoint
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
-from robust_ft.evaluator import TARGET
-from robust_ft.files import read_json, write_json
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.recipe import Recipe
@@ -16,47 +13,6 @@ from robust_ft.stage import SCRATCH, STAGE, Stage
 from robust_ft.stage_start import teacher_model
 from robust_ft.trainable import flatten
 from robust_ft.vocabulary.base import same_vocabulary
-
-
-def claim(recipe: Recipe) -> None:
-    """Checks the recipe, then creates its MODEL_DIR with `run.json`, or checks the one there is.
-
-    Raises:
-        UserError: The recipe has a mistake (see `check`), or MODEL_DIR belongs to another recipe or
-            seed, or cannot be written. Nothing in it has been changed.
-    """
-    check(recipe)
-    file = Path(recipe.model_dir) / "run.json"
-    evaluations = of_tasks(recipe.stages[-1].final_evaluations)
-    targets = [e.data.task for e in evaluations if e.role == TARGET]
-    facts = {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "target": targets[0] if targets else None,
-        "stages": [stage.name for stage in recipe.stages],
-        "selections": [selection.name for selection in recipe.selections],
-    }
-    try:
-        owner = read_json(file, default=facts)
-        for field in ("name", "seed"):
-            if owner.get(field) != facts[field]:
-                raise UserError(
-                    f"Recipe.model_dir={recipe.model_dir} belongs to a run with {field} "
-                    f"{owner.get(field)!r}, not {facts[field]!r}; choose another."
-                )
-        if multihost.is_first():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, facts)
-        multihost.barrier()
-        if not file.exists():
-            raise UserError(
-                f"Recipe.model_dir={recipe.model_dir} is not one folder for all processes; put it "
-                "on a file system that they share."
-            )
-    except OSError as error:
-        raise UserError(
-            f"Recipe.model_dir={recipe.model_dir} cannot be written: {error.strerror}."
-        ) from None
 
 
 def check(recipe: Recipe) -> None:

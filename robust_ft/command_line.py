@@ -48,6 +48,7 @@ class Arguments(argparse.Namespace):
     gin_bindings: list[str]
     gin_search_paths: str
     dry_run: bool
+    allow_change: list[str]
     task: str | None
     split: str | None
     module: str | None
@@ -80,6 +81,15 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
         help="compiler flags that suit several GPUs or TPUs; those already in XLA_FLAGS and "
         "LIBTPU_INIT_ARGS win",
     )
+    if program == "train":
+        parser.add_argument(
+            "--allow_change",
+            type=lambda names: [name for name in names.split(",") if name],
+            default=[],
+            metavar="FIELD,FIELD",
+            help="fields in which an unfinished run may differ from what is recorded in MODEL_DIR, "
+            "from its newest checkpoint on; the error that refuses a difference names them",
+        )
     _add_processes(parser)
     return parse_gin(parser, argv)
 

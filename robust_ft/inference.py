@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from robust_ft import multihost
+from robust_ft.claiming import check_model
 from robust_ft.evaluate import Evaluation
 from robust_ft.evaluator import OUTSIDE_TRAINING, evaluate, held_out_rows
 from robust_ft.files import write_json_lines
@@ -35,9 +36,11 @@ def load(recipe: Recipe, inference: Inference) -> BasePredictor:
     """Returns the recipe's result, or its last stage's model with `inference.checkpoint`.
 
     Raises:
-        UserError: The recipe has not finished, or the checkpoint does not fit the model.
+        UserError: The recipe has not finished, or with other models than the recipe's, or the
+            checkpoint does not fit the model.
     """
     if inference.checkpoint is None:
+        check_model(recipe)
         return final_predictor(recipe)
     stage = recipe.stages[-1]
     vocabulary = stage.data.vocabulary

@@ -54,6 +54,8 @@ class RunContext(NamedTuple):
         teacher: The stage's teacher, with all parameters on the mesh.
         pretrained: Loads the model that the recipe started from, for evaluators.
         callbacks: Called from the training loop.
+        changed: Whether a setting was changed after the run had begun, so that a position in the
+            data may be one in other data.
     """
 
     directory: Path
@@ -66,3 +68,4 @@ class RunContext(NamedTuple):
     teacher: Teacher | None = None
     pretrained: Callable[[], BasePredictor] | None = None
     callbacks: Sequence[Callback] = ()
+    changed: bool = False

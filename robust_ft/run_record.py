@@ -74,8 +74,12 @@ class RunRecord:
     defaults: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "RunRecord":
-        """Returns a recipe's record; builds the caches of its data that are missing.
+    def of(cls, recipe: Recipe, with_data: bool = True) -> "RunRecord":
+        """Returns a recipe's record.
+
+        Args:
+            recipe: The recipe.
+            with_data: Whether to read its data, whose caches are built where they are missing.
 
         Raises:
             UserError: There is no such data or checkpoint.
@@ -92,7 +96,7 @@ class RunRecord:
             if f"stages.{stage.name}.teacher" in origins:
                 teacher = Flattened.of(teacher_model(recipe, stage), _of_teacher(stage.name))
                 settings |= teacher.settings
-        for data, is_evaluated in flattened.data.items():
+        for data, is_evaluated in flattened.data.items() if with_data else ():
             for field, value, files in _of_data(data, is_evaluated):
                 settings[field] = value
                 if files:

@@ -8,7 +8,8 @@ from pathlib import Path
 from robust_ft import compiling, console, model_info, multihost
 from robust_ft.checkpoints_io import sources
 from robust_ft.checkpoints_io.stage_record import StageRecord
-from robust_ft.checks import claim, untuned
+from robust_ft.checks import untuned
+from robust_ft.claiming import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.selection import Selection
@@ -18,6 +19,7 @@ from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
 from robust_ft.recipe import Recipe
 from robust_ft.run_context import Callback, RunContext
+from robust_ft.run_record import RunRecord
 from robust_ft.stage import STAGE, Stage
 from robust_ft.stage_start import origin, predictor, pretrained, restore, teacher
 from robust_ft.summary import Summary
@@ -25,7 +27,9 @@ from robust_ft.trainer import fit
 from robust_ft.types import Params
 
 
-def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
+def run(
+    recipe: Recipe, callbacks: Sequence[Callback] = (), allow_change: Sequence[str] = ()
+) -> Summary:
     """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
 
     ```python
@@ -40,16 +44,18 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     Args:
         recipe: What to run.
         callbacks: Follow the training loop of each stage.
+        allow_change: Fields that an unfinished run may go on with another value of, see
+            `claiming.claim`.
 
     Returns:
         All evaluation results, also written to `summary.json`.
 
     Raises:
-        UserError: The recipe does not fit together, or its MODEL_DIR is another run's; nothing has
-            been changed.
+        UserError: The recipe does not fit together, or differs from what its MODEL_DIR was made
+            with; nothing has been changed.
         Stopped: SIGTERM arrived; the stage has saved a checkpoint and a new call resumes it.
     """
-    claim(recipe)
+    claim(recipe, allow_change)
     return run_claimed(recipe, callbacks)
 
 
@@ -64,6 +70,7 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
         console.print_line(note, style="yellow")
     directory = Path(recipe.model_dir)
     summary = Summary(directory, enabled=multihost.is_first())
+    record = RunRecord.read(directory)
     params: Params | None = None
     with multihost.stop_on_sigterm() as stop, recipe.partitioner.activate():
         for i, stage in enumerate(recipe.stages):
@@ -95,6 +102,7 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
                 teacher=stage_teacher,
                 pretrained=functools.partial(pretrained, recipe, stage),
                 callbacks=callbacks,
+                changed=record is not None and bool(record.changes),
             )
             params = fit(stage, params, context)
         params = None  # frees memory for the members of an ensemble

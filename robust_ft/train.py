@@ -31,18 +31,18 @@ def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
         if arguments.dry_run:
             _dry_run(config)
             return 0
-        return _train(config, callbacks)
+        return _train(config, callbacks, arguments.allow_change)
 
 
-def _train(config: "Config", callbacks: Sequence["Callback"]) -> int:
+def _train(config: "Config", callbacks: Sequence["Callback"], allow_change: Sequence[str]) -> int:
     from robust_ft import console, multihost, report
-    from robust_ft.checks import claim
+    from robust_ft.claiming import claim
     from robust_ft.runner import run_claimed
     from robust_ft.trainer import Stopped
 
     recipe = config.recipe
-    claim(recipe)
-    _write_config(config)
+    if claim(recipe, allow_change):
+        _write_config(config)
     try:
         run_claimed(recipe, callbacks)
     except Stopped as stopped:

@@ -61,7 +61,10 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
                 f"{directory} holds a checkpoint of step {state.step}, but stage '{stage.name}' "
                 f"has only Stage.steps={stage.steps}; raise it or choose another Recipe.model_dir."
             )
-        batches.set_state(data_position)
+        if run.changed and (misfit := batches.misfit(data_position)):
+            console.print_line(f"[{stage.name}] {misfit} So its data are read from the start.")
+        else:
+            batches.set_state(data_position)
     with MetricWriter(directory, multihost.is_first()) as writer, checkpoints:
         # What was reported after the checkpoint will be reported again; without a checkpoint,
         # step 0 too.

@@ -2,19 +2,23 @@
 
     python multihost_run.py WHAT INDEX ADDRESS DIRECTORY
 
-WHAT is "train", or what goes wrong in process 1 (in process 0: "first lost").
+WHAT is "train", or what goes wrong in process 1 (in process 0: "first lost"). Each process of "own
+data" has its own copy of a data file and its own cache, and that of "other data" another label.
 """
 
+import dataclasses
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import toy
 
 from robust_ft import command_line, multihost, trainer
+from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.runner import run
 
@@ -31,6 +35,18 @@ def recipe(directory):
     return toy.Recipe("toy", str(directory), (stage,))
 
 
+def with_own_files(recipe, host, is_other):
+    """Returns a recipe that reads a file and has a cache in a host's folder."""
+    host.mkdir(parents=True)
+    (host / "mine.csv").write_text(f"q,a\nx,a\ny,b\nz,{'b' if is_other else 'a'}\n")
+    task = FileTask(name="mine", train=f"{host}/mine.csv", inputs="{q}", targets="{a}")
+    changes = {"task": "mine", "module": None, "file_tasks": (task,), "cache_dir": str(host)}
+    (stage,) = recipe.stages
+    data = dataclasses.replace(stage.data, **changes)
+    stage = dataclasses.replace(stage, data=data, evaluations=())
+    return dataclasses.replace(recipe, stages=(stage,))
+
+
 def train(what, directory):
     def terminate():
         if what == "stop" and jax.process_index() == 1:
@@ -38,8 +54,13 @@ def train(what, directory):
             # The loop may not end before the signal has gone around.
             time.sleep(3)
 
+    started = recipe(directory)
+    if what.endswith("data"):
+        index = jax.process_index()
+        is_other = index == 1 and what == "other data"
+        started = with_own_files(started, Path(f"{directory}.host{index}"), is_other)
     try:
-        run(recipe(directory), [toy.At("model", 1, terminate)])
+        run(started, [toy.At("model", 1, terminate)])
     except trainer.Stopped as stopped:
         print(stopped)
         return command_line.RESUME

@@ -32,6 +32,7 @@ LAYERS = [
     {"stage_start", "recorded_settings"},
     {"run_record"},
     {"checks"},
+    {"claiming"},
     {"runner"},
     {"inference", "gin_types", "report"},
     {"gin_builders"},

@@ -11,7 +11,7 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
-from robust_ft import checks, command_line, runner, train
+from robust_ft import claiming, command_line, runner, train
 from robust_ft.trainer import Stopped
 
 TOY = f"--gin_file={Path(__file__).parent / 'toy_promot.gin'}"
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_shape(tmp_path, capsys):
 
 
 def test_a_folder_of_another_recipe_keeps_all_it_has(tmp_path, capsys):
-    checks.claim(dataclasses.replace(toy.promot(tmp_path), name="other"))
+    claiming.claim(dataclasses.replace(toy.promot(tmp_path), name="other"))
     (tmp_path / "config.gin").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.USER_ERROR
@@ -176,8 +176,8 @@ def test_a_recipe_is_checked_once(tmp_path, monkeypatch):
         checked.append(recipe.name)
         check(recipe)
 
-    checked, check = [], checks.check
-    monkeypatch.setattr(checks, "check", counting)
+    checked, check = [], claiming.check
+    monkeypatch.setattr(claiming, "check", counting)
     monkeypatch.setattr(runner, "restore", stopped)
     assert run(TOY, f"--gin.MODEL_DIR={tmp_path}") == command_line.RESUME
     assert checked == ["toy_promot"] and (tmp_path / "config.gin").is_file()

@@ -186,6 +186,22 @@ def test_a_mistake_is_one_sentence_on_every_host(flags, of_the_second, sentence,
     assert not list(tmp_path.rglob("checkpoint_*"))
 
 
+def test_one_changed_label_ends_all_before_training(tmp_path):
+    ended = two_processes(script("other data", tmp_path / "run"))
+    sentence = "Process 1 differs from process 0: data.mine.train.examples: task 'mine', split "
+    sentence += "'train', has other examples: file 'mine.csv' has another content; give all"
+    for status, _, stderr in ended:
+        (said,) = sentences(stderr)
+        assert status == 2 and sentence in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_hosts_may_have_own_copies_and_own_caches(tmp_path):
+    ended = two_processes(script("own data", tmp_path / "run"))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+
+
 # --- Which processes
 
 

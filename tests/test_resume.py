@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import toy
 
+from robust_ft import train
 from robust_ft.command_line import RESUME
-from robust_ft.errors import INTERRUPTED
+from robust_ft.errors import INTERRUPTED, UserError
 
 TESTS = Path(__file__).parent
 # One after the other, on one run.
@@ -121,6 +122,19 @@ def test_a_finished_run_only_reports_again(runs):
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("checkpoint_*")} == checkpoints
     assert (whole / "summary.json").read_text() == summary
     assert (whole / "report.html").exists()
+
+
+def test_a_finished_run_refuses_another_setting(runs):
+    whole, _ = runs
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    flags = [f"--gin_file={TESTS / 'toy_promot.gin'}", f"--gin.MODEL_DIR={whole}"]
+    with pytest.raises(UserError, match=r"\(Schedule\.peak\) is .*, now 0\.5.*LEARNING_RATE"):
+        train.main([*flags, "--gin.LEARNING_RATE=0.5"])
+    assert train.main([*flags, "--gin.Stage.log_period=7"]) == 0
+    after = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    assert {p for p in after if before.get(p) != after[p]} <= {
+        whole / name for name in ("report.html", "report.png", "report.md")
+    }
 
 
 @pytest.mark.slow

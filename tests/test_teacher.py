@@ -9,7 +9,7 @@ import pytest
 import toy
 from tiny_models import assert_trees_close, random_params
 
-from robust_ft import checks, gin_config, runner, stage_start
+from robust_ft import checks, claiming, gin_config, runner, stage_start
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
@@ -258,14 +258,14 @@ def larger(model):
 )
 def test_teachers_fit_their_students(tmp_path, light, student, message):
     with pytest.raises(UserError, match=message):
-        checks.claim(recipe(tmp_path / "run", student_stage(**student), light_stage(**light)))
+        claiming.claim(recipe(tmp_path / "run", student_stage(**student), light_stage(**light)))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_does_not_exist_is_refused_before_training(tmp_path):
     student = student_stage(teacher=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
-        checks.claim(recipe(tmp_path / "run", student))
+        claiming.claim(recipe(tmp_path / "run", student))
 
 
 def test_configs_say_who_teaches_and_how_much():

@@ -118,15 +118,21 @@ class BatchSource:
         Raises:
             UserError: The position was taken with other data, seed, batch size or packing.
         """
-        state = {"by_length": 0, **state}  # positions of earlier versions do not have it
-        differing = [name for name, value in self._identity.items() if state.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"The saved data position does not fit this run: its {name} is"
-                f" {state.get(name)!r}, but this run's is {self._identity[name]!r}."
-            )
+        if misfit := self.misfit(state):
+            raise UserError(misfit)
         self._open[0].set_state(dict(state["position"]))
+
+    def misfit(self, state: Mapping[str, Any]) -> str:
+        """Returns a sentence if a position was taken with other data or settings, else ""."""
+        # Positions of earlier versions do not have these.
+        state = {"by_length": 0, "content": self._identity.get("content"), **state}
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                return (
+                    f"The saved data position does not fit this run: its {name} is "
+                    f"{state.get(name)!r}, but this run's is {value!r}."
+                )
+        return ""
 
     def close(self) -> None:
         """Stops reading ahead; nothing can be read afterwards."""
@@ -185,6 +191,7 @@ def train_batches(
         "task": data.task,
         "split": data.split,
         "examples": {task.task: [task.info.num_examples, task.rate] for task in tasks},
+        "content": {task.task: task.info.content[:16] for task in tasks},
         "lengths": [data.inputs_length, data.targets_length],
         "seed": seed,
         "batch_size": batch_size,

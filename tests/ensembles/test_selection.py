@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from robust_ft import assets, checks, inference, runner, stage_start
+from robust_ft import assets, claiming, inference, runner, stage_start
 from robust_ft.ensembles import selection as selection_lib
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.predictor import Ensemble
@@ -203,7 +203,7 @@ def with_vocabulary(stage, vocabulary):
 def test_two_vocabularies_are_refused_before_anything_trains(tmp_path, selection, full, sentence):
     stages = (LIGHT, dataclasses.replace(FULL, **full), *students(STUDENT, STUDENTS))
     with pytest.raises(UserError, match=sentence):
-        checks.claim(made(tmp_path / "run", stages=stages, selections=(selection,)))
+        claiming.claim(made(tmp_path / "run", stages=stages, selections=(selection,)))
     assert not (tmp_path / "run").exists()
 
 
