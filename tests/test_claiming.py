@@ -11,7 +11,7 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
-from robust_ft import claiming, inference, runner, trainer
+from robust_ft import claiming, inference, runner
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Lora
@@ -66,12 +66,6 @@ class World:
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
 
-def stop(step):
-    """Stops a run after a step; by an error, as a kill does, if the step is 3."""
-    error = trainer.Stopped() if step != 3 else KeyboardInterrupt()
-    return [toy.At("lora", step, toy.raising(error))]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A finished run and one that ended after step 3, with a checkpoint of step 2."""
@@ -83,8 +77,8 @@ def made(tmp_path_factory):
             if name == "finished":
                 runner.run(world.recipe())
             else:
-                with pytest.raises(KeyboardInterrupt):
-                    runner.run(world.recipe(), stop(3))
+                with pytest.raises(RuntimeError):
+                    runner.run(world.recipe(), [toy.At("lora", 3, toy.raising(RuntimeError))])
                 assert (world.directory / "lora" / "checkpoint_2").is_dir()
     return types.SimpleNamespace(**worlds)
 
@@ -222,8 +216,8 @@ def test_a_run_without_any_result_is_begun_anew(killed):
 def test_stages_that_have_finished_cannot_change(made, tmp_path, monkeypatch):
     toy.ScriptedEvaluate(monkeypatch)
     small = {"steps": 2, "evaluations": (), "final_evaluations": ()}
-    with pytest.raises(KeyboardInterrupt):
-        stop = toy.At("model", 1, toy.raising(KeyboardInterrupt))
+    with pytest.raises(RuntimeError):
+        stop = toy.At("model", 1, toy.raising(RuntimeError))
         runner.run(toy.promot(tmp_path, small, small), [stop])
     with pytest.raises(UserError, match=r"stages\.prompt\.steps .* stage 'prompt' has finished\.$"):
         changed = toy.promot(tmp_path, small | {"steps": 4}, small)
