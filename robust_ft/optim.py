@@ -144,6 +144,16 @@ class AdamW:
         )
 
 
+def apply_updates(params: Params, updates: Params) -> Params:
+    """Returns parameters plus updates: added in the updates' float32, then rounded."""
+    updated: Params = jax.tree.map(
+        lambda param, update: (param.astype(update.dtype) + update).astype(param.dtype),
+        params,
+        updates,
+    )
+    return updated
+
+
 def _times_parameter_scale(updates: Params, params: Params) -> Params:
     """Scales each update by its parameter's RMS, at least 1e-3.
 

@@ -1,0 +1,257 @@
+"""Meta-learning rules: FOMAML and Reptile, whose inner loop is prompt tuning.
+
+Continued pretraining for promptability, section 3.2 and appendix B. A meta-batch has batches of
+many tasks. For each task the prompt is tuned for some steps, each on another support batch, while
+all else stays. Then, from there and on a query batch,
+
+- FOMAML (Algorithm 1) takes the gradient of all parameters that train;
+- Reptile (Algorithm 2) makes one step of all of them, and the gradient is what they were before the
+  inner loop minus what they are now.
+
+The meta-gradient is the mean over tasks. It is of first order: nothing is differentiated through
+the inner loop.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from robust_ft import optim
+from robust_ft.errors import UserError
+from robust_ft.models.model import Model
+from robust_ft.objectives.gradients import LossFn
+from robust_ft.trainable import flatten, merge, split, trainable_paths
+from robust_ft.types import Batch, Params, Sums
+
+# States of the inner optimizer: for what the inner loop tunes, and for all else that trains.
+InnerState = tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaLearning:
+    """What FOMAML and Reptile share.
+
+    Attributes:
+        tasks: Tasks in a meta-batch; the paper has 128.
+        inner_steps: Steps on support batches; the paper has 7.
+        inner_optimizer: The inner loop's optimizer, and of Reptile's step of all parameters. What
+            the inner loop tunes and all else have states of their own, clipped norms included.
+        tunes: What the inner loop tunes, as patterns of `Stage.trainable`.
+        carries_state: Whether the inner optimizer's state goes on from task to task and from step
+            to step, as in the authors' code. Otherwise each task starts with a fresh one.
+    """
+
+    tasks: int = 128
+    inner_steps: int = 7
+    inner_optimizer: optim.Optimizer = optim.Adafactor(optim.Schedule(1e-3))
+    tunes: Sequence[str] = ("peft",)
+    carries_state: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tunes", tuple(self.tunes))
+        name = type(self).__name__
+        if self.tasks < 1:
+            raise UserError(f"{name}.tasks={self.tasks} must be at least 1.")
+        if self.inner_steps < 0:
+            raise UserError(f"{name}.inner_steps={self.inner_steps} must not be negative.")
+
+    @property
+    def batches(self) -> int:
+        """Batches of each task: one for each inner step, and the query."""
+        return self.inner_steps + 1
+
+    def paths(self, model: Model) -> frozenset[str]:
+        """Returns the paths of what the inner loop tunes.
+
+        Raises:
+            UserError: A pattern is no regular expression, or names no parameter of the model.
+        """
+        return trainable_paths(model.shapes(), self.tunes, model.peft_owns)
+
+    def init(self, trainable: Params, paths: frozenset[str]) -> InnerState:
+        """Returns fresh states of the inner optimizer for the parameters that train."""
+        optimizer = self.inner_optimizer.build()
+        tuned, rest = split(trainable, paths)
+        return optimizer.init(tuned), optimizer.init(rest)
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        trainable: Params,
+        paths: frozenset[str],
+        state: InnerState,
+        batch: Batch,
+        rng: jax.Array,
+        microbatches: int = 1,
+    ) -> tuple[Params, Sums, InnerState]:
+        """Returns the meta-gradient summed over tasks, metric sums, and the inner state after it.
+
+        Args:
+            loss_fn: The stage's objective.
+            trainable: The parameters that train.
+            paths: Those that the inner loop tunes.
+            state: What the first task, or without `carries_state` every task, starts with.
+            batch: Arrays [rows, tasks, batches, ...]; a task's last batch is its query. Rows are
+                what the mesh shards: all devices work on the same task.
+            rng: The step's key. Each task has its own, however tasks are grouped.
+            microbatches: Groups of tasks that are computed one after the other. The tasks of a
+                group are computed side by side, each with its own copy of what changes.
+
+        Returns:
+            Every task counts the same: "weight" is their number, and other sums are sums of the
+            means over their queries' target tokens.
+        """
+        # [tasks, batches, rows, ...]
+        by_task = {name: jnp.moveaxis(x, 0, 2) for name, x in batch.items()}
+        keys = jax.vmap(lambda number: jax.random.fold_in(rng, number))(jnp.arange(self.tasks))
+
+        def of_task(state: InnerState, batches: Batch, key: jax.Array) -> Any:
+            support = {name: x[:-1] for name, x in batches.items()}
+            query = {name: x[-1] for name, x in batches.items()}
+            key, query_key = jax.random.split(key)
+            tuned, rest = split(trainable, paths)
+            tuned, tuned_state = self._tuned(loss_fn, tuned, rest, state[0], support, key)
+            state = tuned_state, state[1]
+            return self._outer(loss_fn, trainable, tuned, rest, state, query, query_key)
+
+        def of_group(carry: Any, group: Any) -> Any:
+            total, state = carry
+            batches, keys = group
+            if microbatches == self.tasks:
+                batches, keys = jax.tree.map(lambda x: x[0], (batches, keys))
+                *terms, after = of_task(state, batches, keys)
+                state = after if self.carries_state else state
+            else:
+                *terms, _ = jax.vmap(of_task, (None, 0, 0))(state, batches, keys)
+                terms = jax.tree.map(lambda x: x.astype(jnp.float32).sum(0), terms)
+            return (jax.tree.map(jnp.add, total, tuple(terms)), state), None
+
+        groups = jax.tree.map(
+            lambda x: x.reshape(microbatches, self.tasks // microbatches, *x.shape[1:]),
+            (by_task, keys),
+        )
+        first = jax.tree.map(lambda x: x[0], (by_task, keys))
+        *shapes, _ = jax.eval_shape(of_task, state, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), tuple(shapes))
+        ((gradient, sums), state), _ = jax.lax.scan(of_group, (zeros, state), groups)
+        return gradient, sums, state
+
+    def _tuned(
+        self,
+        loss_fn: LossFn,
+        tuned: Params,
+        rest: Params,
+        state: Any,
+        support: Batch,
+        key: jax.Array,
+    ) -> tuple[Params, Any]:
+        """The inner loop: returns what it tunes and its state, after a step on each batch."""
+        optimizer = self.inner_optimizer.build()
+
+        def step(carry: tuple[Params, Any], inputs: tuple[Batch, jax.Array]) -> Any:
+            tuned, state = carry
+            gradient, _ = _mean_gradient(loss_fn, tuned, rest, *inputs)
+            updates, state = optimizer.update(gradient, state, tuned)
+            return (optim.apply_updates(tuned, updates), state), None
+
+        keys = jax.random.split(key, self.inner_steps)
+        result: tuple[Params, Any]
+        result, _ = jax.lax.scan(step, (tuned, state), (support, keys))
+        return result
+
+    def _outer(
+        self,
+        loss_fn: LossFn,
+        trainable: Params,
+        tuned: Params,
+        rest: Params,
+        state: InnerState,
+        query: Batch,
+        key: jax.Array,
+    ) -> tuple[Params, Sums, InnerState]:
+        """Returns a task's meta-gradient and metrics, given what the inner loop made of it."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fomaml(MetaLearning):
+    """First-order MAML (Algorithm 1): the query's gradient of all parameters, after the inner loop.
+
+    Without inner steps it is backpropagation. Attributes: see `MetaLearning`.
+    """
+
+    def _outer(
+        self,
+        loss_fn: LossFn,
+        trainable: Params,
+        tuned: Params,
+        rest: Params,
+        state: InnerState,
+        query: Batch,
+        key: jax.Array,
+    ) -> tuple[Params, Sums, InnerState]:
+        gradient, sums = _mean_gradient(loss_fn, merge(tuned, rest), {}, query, key)
+        return gradient, sums, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Reptile(MetaLearning):
+    """Reptile for prompts (Algorithm 2): the inner loop, then one step of all parameters.
+
+    The meta-gradient is initial minus final parameters; the stage's optimizer, such as Adafactor,
+    sets its scale. Attributes: see `MetaLearning`.
+    """
+
+    def _outer(
+        self,
+        loss_fn: LossFn,
+        trainable: Params,
+        tuned: Params,
+        rest: Params,
+        state: InnerState,
+        query: Batch,
+        key: jax.Array,
+    ) -> tuple[Params, Sums, InnerState]:
+        optimizer = self.inner_optimizer.build()
+        parts = tuned, rest
+        gradient, sums = _mean_gradient(loss_fn, merge(*parts), {}, query, key)
+        paths = frozenset(flatten(tuned))
+        ends, states = [], []
+        for part, part_gradient, part_state in zip(
+            parts, split(gradient, paths), state, strict=True
+        ):
+            updates, part_state = optimizer.update(part_gradient, part_state, part)
+            ends.append(optim.apply_updates(part, updates))
+            states.append(part_state)
+        difference: Params = jax.tree.map(
+            lambda before, after: before.astype(jnp.float32) - after.astype(jnp.float32),
+            trainable,
+            merge(*ends),
+        )
+        return difference, sums, (states[0], states[1])
+
+
+def _mean_gradient(
+    loss_fn: LossFn, params: Params, held: Params, batch: Batch, key: jax.Array
+) -> tuple[Params, Sums]:
+    """Returns the gradient of the mean loss over target tokens, and the means of metrics.
+
+    Args:
+        loss_fn: Of all parameters that train.
+        params: Those to differentiate by.
+        held: The others.
+        batch: Arrays [rows, ...].
+        key: For dropout.
+    """
+
+    def loss_of(params: Params) -> Any:
+        loss, (weight, sums) = loss_fn(merge(params, held), batch, key)
+        weight = jnp.where(weight > 0, weight, 1.0)
+        means = {name: value / weight for name, value in sums.items()}
+        return loss / weight, {**means, "loss": loss / weight, "weight": jnp.ones(())}
+
+    gradient, means = jax.grad(loss_of, has_aux=True)(params)
+    return gradient, means
