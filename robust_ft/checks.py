@@ -8,6 +8,7 @@ from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
+from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.recipe import Recipe
 from robust_ft.stage import SCRATCH, STAGE, Stage
 from robust_ft.stage_start import teacher_model
@@ -85,7 +86,9 @@ def _check_mesh(recipe: Recipe, stage: Stage) -> None:
         owner = f"the evaluation on '{evaluation.task}'"
         partitioner.check_batch("Evaluation.batch_size", evaluation.batch_size, owner)
     owner = f"stage '{stage.name}'"
-    partitioner.check_batch("Stage.batch_size", stage.batch_size, owner, stage.microbatches)
+    # A meta-learning rule's microbatches divide tasks, of which all devices share each batch.
+    microbatches = 1 if isinstance(stage.gradient, MetaLearning) else stage.microbatches
+    partitioner.check_batch("Stage.batch_size", stage.batch_size, owner, microbatches)
     if partitioner.mesh.size == 1:
         return
     # The shapes of parameters tell only heads times head_dim.

@@ -23,7 +23,7 @@ from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.config import ModelConfig
 from robust_ft.models.model import Model
 from robust_ft.models.peft import METHODS, Peft
-from robust_ft.objectives import gradients
+from robust_ft.objectives import gradients, meta_learning
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
@@ -188,6 +188,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "EnsembleSelection": EnsembleSelection,
     "Evaluation": Evaluation,
     "FileTask": FileTask,
+    "Fomaml": meta_learning.Fomaml,
     "GPT2Config": gpt2.GPT2Config,
     "Inference": Inference,
     "LlamaConfig": llama.LlamaConfig,
@@ -195,6 +196,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "ModelConfig": ModelConfig,
     "Partitioner": Partitioner,
     "Recipe": recipe,
+    "Reptile": meta_learning.Reptile,
     "Schedule": optim.Schedule,
     "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,
     "Stage": stage,

@@ -13,6 +13,7 @@ from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective
 from robust_ft.objectives.gradients import GradientFn, backprop
+from robust_ft.objectives.meta_learning import MetaLearning
 
 # The prefix of `Stage.restore` and `Stage.teacher` that names an earlier stage.
 STAGE = "stage:"
@@ -38,7 +39,8 @@ class Stage:
             or regexes, which must match a parameter's path in full.
         data: The training data.
         steps: Number of updates.
-        batch_size: Examples per update; with packing, packed rows.
+        batch_size: Examples per update; with packing, packed rows; with a meta-learning rule,
+            examples in each support or query batch of a task.
         optimizer: Optimizer and learning rate.
         objective: The loss.
         teacher: The objective's teacher, if it needs one: `"stage:<name>"` of an earlier stage;
@@ -49,7 +51,8 @@ class Stage:
         gradient: The gradient rule.
         gradient_dtype: Dtype of gradients until they are applied, such as "bfloat16" to save
             memory; by default each parameter's own.
-        microbatches: Number of microbatches over which gradients are accumulated.
+        microbatches: Number of microbatches over which gradients are accumulated; with a
+            meta-learning rule, of groups of tasks.
         packing: Whether to pack several short examples into one row.
         by_length: Length bucketing: the examples of this many batches are re-sorted into length
             buckets and padded to the bucket's length. Up to four programs are compiled; 0 for off.
@@ -78,7 +81,7 @@ class Stage:
     objective: Objective = CrossEntropy()
     teacher: str | None = None
     teacher_dtype: str = "bfloat16"
-    gradient: GradientFn = backprop
+    gradient: GradientFn | MetaLearning = backprop
     gradient_dtype: str | None = None
     microbatches: int = 1
     packing: bool = False
@@ -100,11 +103,7 @@ class Stage:
             if getattr(self, field) < 1:
                 value = getattr(self, field)
                 raise UserError(f"Stage.{field}={value} of stage '{self.name}' must be at least 1.")
-        if self.batch_size % self.microbatches:
-            raise UserError(
-                f"Stage.microbatches={self.microbatches} of stage '{self.name}' does not divide "
-                f"its batch_size={self.batch_size}."
-            )
+        self._check_microbatches()
         for field, known in (
             ("gradient_dtype", TYPES),
             ("teacher_dtype", TYPES),
@@ -147,13 +146,49 @@ class Stage:
             return False
         return step // self.eval_period - best // self.eval_period >= self.patience
 
+    def _check_microbatches(self) -> None:
+        where = f"of stage '{self.name}'"
+        if not isinstance(self.gradient, MetaLearning):
+            if self.batch_size % self.microbatches:
+                raise UserError(
+                    f"Stage.microbatches={self.microbatches} {where} does not divide its "
+                    f"batch_size={self.batch_size}."
+                )
+            return
+        rule, tasks = type(self.gradient).__name__, self.gradient.tasks
+        if tasks % self.microbatches:
+            raise UserError(
+                f"Stage.microbatches={self.microbatches} {where} are groups of a meta-batch's "
+                f"tasks, and {rule}.tasks={tasks} is no multiple of it."
+            )
+        if self.gradient.carries_state and self.microbatches != tasks:
+            raise UserError(
+                f"{rule}.carries_state=True takes one task after the other: set "
+                f"Stage.microbatches={tasks} {where}, its {rule}.tasks."
+            )
+        for field in ("packing", "by_length"):
+            if value := getattr(self, field):
+                raise UserError(
+                    f"Stage.{field}={value} {where} mixes the examples of several tasks, but the "
+                    f"batches of a {rule} are of one task each; leave it out."
+                )
+
     def trainable_paths(self) -> frozenset[str]:
         """Returns the paths of the parameters that train.
 
         Raises:
-            UserError: A pattern is no regular expression, or names no parameter of the model.
+            UserError: A pattern is no regular expression, or names no parameter of the model; or a
+                meta-learning rule tunes what does not train.
         """
-        return trainable.trainable_paths(self.model.shapes(), self.trainable, self.model.peft_owns)
+        shapes, owns = self.model.shapes(), self.model.peft_owns
+        paths = trainable.trainable_paths(shapes, self.trainable, owns)
+        if isinstance(self.gradient, MetaLearning):
+            for path in sorted(self.gradient.paths(self.model) - paths):
+                raise UserError(
+                    f"{type(self.gradient).__name__}.tunes names '{path}', which does not train in "
+                    f"stage '{self.name}'; name it in Stage.trainable, too."
+                )
+        return paths
 
 
 def stage_seed(seed: int, stage: str) -> int:

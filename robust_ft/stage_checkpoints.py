@@ -114,7 +114,12 @@ class StageCheckpoints:
         except ValueError as error:
             raise self._misfit(step, "another optimizer") from error
         optimizer = restored["optimizer"]
-        state = TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
+        state = TrainState(
+            optimizer["step"],
+            restored["params"],
+            optimizer["opt_state"],
+            optimizer.get("gradient_state"),
+        )
         return state, _of_this_process(restored["data"])
 
     def restore_params(self, step: int, like: Params) -> Params:
@@ -174,7 +179,10 @@ def _of_this_process(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state}
+    item = {"step": state.step, "opt_state": state.opt_state}
+    if state.gradient_state is not None:
+        item["gradient_state"] = state.gradient_state
+    return item
 
 
 def _abstract(tree: Any) -> Any:

@@ -1,13 +1,16 @@
 """What a stage needs for its training steps: batches, the state, and the jitted step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from robust_ft import optim, trainable
 from robust_ft.data import loader
+from robust_ft.data.meta_batches import MetaBatch
 from robust_ft.finite import CheckedStep, checked
+from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.partitioning import Partitioner
 from robust_ft.stage import SKIP, Stage, stage_seed
 from robust_ft.train_step import TrainState, init_state, make_train_step
@@ -25,6 +28,9 @@ def train_batches(stage: Stage, partitioner: Partitioner, seed: int) -> loader.B
         stage.model.decoder_start,
         stage.model.task_index if stage.model.tasks else None,
         stage.by_length,
+        MetaBatch(stage.gradient.tasks, stage.gradient.batches)
+        if isinstance(stage.gradient, MetaLearning)
+        else None,
     )
 
 
@@ -60,8 +66,7 @@ def place_state(stage: Stage, trained: Params, partitioner: Partitioner) -> Trai
     The arrays of `trained` are donated: use those of the state from here on.
     """
     _, shardings = state_shardings(stage, trained, partitioner)
-    init = functools.partial(init_state, stage.optimizer)
-    state: TrainState = jax.jit(init, out_shardings=shardings, donate_argnums=0)(trained)
+    state: TrainState = jax.jit(_init_of(stage), out_shardings=shardings, donate_argnums=0)(trained)
     return state
 
 
@@ -76,11 +81,20 @@ def state_shardings(
         partitioner: The mesh and its rules.
     """
     axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
-    shapes: TrainState = jax.eval_shape(functools.partial(init_state, stage.optimizer), trained)
+    shapes: TrainState = jax.eval_shape(_init_of(stage), trained)
     replicated: Any = partitioner.replicated  # a sharding in the place of an array
     shardings = TrainState(
         step=replicated,
         trainable=partitioner.shardings(axes),
         opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
+        gradient_state=partitioner.shardings(
+            optim.state_axes(shapes.gradient_state, trained, axes)
+        ),
     )
     return shapes, shardings
+
+
+def _init_of(stage: Stage) -> Callable[[Params], TrainState]:
+    return functools.partial(
+        init_state, stage.optimizer, model=stage.model, gradient=stage.gradient
+    )

@@ -12,7 +12,8 @@ from robust_ft import trainable as trainable_lib
 from robust_ft.models.model import Model
 from robust_ft.objectives import Objective, Teacher
 from robust_ft.objectives.gradients import GradientFn, backprop
-from robust_ft.optim import Optimizer
+from robust_ft.objectives.meta_learning import MetaLearning
+from robust_ft.optim import Optimizer, apply_updates
 from robust_ft.types import Batch, Params, Sums
 
 
@@ -23,11 +24,13 @@ class TrainState(NamedTuple):
         step: Number of updates so far.
         trainable: The trainable parameters, a pruned nested dict.
         opt_state: The optimizer state of these parameters.
+        gradient_state: What the gradient rule carries from step to step; None for nothing.
     """
 
     step: Int[Array, ""]
     trainable: Params
     opt_state: Any
+    gradient_state: Any = None
 
 
 # (state, frozen, teacher, batch, key) -> (next state, metric sums). Frozen parameters and the
@@ -38,15 +41,25 @@ TrainStep = Callable[
 ]
 
 
-def init_state(optimizer: Optimizer, trainable: Params) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.build().init(trainable))
+def init_state(
+    optimizer: Optimizer,
+    trainable: Params,
+    model: Model | None = None,
+    gradient: GradientFn | MetaLearning = backprop,
+) -> TrainState:
+    """Returns the state before the first step; a meta-learning rule needs the model."""
+    carried = None
+    if isinstance(gradient, MetaLearning) and model is not None:
+        carried = gradient.init(model, trainable)
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, trainable, optimizer.build().init(trainable), carried)
 
 
 def make_train_step(
     model: Model,
     objective: Objective,
     optimizer: Optimizer,
-    gradient_fn: GradientFn = backprop,
+    gradient_fn: GradientFn | MetaLearning = backprop,
     microbatches: int = 1,
     gradient_dtype: str | None = None,
 ) -> TrainStep:
@@ -60,9 +73,13 @@ def make_train_step(
         optimizer: The optimizer; it computes in float32, whatever the gradient's dtype.
         gradient_fn: The gradient rule.
         microbatches: Number of microbatches over which gradients are accumulated.
-        gradient_dtype: Dtype of each microbatch's gradient; by default its parameter's.
+        gradient_dtype: Dtype of each microbatch's gradient; by default its parameter's. A
+            meta-gradient is summed in float32.
     """
     tx = optimizer.build()
+    meta = gradient_fn if isinstance(gradient_fn, MetaLearning) else None
+    rule = backprop if isinstance(gradient_fn, MetaLearning) else gradient_fn
+    inner_paths = meta.paths(model) if meta is not None else frozenset()
 
     def train_step(
         state: TrainState,
@@ -77,24 +94,26 @@ def make_train_step(
             return loss, (weight, sums)
 
         def gradient_of(microbatch: Batch, rng: jax.Array) -> tuple[Params, Sums]:
-            gradient, sums = gradient_fn(loss_fn, state.trainable, microbatch, rng)
+            gradient, sums = rule(loss_fn, state.trainable, microbatch, rng)
             return _cast(gradient, gradient_dtype), sums
 
         rng = jax.random.fold_in(rng, state.step)
-        gradient, sums = accumulate(gradient_of, batch, rng, microbatches)
-        # The mean over target positions; without any that counts, the gradient is 0 and not NaN.
+        carried = state.gradient_state
+        if meta is None:
+            gradient, sums = accumulate(gradient_of, batch, rng, microbatches)
+        else:
+            gradient, sums, carried = meta(
+                loss_fn, state.trainable, inner_paths, carried, batch, rng, microbatches
+            )
+        # The mean over target positions, or over tasks; without any that counts, the gradient is 0
+        # and not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
-        # Added in the updates' float32, then rounded to the parameter's dtype.
-        trainable = jax.tree.map(
-            lambda param, update: (param.astype(update.dtype) + update).astype(param.dtype),
-            state.trainable,
-            updates,
-        )
+        trainable = apply_updates(state.trainable, updates)
         sums["grad_norm"] = optax.tree.norm(gradient)
         sums["learning_rate"] = optimizer.learning_rate(state.step)
-        return TrainState(state.step + 1, trainable, opt_state), sums
+        return TrainState(state.step + 1, trainable, opt_state, carried), sums
 
     return train_step
 

@@ -17,9 +17,10 @@ import grain
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from robust_ft.data import cache, mixing, records
+from robust_ft.data import cache, meta_batches, mixing, records
 from robust_ft.data.batching import Batcher, ExampleReader
 from robust_ft.data.cache import CachedTask, TaskData
+from robust_ft.data.meta_batches import MetaBatch
 from robust_ft.data.records import Arrays
 from robust_ft.decoder_start import DecoderStart
 from robust_ft.errors import UserError
@@ -148,6 +149,7 @@ def train_batches(
     start: DecoderStart = DecoderStart(),
     task_index: Callable[[str], int] | None = None,
     by_length: int = 0,
+    meta: MetaBatch | None = None,
 ) -> BatchSource:
     """Returns endless training batches of a task or mixture, from its cache (built if missing).
 
@@ -168,10 +170,13 @@ def train_batches(
         by_length: If above 0, examples of this many batches are re-sorted into length buckets, and
             each bucket is padded to a half, a quarter or an eighth of the lengths where that is
             enough. The order of the batches stays random. Every shard reads all examples.
+        meta: Asks for meta-batches, arrays [rows, tasks, batches, length]: the examples of a batch
+            are of one task, and tasks come at the mixture's rates.
 
     Raises:
         UserError: See `cache.ensure`; or the batch size is not a multiple of the shard count, or
-            packing is combined with `task_index` or `by_length`.
+            packing is combined with `task_index` or `by_length`; or a task has too few examples
+            for a meta-batch.
     """
     index, count = shard
     _check(batch_size, index, count, by_length)
@@ -185,7 +190,6 @@ def train_batches(
     indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
     reader = ExampleReader(tasks)
     batcher = Batcher(reader, data, start, indices)
-    order = _order(tasks, seed)
     # What a position depends on. The number of shards matters to packing alone.
     identity = {
         "task": data.task,
@@ -198,9 +202,20 @@ def train_batches(
         "packing": packing,
         "by_length": by_length,
     }
+    own_rows = slice(index * rows, (index + 1) * rows)
+    if meta is not None:
+        each = [
+            meta_batches.episodes(task, numbers, batch_size, meta.batches)
+            for task, numbers in zip(tasks, _shuffled(tasks, seed), strict=True)
+        ]
+        drawn = _mixed(tasks, each).batch(meta.tasks, drop_remainder=True)
+        batches = drawn.map(lambda n: meta_batches.padded(batcher, n, meta, own_rows))
+        return BatchSource(
+            batches.to_iter_dataset(_READ_AHEAD), identity | {"meta": list(meta)}, reader
+        )
+    order = _mixed(tasks, [numbers.repeat() for numbers in _shuffled(tasks, seed)])
     if by_length:
         # Every shard sorts the same window of global batches, and keeps its own rows of each.
-        own_rows = slice(index * rows, (index + 1) * rows)
         windows = order.batch(batch_size * by_length, drop_remainder=True)
         blocks = windows.random_map(
             lambda window, generator: batcher.length_buckets(
@@ -371,21 +386,25 @@ class _Flatten(grain.experimental.FlatMapTransform):
         return element
 
 
-def _order(tasks: Sequence[CachedTask], seed: int) -> grain.MapDataset:
-    """Returns the endless order of the examples' numbers (`ExampleReader`'s)."""
+def _shuffled(tasks: Sequence[CachedTask], seed: int) -> list[grain.MapDataset]:
+    """Returns the `ExampleReader`'s numbers of each task's examples, reordered in every epoch."""
     shuffled, start = [], 0
     for task in tasks:
         stop = start + task.info.num_examples
         # Grain adds 1 to the seed in every epoch, so run seeds are hashed: with seeds 0 and 1, the
         # second run would begin with the first one's second epoch. The task's name is hashed too,
         # else tasks of equal size would share one order.
-        numbers = grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)).repeat()
-        shuffled.append(numbers)
+        shuffled.append(grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)))
         start = stop
-    if len(shuffled) == 1:
-        return shuffled[0]
+    return shuffled
+
+
+def _mixed(tasks: Sequence[CachedTask], each: Sequence[grain.MapDataset]) -> grain.MapDataset:
+    """Returns the endless mixture of the tasks' endless datasets at their rates."""
+    if len(tasks) == 1:
+        return each[0]
     order = mixing.MixedOrder([task.rate for task in tasks])
-    return grain.MapDataset.select_from_datasets(shuffled, order)
+    return grain.MapDataset.select_from_datasets(each, order)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -71,8 +71,11 @@ class MetaLearning:
         """
         return trainable_paths(model.shapes(), self.tunes, model.peft_owns)
 
-    def init(self, trainable: Params, paths: frozenset[str]) -> InnerState:
-        """Returns fresh states of the inner optimizer for the parameters that train."""
+    def init(self, model: Model, trainable: Params) -> InnerState | None:
+        """Returns the inner state before the first step, None if it is not carried."""
+        return self._fresh(trainable, self.paths(model)) if self.carries_state else None
+
+    def _fresh(self, trainable: Params, paths: frozenset[str]) -> InnerState:
         optimizer = self.inner_optimizer.build()
         tuned, rest = split(trainable, paths)
         return optimizer.init(tuned), optimizer.init(rest)
@@ -82,28 +85,30 @@ class MetaLearning:
         loss_fn: LossFn,
         trainable: Params,
         paths: frozenset[str],
-        state: InnerState,
+        state: InnerState | None,
         batch: Batch,
         rng: jax.Array,
         microbatches: int = 1,
-    ) -> tuple[Params, Sums, InnerState]:
+    ) -> tuple[Params, Sums, InnerState | None]:
         """Returns the meta-gradient summed over tasks, metric sums, and the inner state after it.
 
         Args:
             loss_fn: The stage's objective.
             trainable: The parameters that train.
             paths: Those that the inner loop tunes.
-            state: What the first task, or without `carries_state` every task, starts with.
+            state: The inner state that is carried, or None.
             batch: Arrays [rows, tasks, batches, ...]; a task's last batch is its query. Rows are
                 what the mesh shards: all devices work on the same task.
             rng: The step's key. Each task has its own, however tasks are grouped.
             microbatches: Groups of tasks that are computed one after the other. The tasks of a
-                group are computed side by side, each with its own copy of what changes.
+                group are computed side by side, each with its own copy of what changes, which a
+                state that is carried does not allow.
 
         Returns:
             Every task counts the same: "weight" is their number, and other sums are sums of the
             means over their queries' target tokens.
         """
+        first_state = self._fresh(trainable, paths) if state is None else state
         # [tasks, batches, rows, ...]
         by_task = {name: jnp.moveaxis(x, 0, 2) for name, x in batch.items()}
         keys = jax.vmap(lambda number: jax.random.fold_in(rng, number))(jnp.arange(self.tasks))
@@ -134,10 +139,10 @@ class MetaLearning:
             (by_task, keys),
         )
         first = jax.tree.map(lambda x: x[0], (by_task, keys))
-        *shapes, _ = jax.eval_shape(of_task, state, *first)
+        *shapes, _ = jax.eval_shape(of_task, first_state, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), tuple(shapes))
-        ((gradient, sums), state), _ = jax.lax.scan(of_group, (zeros, state), groups)
-        return gradient, sums, state
+        ((gradient, sums), last), _ = jax.lax.scan(of_group, (zeros, first_state), groups)
+        return gradient, sums, last if self.carries_state else None
 
     def _tuned(
         self,

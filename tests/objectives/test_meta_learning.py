@@ -75,7 +75,7 @@ def mean_gradient_of(model):
 def found(rule, model, batch, microbatches=1, state=None, trained=None, rng=0):
     trained = random_params(model) if trained is None else trained
     paths = rule.paths(model)
-    state = rule.init(trained, paths) if state is None else state
+    state = rule.init(model, trained) if state is None else state
     run = jax.jit(
         lambda trained, state, batch, rng: rule(
             loss_of(model), trained, paths, state, batch, rng, microbatches
@@ -211,9 +211,7 @@ def test_reptile_with_sgd_has_a_closed_form():
     x = np.stack([support, query])[None, None]  # [rows, tasks, batches, 2]
     params, paths = {"prompt": jnp.asarray(p), "w": jnp.asarray(w)}, frozenset(["prompt"])
     rule = Reptile(1, 1, Sgd())
-    gradient, _, _ = rule(
-        loss_fn, params, paths, rule.init(params, paths), {"x": jnp.asarray(x)}, jax.random.key(0)
-    )
+    gradient, _, _ = rule(loss_fn, params, paths, None, {"x": jnp.asarray(x)}, jax.random.key(0))
     rate = 0.1
     tuned = p - rate * (p + w - support)
     step = rate * (tuned + w - query)
@@ -235,7 +233,7 @@ def test_only_what_trains_has_a_gradient(name):
         lambda params, batch, rng: whole(merge(params, frozen), batch, rng),
         trained,
         paths,
-        rule.init(trained, paths),
+        None,
         batch,
         jax.random.key(0),
     )
