@@ -64,7 +64,7 @@ def test_small_tasks_repeat_support_but_never_the_query(toy):
     ("rows", "batches", "needed"), [(4, 2, "a support batch .* of 4 each need 8"), (8, 1, "8")]
 )
 def test_too_few_examples_are_refused(toy, rows, batches, needed):
-    with pytest.raises(UserError, match=f"'toy_c' has 7 examples .*{needed}"):
+    with pytest.raises(UserError, match=rf"'toy_c' has 7 examples .*{needed}"):
         source(toy, "toy_nested", rows=rows, meta=MetaBatch(2, batches))
 
 
