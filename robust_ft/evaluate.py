@@ -15,7 +15,7 @@ import numpy as np
 from robust_ft import metrics, task_names
 from robust_ft.data import cache, loader
 from robust_ft.data.cache import TaskData
-from robust_ft.decoding import Decoder
+from robust_ft.decoding import Decoder, NotANumber
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluator import HELD_OUT, OOD, TARGET, EvalContext, Evaluator, Result
 from robust_ft.metrics.format_share import format_share
@@ -173,15 +173,18 @@ class Evaluation:
     ) -> list[list[str]]:
         """Returns each example's likeliest answer choice under each prompt."""
         copies = [example for example in examples for _ in prompts or [""]]
-        ranked = predictor.rank(
-            [example.inputs_text for example in copies],
-            [example.answer_choices for example in copies],
-            self.per_token,
-            self.data.inputs_length,
-            self.data.targets_length,
-            self.batch_size,
-            list(prompts) * len(examples) or None,
-        )
+        try:
+            ranked = predictor.rank(
+                [example.inputs_text for example in copies],
+                [example.answer_choices for example in copies],
+                self.per_token,
+                self.data.inputs_length,
+                self.data.targets_length,
+                self.batch_size,
+                list(prompts) * len(examples) or None,
+            )
+        except NotANumber as error:
+            raise self._broken(error.row, copies[error.row], prompts) from None
         answers = [copies[i].answer_choices[best] for i, best in enumerate(ranked.best)]
         per_example = len(copies) // len(examples)
         return [answers[i : i + per_example] for i in range(0, len(answers), per_example)]
@@ -211,13 +214,24 @@ class Evaluation:
                     name: np.repeat(rows, len(prompts), axis=0) for name, rows in batch.items()
                 }
                 batch["task_index"] = np.tile(np.array(prompts, np.int32), len(indices))
-            decoded = predictor.generate(batch, self.decoder)
+            try:
+                decoded = predictor.generate(batch, self.decoder)
+            except NotANumber as error:
+                index = int(indices[error.row // max(len(prompts), 1)])
+                names = [predictor.model.tasks[prompt] for prompt in prompts]
+                raise self._broken(error.row, examples[index], names) from None
             best = np.asarray(decoded.tokens)[:, 0]  # [batch * prompts, length]
             by_example = best.reshape(len(indices), -1, best.shape[-1])
             for index, copies in zip(indices, by_example, strict=True):
                 if index >= 0:
                     outputs[int(index)] = [predictor.text(tokens) for tokens in copies]
         return [outputs[i] for i in range(len(examples))]
+
+    def _broken(self, row: int, example: loader.EvalExample, prompts: Sequence[str]) -> NotANumber:
+        """Returns the error for a row of copies of examples, of which each prompt has one."""
+        under = f" under the prompt of '{prompts[row % len(prompts)]}'" if prompts else ""
+        what = f"example {example.id} of task '{self.task}', split '{self.split}'{under}"
+        return NotANumber(row, what)
 
 
 def of_tasks(evaluators: Iterable[Evaluator]) -> list[Evaluation]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from robust_ft import multihost, text_batches
-from robust_ft.decoding import Decoded, Decoder, repeat_rows
+from robust_ft.decoding import Decoded, Decoder, NotANumber, repeat_rows
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import LanguageModel, Model
 from robust_ft.partitioning import Partitioner
@@ -78,8 +78,8 @@ class BasePredictor(abc.ABC):
             tokens [batch, num_return, length], best first, and scores [batch, num_return].
 
         Raises:
-            UserError: A setting is unknown or out of range, the mask is missing, or the model has
-                no positions for inputs and outputs of this length.
+            UserError: A setting is unknown or out of range, the mask is missing, the model has no
+                positions for inputs and outputs of this length, or its probabilities are NaN.
         """
         decoder = _decoder(decoder, settings)
         batch = text_batches.whole_inputs(batch, self.model.pad_id, self.model.eos_id)
@@ -89,7 +89,11 @@ class BasePredictor(abc.ABC):
             decoded: Decoded = multihost.whole(
                 decode(self.model, decoder, self.params, sharded, rng)
             )
-            return decoded
+        broken = np.isnan(np.asarray(decoded.scores)).any(axis=1)  # [batch]
+        if broken.any():
+            row = int(np.argmax(broken))
+            raise NotANumber(row, f"row {row} of the batch")
+        return decoded
 
     def predict(
         self,
@@ -132,7 +136,11 @@ class BasePredictor(abc.ABC):
                 [encoded[n] for n in rows], inputs_length, self.vocabulary.pad_id
             )
             batch |= _task_rows(tasks, rows)
-            decoded = self.generate(batch, decoder, batch_rng)
+            try:
+                decoded = self.generate(batch, decoder, batch_rng)
+            except NotANumber as error:
+                row = rows[error.row]
+                raise NotANumber(row, _input(row, texts, task)) from None
             best = np.asarray(decoded.tokens)[:, 0]  # [batch, length]
             # Not strict: rows behind the last index are padding.
             for index, tokens in zip(indices, best, strict=False):
@@ -251,6 +259,9 @@ class BasePredictor(abc.ABC):
                 )  # [batch, choices]
             for index, row in zip(indices, log_likelihoods, strict=False):
                 scores[index, : counts[index]] = row[: counts[index]]
+                # False also for NaN. A choice may be impossible, but not all of them.
+                if not np.max(row[: counts[index]]) > -np.inf:
+                    raise NotANumber(index, _input(index, inputs, task))
                 if per_token:
                     scores[index, : counts[index]] /= [len(ids) for ids in choice_ids[index]]
         return Ranked(np.argmax(scores, axis=1), scores)
@@ -401,6 +412,13 @@ def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
         if name not in known:
             raise UserError(f"Decoder has no setting '{name}'." + nearest(name, known))
     return dataclasses.replace(decoder or Decoder(max_decode_len=DECODE_LENGTH), **settings)
+
+
+def _input(index: int, texts: Sequence[str], task: str | Sequence[str] | None) -> str:
+    """Returns which input of a call is meant, in words."""
+    prompt = task if isinstance(task, str) or task is None else task[index]
+    under = f" under the prompt of '{prompt}'" if prompt else ""
+    return f"input {index}, '{texts[index][:40]}'{under}"
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn, ends, repeat_rows
+from robust_ft.decoding.types import (
+    Cache,
+    Decoded,
+    EosIds,
+    ProcessFn,
+    StepFn,
+    ends,
+    is_nan,
+    repeat_rows,
+)
 from robust_ft.errors import UserError, nearest
 from robust_ft.types import AnyArray
 
@@ -38,6 +47,7 @@ class SearchState:
         finished_scores: Length-penalized scores of the best hypotheses that have ended; -inf in an
             empty slot.
         finished_tokens: Their tokens, padding after the end-of-sequence token.
+        broken: Whether the model's log-probabilities of a live beam were NaN at a step.
         last: Input of the next step: the last token of each live beam.
         cache: The KV cache, every leaf [batch * beam, ...], the beams of an example together.
     """
@@ -48,6 +58,7 @@ class SearchState:
     live_tokens: Int[Array, "batch beam length"]
     finished_scores: Float[Array, "batch slots"]
     finished_tokens: Int[Array, "batch slots length"]
+    broken: Bool[Array, "batch"]
     last: Int[Array, "batch*beam"]
     cache: Cache
 
@@ -119,6 +130,8 @@ def beam_search(
     def extend(state: SearchState) -> SearchState:
         log_probs, cache = step_fn(state.cache, state.last)
         log_probs = log_probs.astype(jnp.float32)
+        is_live = ~jnp.isneginf(state.live_log_probs) & ~state.done[:, None]  # [batch, beam]
+        broken = is_live & is_nan(log_probs).reshape(batch, beam_size)
         if process is not None:
             tokens = state.live_tokens.reshape(batch * beam_size, max_decode_len)
             log_probs = process(log_probs, tokens, state.step)
@@ -152,6 +165,7 @@ def beam_search(
             live_tokens=live_tokens,
             finished_scores=finished_scores,
             finished_tokens=finished_tokens,
+            broken=state.broken | jnp.any(broken, axis=1),
             last=live_tokens[:, :, state.step].reshape(batch * beam_size),
             cache=_reorder(cache, state.cache, parents),
         )
@@ -160,8 +174,10 @@ def beam_search(
     state = jax.lax.while_loop(unfinished, extend, state)
     if like_hf:
         scores, tokens = state.finished_scores, state.finished_tokens
-        return Decoded(tokens[:, :num_return], scores[:, :num_return])
-    return _fill_with_live(state, penalty(max_decode_len), pad_id)
+        decoded = Decoded(tokens[:, :num_return], scores[:, :num_return])
+    else:
+        decoded = _fill_with_live(state, penalty(max_decode_len), pad_id)
+    return Decoded(decoded.tokens, jnp.where(state.broken[:, None], jnp.nan, decoded.scores))
 
 
 def check_beam_settings(
@@ -207,6 +223,7 @@ def _first_state(
         live_tokens=jnp.full([batch, beam_size, max_decode_len], pad_id, jnp.int32),
         finished_scores=jnp.full([batch, slots], -jnp.inf),
         finished_tokens=jnp.full([batch, slots, max_decode_len], pad_id, jnp.int32),
+        broken=jnp.zeros([batch], bool),
         last=jnp.repeat(jnp.asarray(start_tokens, jnp.int32), beam_size),
         cache=repeat_rows(cache, beam_size),
     )

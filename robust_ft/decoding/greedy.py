@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn, ends, repeat_rows
+from robust_ft.decoding.types import (
+    Cache,
+    Decoded,
+    EosIds,
+    ProcessFn,
+    StepFn,
+    ends,
+    is_nan,
+    repeat_rows,
+)
 from robust_ft.errors import UserError
 from robust_ft.types import AnyArray
 
@@ -23,6 +32,7 @@ class SearchState:
         last: Input of the next step: the start token, then the token generated last.
         tokens: Generated tokens, padding beyond `step` and after the end-of-sequence token.
         scores: Sums of the log-probabilities of the generated tokens.
+        broken: Whether the model's log-probabilities were NaN at a step.
         cache: The KV cache, every leaf [batch, ...].
     """
 
@@ -31,6 +41,7 @@ class SearchState:
     last: Int[Array, "batch"]
     tokens: Int[Array, "batch length"]
     scores: Float[Array, "batch"]
+    broken: Bool[Array, "batch"]
     cache: Cache
 
 
@@ -175,6 +186,7 @@ def _run(
     def extend(state: SearchState) -> SearchState:
         log_probs, cache = step_fn(state.cache, state.last)
         log_probs = log_probs.astype(jnp.float32)
+        broken = state.broken | (is_nan(log_probs) & ~state.done)
         if process is not None:
             log_probs = process(log_probs, state.tokens, state.step)
         chosen = choose(log_probs, state.step).astype(jnp.int32)
@@ -186,11 +198,12 @@ def _run(
             last=chosen,
             tokens=state.tokens.at[:, state.step].set(chosen),
             scores=state.scores + jnp.where(state.done, 0.0, log_prob),
+            broken=broken,
             cache=cache,
         )
 
     batch = start_tokens.shape[0]
-    return jax.lax.while_loop(
+    state: SearchState = jax.lax.while_loop(
         unfinished,
         extend,
         SearchState(
@@ -199,6 +212,9 @@ def _run(
             last=jnp.asarray(start_tokens, jnp.int32),
             tokens=jnp.full([batch, max_decode_len], pad_id, jnp.int32),
             scores=jnp.zeros([batch], jnp.float32),
+            broken=jnp.zeros([batch], bool),
             cache=cache,
         ),
     )
+    scores = jnp.where(state.broken, jnp.nan, state.scores)
+    return dataclasses.replace(state, scores=scores)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_ft.errors import UserError
+
 # A KV cache: a pytree of arrays, all [batch, ...].
 Cache = Any
 
@@ -30,6 +32,22 @@ ProcessFn = Callable[
 ]
 
 
+class NotANumber(UserError):
+    """A model gives NaN in place of probabilities.
+
+    Attributes:
+        row: The first row of the batch, or input, for which it does.
+    """
+
+    def __init__(self, row: int, what: str):
+        super().__init__(
+            f"The model gives NaN in place of probabilities for {what}: its parameters are broken, "
+            "as after a training that diverged, or overflow its dtype; take another checkpoint, or "
+            "dtype='float32'."
+        )
+        self.row = row
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -38,11 +56,21 @@ class Decoded:
     Attributes:
         tokens: Generated tokens with the token that ended them, then padding; no start token.
         scores: Sums of log-probabilities, in beam search divided by the length penalty; -inf, with
-            tokens that are all padding, if there are fewer than num_return sequences.
+            tokens that are all padding, if there are fewer than num_return sequences; NaN if the
+            model's log-probabilities were NaN at any step, whatever the tokens.
     """
 
     tokens: Int[Array, "batch num_return length"]
     scores: Float[Array, "batch num_return"]
+
+
+def is_nan(log_probs: Float[Array, "*rest vocab"]) -> Bool[Array, "*rest"]:
+    """Returns where a model's log-probabilities are NaN.
+
+    They are normalized, so all of a position are NaN or none is. -inf is no NaN: a token may have
+    no probability, as processors want it for some.
+    """
+    return jnp.isnan(log_probs[..., 0])
 
 
 def ends(tokens: Int[Array, "*rest"], eos_id: EosIds) -> Bool[Array, "*rest"]:
