@@ -130,8 +130,7 @@ def beam_search(
     def extend(state: SearchState) -> SearchState:
         log_probs, cache = step_fn(state.cache, state.last)
         log_probs = log_probs.astype(jnp.float32)
-        is_live = ~jnp.isneginf(state.live_log_probs) & ~state.done[:, None]  # [batch, beam]
-        broken = is_live & is_nan(log_probs).reshape(batch, beam_size)
+        broken = _broken(state, is_nan(log_probs))
         if process is not None:
             tokens = state.live_tokens.reshape(batch * beam_size, max_decode_len)
             log_probs = process(log_probs, tokens, state.step)
@@ -165,19 +164,18 @@ def beam_search(
             live_tokens=live_tokens,
             finished_scores=finished_scores,
             finished_tokens=finished_tokens,
-            broken=state.broken | jnp.any(broken, axis=1),
+            broken=broken,
             last=live_tokens[:, :, state.step].reshape(batch * beam_size),
             cache=_reorder(cache, state.cache, parents),
         )
 
     state = _first_state(cache, start_tokens, max_decode_len, beam_size, slots, pad_id)
     state = jax.lax.while_loop(unfinished, extend, state)
-    if like_hf:
-        scores, tokens = state.finished_scores, state.finished_tokens
-        decoded = Decoded(tokens[:, :num_return], scores[:, :num_return])
-    else:
-        decoded = _fill_with_live(state, penalty(max_decode_len), pad_id)
-    return Decoded(decoded.tokens, jnp.where(state.broken[:, None], jnp.nan, decoded.scores))
+    tokens, scores = state.finished_tokens, state.finished_scores  # [batch, slots, ...]
+    if not like_hf:
+        tokens, scores = _fill_with_live(state, penalty(max_decode_len), pad_id)
+    scores = jnp.where(state.broken[:, None], jnp.nan, scores)
+    return Decoded(tokens[:, :num_return], scores[:, :num_return])
 
 
 def check_beam_settings(
@@ -227,6 +225,12 @@ def _first_state(
         last=jnp.repeat(jnp.asarray(start_tokens, jnp.int32), beam_size),
         cache=repeat_rows(cache, beam_size),
     )
+
+
+def _broken(state: SearchState, is_nan: Bool[Array, "batch*beam"]) -> Bool[Array, "batch"]:
+    """Returns `state.broken` after a step at which these beams' log-probabilities are NaN."""
+    is_live = ~jnp.isneginf(state.live_log_probs) & ~state.done[:, None]  # [batch, beam]
+    return state.broken | jnp.any(is_live & is_nan.reshape(is_live.shape), axis=1)
 
 
 def _is_done(
@@ -303,8 +307,10 @@ def _reorder(cache: Cache, before: Cache, parents: Int[Array, "batch beam"]) -> 
     return jax.tree.map(gather, cache, before)
 
 
-def _fill_with_live(state: SearchState, penalty: Scalar, pad_id: int) -> Decoded:
-    """Puts the best live beams into the finished slots that stayed empty.
+def _fill_with_live(
+    state: SearchState, penalty: Scalar, pad_id: int
+) -> tuple[Int[Array, "batch slots length"], Float[Array, "batch slots"]]:
+    """Returns tokens and scores, the best live beams in the finished slots that stayed empty.
 
     A slot can only be empty after max_decode_len steps, or when no beam is live.
     """
@@ -315,4 +321,4 @@ def _fill_with_live(state: SearchState, penalty: Scalar, pad_id: int) -> Decoded
     scores = jnp.where(empty, live_scores, state.finished_scores)
     live = _take(state.live_tokens, beam)
     tokens = jnp.where(empty[..., None], live, state.finished_tokens)
-    return Decoded(jnp.where(jnp.isneginf(scores)[..., None], pad_id, tokens), scores)
+    return jnp.where(jnp.isneginf(scores)[..., None], pad_id, tokens), scores
