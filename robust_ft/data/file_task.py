@@ -5,17 +5,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robust_ft.data import templates
+from robust_ft.data import choices, templates
 from robust_ft.errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # of which each may be gzipped
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
-ANSWERS = ("text", "index", "number", "letter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,8 @@ class FileTask:
     exemplars: str | None = None
 
     def __post_init__(self) -> None:
-        choices = (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
-        object.__setattr__(self, "choices", choices)
+        options = (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
+        object.__setattr__(self, "choices", options)
         if self.metrics is not None:
             object.__setattr__(self, "metrics", tuple(self.metrics))
         if self.delimiter == r"\t":  # as a shell hands it on
@@ -126,10 +125,10 @@ class FileTask:
                 f"FileTask.targets='{self.targets}' (task '{self.name}') names no column: all "
                 f"targets would be the same; columns stand in braces, as in '{{answer}}'."
             )
-        if self.answer not in ANSWERS:
+        if self.answer not in choices.ANSWERS:
             raise UserError(
                 f"FileTask.answer='{self.answer}' (task '{self.name}') is none of "
-                f"{', '.join(ANSWERS)}.{nearest(self.answer, ANSWERS)}"
+                f"{', '.join(choices.ANSWERS)}.{nearest(self.answer, choices.ANSWERS)}"
             )
         if not self.choices and (self.rank or self.answer != "text"):
             setting = "rank=True" if self.rank else f"answer='{self.answer}'"
@@ -212,96 +211,22 @@ class FileTask:
             ValueError: A column is missing, or holds something that is no text; or the target is
                 none of the choices.
         """
-        if self.inputs in record:
+        if self.inputs and self.inputs in record:
             raise ValueError(
                 f"FileTask.inputs='{self.inputs}' is the name of a column, which stands in braces: "
                 f"'{{{self.inputs}}}'"
             )
-        choices = self._choices_of(record)
-        references = self._answers(record, choices)
+        own = self.has_own_choices
+        options = choices.of_row(self.choices, record) if own else tuple(self.choices)
+        references = choices.right_answers(self.targets, self.answer, options, record, own)
         example = {
             "inputs": templates.fill(self.inputs, record),
             "targets": references[0],
             "references": references,
         }
         if self.is_ranked:
-            example["answer_choices"] = list(map(str, choices))
+            example["answer_choices"] = list(map(str, options))
         return example
-
-    def _choices_of(self, record: Mapping[str, Any]) -> Sequence[str | float]:
-        """Returns the choices of a row: texts, or the numbers that it has in their place."""
-        if not self.has_own_choices:
-            return tuple(self.choices)
-        choices = [_found(choice, record) for choice in self.choices]
-        if len(choices) == 1:
-            [found] = choices
-            if not isinstance(found, list):
-                what = f"FileTask.choices='{self.choices[0]}'"
-                raise ValueError(f"{what} is no list of choices but {templates.short(found)}")
-            choices = found
-        for number, choice in enumerate(choices, 1):
-            if templates.text(f"choice {number}", choice) == "":
-                raise ValueError(f"choice {number} is an empty text")
-        if len(choices) < 2:
-            raise ValueError(f"there must be at least two choices, not {len(choices)}")
-        return choices
-
-    def _answers(self, record: Mapping[str, Any], choices: Sequence[str | float]) -> list[str]:
-        """Returns the target and, after it, the other right answers."""
-        found = _found(self.targets, record)
-        name = templates.columns(self.targets)[0]
-        answers, what = (found, "a target in ") if isinstance(found, list) else ([found], "")
-        if not answers:
-            raise ValueError(f"column '{name}' is an empty list")
-        texts = [templates.text(f"{what}column '{name}'", answer) for answer in answers]
-        known = list(map(str, choices))
-        if self.answer != "text":
-            return [known[_position(self.answer, each, len(known))] for each in answers]
-        if not choices:
-            return texts
-        counts = isinstance(answers[0], int) and not any(isinstance(c, int) for c in choices)
-        if texts[0] not in known or (counts and self.has_own_choices):
-            hint = nearest(texts[0], known) if not counts else ""
-            hint = hint or _other_answer(texts[0])
-            raise ValueError(f"target '{texts[0]}' is none of {', '.join(known)}.{hint}")
-        return texts
-
-
-def _found(template: str, record: Mapping[str, Any]) -> Any:
-    """Returns the value of the one column that is all of a template, else the filled template."""
-    name = templates.only_column(template)
-    return templates.fill(template, record) if name is None else templates.value(name, record)
-
-
-def _position(answer: str, found: Any, count: int) -> int:
-    """Returns the index of the choice that a value means."""
-    said = (
-        str(int(found)) if isinstance(found, bool) else templates.text("the answer", found).strip()
-    )
-    if answer == "letter":
-        position = ord(said.upper()) - ord("A") if len(said) == 1 else -1
-        known = f"a letter from A to {chr(ord('A') + count - 1)}"
-    else:
-        first = 0 if answer == "index" else 1
-        whole = re.fullmatch(r"(\d+)(\.0)?", said)
-        position = int(whole[1]) - first if whole else -1
-        known = f"a number from {first} to {count - 1 + first}"
-    if not 0 <= position < count:
-        raise ValueError(
-            f"the answer '{said}' is not {known}, of {count} choices (FileTask.answer='{answer}')"
-        )
-    return position
-
-
-def _other_answer(said: str) -> str:
-    """Returns which `FileTask.answer` a target that is no choice may need, "" for none."""
-    if re.fullmatch(r"[A-Za-z]", said):
-        return " If it is the letter of a choice, set FileTask.answer='letter'."
-    if said in ("True", "False") or re.fullmatch(r"\d+(\.0)?", said):
-        return (
-            " If it counts the choices, set FileTask.answer='index' (from 0) or 'number' (from 1)."
-        )
-    return ""
 
 
 def suffix(file: str) -> str:

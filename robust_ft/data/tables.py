@@ -1,12 +1,12 @@
 """Readers of the table formats of the Hugging Face Hub; see `raw_files`."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow as tf
 
 from robust_ft.data.raw_files import Row, json_lines
 from robust_ft.errors import UserError
@@ -28,7 +28,7 @@ def read(files: Sequence[Path]) -> Iterator[Row]:
             raise UserError(f"{file}: its name says none of {', '.join(_READERS)}.")
         try:
             yield from _READERS[kind](file)
-        except (pa.ArrowException, OSError, tf.errors.DataLossError) as error:
+        except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"{file}: it does not read as {kind} ({reason}).") from error
 
@@ -63,7 +63,16 @@ def _rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
 
 def _tfrecord(file: Path) -> Iterator[Row]:
     """Yields each example's features; one of a single value is a list too."""
-    for number, raw in enumerate(tf.data.TFRecordDataset(str(file)).as_numpy_iterator(), 1):
+    import tensorflow as tf  # the other kinds need none
+
+    raws = tf.data.TFRecordDataset(str(file)).as_numpy_iterator()
+    for number in itertools.count(1):
+        try:
+            raw = next(raws, None)
+        except tf.errors.DataLossError as error:
+            raise OSError(str(error)) from error
+        if raw is None:
+            return
         example = tf.train.Example.FromString(raw)
         record: dict[str, Any] = {}
         for name, feature in example.features.feature.items():

@@ -18,12 +18,6 @@ def columns(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in _FIELD.findall(template) if name))
 
 
-def only_column(template: str) -> str | None:
-    """Returns the name of the column that is all of a template, None for any other template."""
-    names = columns(template)
-    return names[0] if names and template == f"{{{names[0]}}}" else None
-
-
 def fill(template: str, record: Mapping[str, Any]) -> str:
     """Returns the template with the record's texts in place of its columns.
 
@@ -36,6 +30,16 @@ def fill(template: str, record: Mapping[str, Any]) -> str:
         return match[0][0] if name is None else text(f"column '{name}'", value(name, record))
 
     return _FIELD.sub(replacement, template)
+
+
+def found(template: str, record: Mapping[str, Any]) -> Any:
+    """Returns the value of the column that is all of a template; else the filled template.
+
+    Raises:
+        ValueError: As `fill`.
+    """
+    name = next(iter(columns(template)), None)
+    return value(name, record) if template == f"{{{name}}}" and name else fill(template, record)
 
 
 def value(name: str, record: Mapping[str, Any]) -> Any:
@@ -54,13 +58,12 @@ def value(name: str, record: Mapping[str, Any]) -> Any:
     if root not in record:
         hint = nearest(name, record)
         raise ValueError(f"no column '{name}', only {', '.join(record) or 'none'}.{hint}")
-    found = record[root]
+    inner = record[root]
     for key, index in _STEP.findall(name[len(root) :]):
-        inside = _inside(found, key, index)
-        if inside is _NOTHING:
-            raise ValueError(f"column '{root}' has no '{name[len(root) :]}': it is {short(found)}")
-        found = inside
-    return found
+        outer, inner = inner, _inside(inner, key, index)
+        if inner is _NOTHING:
+            raise ValueError(f"column '{root}' has no '{name[len(root) :]}': it is {short(outer)}")
+    return inner
 
 
 def column(name: str) -> str:
@@ -72,41 +75,41 @@ def column(name: str) -> str:
 _NOTHING = object()
 
 
-def _inside(found: Any, key: str, index: str) -> Any:
+def _inside(outer: Any, key: str, index: str) -> Any:
     if index:
-        is_there = isinstance(found, list) and int(index) < len(found)
-        return found[int(index)] if is_there else _NOTHING
-    if isinstance(found, list) and all(isinstance(each, Mapping) and key in each for each in found):
-        return [each[key] for each in found]
-    return found.get(key, _NOTHING) if isinstance(found, Mapping) else _NOTHING
+        is_there = isinstance(outer, list) and int(index) < len(outer)
+        return outer[int(index)] if is_there else _NOTHING
+    if isinstance(outer, list) and all(isinstance(each, Mapping) and key in each for each in outer):
+        return [each[key] for each in outer]
+    return outer.get(key, _NOTHING) if isinstance(outer, Mapping) else _NOTHING
 
 
-def text(what: str, found: Any) -> str:
+def text(what: str, given: Any) -> str:
     """Returns the text of a value: numbers and booleans as Python and pandas write them.
 
     Args:
         what: What it is, for the message.
-        found: A text, a number, True or False.
+        given: A text, a number, True or False.
 
     Raises:
         ValueError: It is something else, or nothing.
     """
-    if isinstance(found, str):
+    if isinstance(given, str):
         try:
-            found.encode()
+            given.encode()
         except UnicodeEncodeError as error:  # a JSON escape such as "\ud83d" alone
             raise ValueError(
-                f"{what} has half a character, {found[error.start]!r}, at place {error.start + 1}"
+                f"{what} has half a character, {given[error.start]!r}, at place {error.start + 1}"
             ) from error
-        return found
-    if found is None or (isinstance(found, float) and math.isnan(found)):
-        raise ValueError(f"{what} is empty ({'null' if found is None else 'NaN'})")
-    if isinstance(found, int | float | decimal.Decimal):
-        return str(found)
-    raise ValueError(f"{what} is neither a text nor a number but {short(found)}")
+        return given
+    if given is None or (isinstance(given, float) and math.isnan(given)):
+        raise ValueError(f"{what} is empty ({'null' if given is None else 'NaN'})")
+    if isinstance(given, int | float | decimal.Decimal):
+        return str(given)
+    raise ValueError(f"{what} is neither a text nor a number but {short(given)}")
 
 
-def short(found: Any) -> str:
+def short(given: Any) -> str:
     """Returns a value for a message, cut if it is long."""
-    shown = repr(found)
+    shown = repr(given)
     return shown if len(shown) <= _LONG else f"{shown[: _LONG - 4]} ..."

@@ -107,6 +107,11 @@ def test_the_right_choice(settings, label, target):
     assert made.scoring == (("accuracy",), "identity")
 
 
+def test_an_input_may_be_empty():
+    row = {"": "0", "label": "x"}  # as pandas writes its index
+    assert task(inputs="").example(row)["inputs"] == ""
+
+
 def test_fixed_choices_are_decoded_as_ever():
     made = task(choices=["0", "1"])
     assert "answer_choices" not in made.example({"q": "?", "label": 1})
@@ -130,6 +135,8 @@ def test_fixed_choices_are_decoded_as_ever():
         ({"choices": "{options}", "answer": "index"}, {"label": -1}, "from 0 to 2, of 3 choices"),
         ({"choices": "{options}", "answer": "number"}, {"label": 0}, "a number from 1 to 3"),
         ({"choices": "{options}", "answer": "index"}, {"label": 0.5}, "answer '0.5' is not"),
+        ({"choices": "{options}", "answer": "letter"}, {"label": "ß"}, "a letter from A to C"),
+        ({"choices": "{options}", "answer": "number"}, {"label": True}, "'True' is not a number"),
         ({"choices": "{options}", "answer": "letter"}, {"label": "D"}, "a letter from A to C"),
         ({"choices": "{options}", "answer": "letter"}, {"label": None}, r"'label' is empty"),
         ({"choices": "{A}"}, {"label": "one"}, r"choices='\{A\}' is no list of choices but 'one'"),
