@@ -227,7 +227,7 @@ def _first_state(
     )
 
 
-def _broken(state: SearchState, is_nan: Bool[Array, "batch*beam"]) -> Bool[Array, "batch"]:
+def _broken(state: SearchState, is_nan: Bool[Array, "rows"]) -> Bool[Array, "batch"]:
     """Returns `state.broken` after a step at which these beams' log-probabilities are NaN."""
     is_live = ~jnp.isneginf(state.live_log_probs) & ~state.done[:, None]  # [batch, beam]
     return state.broken | jnp.any(is_live & is_nan.reshape(is_live.shape), axis=1)
