@@ -40,7 +40,6 @@ LEFT_OUT: Mapping[type, Sequence[str]] = {
     Recipe: ("model_dir", "partitioner", "compile_effort", "tuned_up_to"),
     Stage: ("log_period",),
     TaskData: ("cache_dir", "module"),
-    FileTask: SPLITS,
     ModelConfig: ("attention", "remat"),
 }
 # Fields that name files: their content counts, not their place.
@@ -99,6 +98,11 @@ class Flattened:
         if isinstance(value, Evaluation):
             # The task's name says its shots. Where samples are drawn, each batch draws its own.
             own |= {"shots"} | ({"batch_size"} if value.decoder.temperature == 0 else set())
+        if isinstance(value, FileTask):  # a share of the training file is a setting, a file is not
+            parts = [
+                (name, "file" if name in SPLITS and isinstance(part, str) else part)
+                for name, part in parts
+            ]
         defaults = _defaults(value)
         for name, part in parts:
             field = f"{path}.{name}" if path else name

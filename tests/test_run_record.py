@@ -137,6 +137,14 @@ def test_a_data_file_is_its_content(tmp_path):
     assert [each.field for each in task] == ["stages.model.data.file_tasks.mine.postprocess"]
 
 
+def test_a_share_of_a_file_is_a_setting(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("q,a\n" + "".join(f"{i},b\n" for i in range(20)))
+    few, many = (file_recipe(file, validation=share) for share in (0.2, 0.5))
+    assert fields(few, many)[0] == "stages.model.data.file_tasks.mine.validation"
+    assert RunRecord.of(few).settings["stages.model.data.file_tasks.mine.train"] == "file"
+
+
 def test_a_base_is_its_parameters(tmp_path):
     shapes = toy.flat_shapes(toy.PLAIN)
     arrays = {path: np.full(leaf.shape, 0.5, np.float32) for path, leaf in shapes.items()}

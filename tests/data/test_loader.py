@@ -312,6 +312,23 @@ def test_position_of_another_run_is_refused(toy, change, sentence):
         source(**change).set_state(state)
 
 
+def test_position_in_other_examples_is_refused(toy, toy_folder):
+    file = toy_folder / "toy_package" / "files" / "train.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    states = {}
+    for text in ("one", "two"):  # as many examples of as many letters
+        file.write_text(json.dumps({"q": text, "a": "1"}) + "\n")
+        source = loader.train_batches(toy("toy_files"), 1, seed=0)
+        states[text] = source.get_state()
+        if text == "one":
+            source.close()
+    with pytest.raises(UserError, match=r"its content is \{'toy_files': "):
+        source.set_state(states["one"])
+    del states["two"]["content"]  # of an earlier version
+    source.set_state(states["two"])
+    source.close()
+
+
 @pytest.mark.parametrize("option", [{}, {"packing": True}, {"by_length": 3}])
 def test_order_does_not_depend_on_the_number_of_workers(toy, monkeypatch, option):
     expected = take(loader.train_batches(toy("toy_ab"), 8, seed=3, **option), 20)
