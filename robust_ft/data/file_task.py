@@ -1,6 +1,7 @@
 """A task in a user's own files."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -77,6 +78,11 @@ class FileTask:
     exemplars: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.choices, str) and not templates.columns(self.choices):
+            raise UserError(
+                f"FileTask.choices='{self.choices}' (task '{self.name}') names no column; choices "
+                "that all rows have are a list, as in ['yes', 'no']."
+            )
         options = (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
         object.__setattr__(self, "choices", options)
         if self.metrics is not None:
@@ -130,21 +136,29 @@ class FileTask:
                 f"FileTask.answer='{self.answer}' (task '{self.name}') is none of "
                 f"{', '.join(choices.ANSWERS)}.{nearest(self.answer, choices.ANSWERS)}"
             )
-        if not self.choices and (self.rank or self.answer != "text"):
+        needs_choices = self.rank or self.answer != "text"
+        if needs_choices and len(self.choices) < (1 if self.has_own_choices else 2):
             setting = "rank=True" if self.rank else f"answer='{self.answer}'"
             raise UserError(f"FileTask.{setting} (task '{self.name}') needs FileTask.choices.")
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+        if self.delimiter is None:
+            return
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
             raise UserError(
                 f"FileTask.delimiter={self.delimiter!r} (task '{self.name}') must be one "
                 r"character, such as ',', ';' or '\t'."
             )
+        if not {suffix(file) for file in self.files.values()} & {".csv", ".tsv"}:
+            raise UserError(
+                f"FileTask.delimiter={self.delimiter!r} (task '{self.name}') is for .csv and .tsv "
+                f"files, and there are none among {', '.join(self.files.values())}."
+            )
 
-    @property
+    @functools.cached_property
     def has_own_choices(self) -> bool:
         """Whether each row has choices of its own."""
         return any(map(templates.columns, self.choices))
 
-    @property
+    @functools.cached_property
     def is_ranked(self) -> bool:
         """Whether evaluation ranks the choices."""
         return self.has_own_choices if self.rank is None else self.rank
@@ -158,7 +172,7 @@ class FileTask:
         metrics = (metric,) if self.metrics is None else self.metrics
         return metrics, postprocess if self.postprocess is None else self.postprocess
 
-    @property
+    @functools.cached_property
     def shares(self) -> dict[str, float]:
         """The splits that are cut off the training file, each with its share."""
         values = {split: getattr(self, split) for split in SPLITS}
