@@ -18,7 +18,7 @@ from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.models.model import LanguageModel
 from robust_ft.objectives import Teacher
 from robust_ft.predictor import BasePredictor
-from robust_ft.summary import Row
+from robust_ft.summary import KEPT, Row
 
 if TYPE_CHECKING:
     from robust_ft.stage import Stage
@@ -57,13 +57,15 @@ class Result:
     Attributes:
         task: Name of the task, without the number of shots, or of the analysis.
         split: The split that was evaluated.
-        role: "target", "ood", "held_out" or "analysis". Targets select checkpoints.
+        role: "target", "ood", "held_out", "kept" (see `Row`) or "analysis". Targets select
+            checkpoints.
         values: Metric values by name; a task's are 0..100, but `format_share` 0..1. The first one
             is the score, which averages and selects.
         num_examples: Number of examples evaluated.
         predictions: One {"input", "target", "prediction"} for each example, in order, with its
             "references" where these are not the target alone. An analysis may have none.
         shots: Number of exemplars in the input.
+        without: Names of the PEFT methods that the model was evaluated without.
     """
 
     task: str
@@ -73,11 +75,13 @@ class Result:
     num_examples: int
     predictions: Sequence[dict[str, Any]] = ()
     shots: int = 0
+    without: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The task with its number of shots, as in file names."""
-        return task_names.with_shots(self.task, self.shots)
+        """The task with its number of shots, as in file names; of the role "kept" with that."""
+        name = task_names.with_shots(self.task, self.shots)
+        return f"{name}_{KEPT}" if self.role == KEPT else name
 
     @property
     def metric(self) -> str:
@@ -93,7 +97,7 @@ class Result:
         return [
             Row(
                 stage, step, self.task, self.role, self.split, self.shots,
-                metric, value, self.num_examples,
+                metric, value, self.num_examples, without=self.without,
             )
             for metric, value in self.values.items()
         ]  # fmt: skip
@@ -138,24 +142,37 @@ class Evaluator(Protocol):
 def evaluate(evaluator: Evaluator, predictor: BasePredictor) -> Result:
     """Evaluates a model outside training, without the PEFT methods that the evaluator detaches."""
     names = evaluator.detached(predictor.model)
-    return evaluator(EvalContext(predictor.without(*names)))
+    result = evaluator(EvalContext(predictor.without(*names)))
+    return dataclasses.replace(result, without=names)
 
 
 def held_out_rows(results: Sequence[Result], stage: str, step: int) -> list[Row]:
     """Returns rows that aggregate the held-out tasks, for each split and number of shots.
 
     "norm_avg" is ProMoT's Norm. Avg., the mean of the tasks' scores (0..100), and "format_share"
-    the mean share of outputs in the target's format (0..1).
+    the mean share of outputs in the target's format (0..1). Those of the role "kept" are over the
+    same tasks, with all methods; there are none if one of these was not evaluated so.
     """
     rows: list[Row] = []
     held_out = [result for result in results if result.role == HELD_OUT]
+    kept = {(r.task, r.split, r.shots): r for r in results if r.role == KEPT}
     for split, shots in sorted({(result.split, result.shots) for result in held_out}):
         group = [r for r in held_out if (r.split, r.shots) == (split, shots)]
-        values = {"norm_avg": norm_avg([result.score for result in group])}
-        shares = [r.values["format_share"] for r in group if "format_share" in r.values]
-        if shares:
-            values["format_share"] = float(np.mean(shares))
-        num_examples = sum(result.num_examples for result in group)
-        mean = Result(HELD_OUT, split, HELD_OUT, values, num_examples, shots=shots)
-        rows += mean.rows(stage, step)
+        with_all = [kept.get((r.task, split, shots), r) for r in group]
+        if with_all != group and not any(result.without for result in with_all):
+            rows += _mean(with_all, KEPT).rows(stage, step)
+        rows += _mean(group, HELD_OUT).rows(stage, step)
     return rows
+
+
+def _mean(group: Sequence[Result], role: str) -> Result:
+    """Returns the mean over held-out tasks of one split and number of shots."""
+    values = {"norm_avg": norm_avg([result.score for result in group])}
+    shares = [r.values["format_share"] for r in group if "format_share" in r.values]
+    if shares:
+        values["format_share"] = float(np.mean(shares))
+    num_examples = sum(result.num_examples for result in group)
+    without = tuple(dict.fromkeys(name for result in group for name in result.without))
+    return Result(
+        HELD_OUT, group[0].split, role, values, num_examples, (), group[0].shots, without
+    )

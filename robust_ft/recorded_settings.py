@@ -38,7 +38,7 @@ Setting = str | int | float | bool | list[Any] | None
 # their content, whatever module or file they come from.
 LEFT_OUT: Mapping[type, Sequence[str]] = {
     Recipe: ("model_dir", "partitioner", "compile_effort", "tuned_up_to"),
-    Stage: ("log_period",),
+    Stage: ("log_period", "final_kept"),
     TaskData: ("cache_dir", "module"),
     ModelConfig: ("attention", "remat"),
 }

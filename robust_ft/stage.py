@@ -60,6 +60,8 @@ class Stage:
             `eval_period` steps and after the last step. The mean score of those with the role
             "target" scores the checkpoint.
         final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
+        final_kept: Whether final evaluations of held-out tasks that detach PEFT methods are repeated
+            with these kept, so that both scores are there.
         eval_period: Steps between evaluations, each followed by a checkpoint.
         log_period: Steps between lines of training metrics.
         select_best: Whether to select the checkpoint with the best score; otherwise the last.
@@ -88,6 +90,7 @@ class Stage:
     by_length: int = 0
     evaluations: Sequence[Evaluator] = ()
     final_evaluations: Sequence[Evaluator] = ()
+    final_kept: bool = True
     eval_period: int = 1000
     log_period: int = 20
     select_best: bool = True

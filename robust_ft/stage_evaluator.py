@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+import dataclasses
+
 from robust_ft import console, multihost
+from robust_ft.errors import UserError
 from robust_ft.evaluator import HELD_OUT, TARGET, EvalContext, Evaluator, Result, held_out_rows
 from robust_ft.metric_writer import EVALUATIONS, MetricWriter
 from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.predictor import Predictor
 from robust_ft.run_context import RunContext
 from robust_ft.stage import Stage
-from robust_ft.summary import Row
+from robust_ft.summary import KEPT, Row
 from robust_ft.types import Params
 
 INPUT_SHOWN = 60  # characters, of an input's end
@@ -41,6 +44,7 @@ class StageEvaluator:
         params: Params,
         step: int,
         pretrained: bool = False,
+        kept: bool = False,
     ) -> float | None:
         """Evaluates and records.
 
@@ -49,11 +53,18 @@ class StageEvaluator:
             params: All of the model's parameters.
             step: Number of steps done.
             pretrained: Whether to detach all PEFT methods from the model.
+            kept: Whether to evaluate held-out tasks also with the methods that they detach.
 
         Returns:
             The target's score, the mean if there are several targets, None without one.
         """
-        results = [self._evaluate(each, params, step, pretrained) for each in evaluators]
+        names = tuple(method.name for method in self._stage.model.peft)
+        results = []
+        for each in evaluators:
+            detached = names if pretrained else each.detached(self._stage.model)
+            results.append(self._evaluate(each, params, step, detached))
+        if kept:
+            results = [*self._with_all_methods(evaluators, params, step), *results]
         rows = held_out_rows(results, self._stage.name, step)
         for result in results:
             rows += result.rows(self._stage.name, step)
@@ -67,12 +78,32 @@ class StageEvaluator:
         scores = [result.score for result in results if result.role == TARGET]
         return norm_avg(scores) if scores else None
 
+    def _with_all_methods(
+        self, evaluators: Sequence[Evaluator], params: Params, step: int
+    ) -> list[Result]:
+        """Returns the results of held-out tasks with the methods that they are else without.
+
+        A task on which the model cannot be evaluated so has none: where each task has a prompt of
+        its own, or where the model's positions do not suffice.
+        """
+        results: list[Result] = []
+        reason = ""
+        for each in evaluators:
+            if each.role == HELD_OUT and each.detached(self._stage.model):
+                try:
+                    result = self._evaluate(each, params, step, ())
+                    results.append(dataclasses.replace(result, role=KEPT))
+                except UserError as error:
+                    reason = reason or f"{each.task} without it only: {error}"
+        if reason:
+            console.print_line(f"[{self._stage.name}] {reason}")
+        return results
+
     def _evaluate(
-        self, evaluator: Evaluator, params: Params, step: int, pretrained: bool
+        self, evaluator: Evaluator, params: Params, step: int, detached: tuple[str, ...]
     ) -> Result:
         stage, run = self._stage, self._run
         methods = {method.name: method for method in stage.model.peft}
-        detached = tuple(methods) if pretrained else evaluator.detached(stage.model)
         key = evaluator, detached
         if key in self._constant:
             return self._constant[key]
@@ -80,6 +111,7 @@ class StageEvaluator:
         result = evaluator(
             EvalContext(predictor.without(*detached), stage, step, run.teacher, run.pretrained)
         )
+        result = dataclasses.replace(result, without=detached)
         if all(any(methods[name].owns(path) for name in detached) for path in self._trained):
             self._constant[key] = result
         return result
@@ -87,14 +119,20 @@ class StageEvaluator:
     def _show(self, results: Sequence[Result], rows: Sequence[Row], step: int) -> None:
         if not results:
             return
-        means = {(row.shots, row.metric): row.value for row in rows if row.task == HELD_OUT}
-        facts = [f"{r.name} {r.metric} {r.score:.1f}" for r in results if r.role != HELD_OUT]
-        for shots in sorted({shots for shots, _ in means}):
-            share = means.get((shots, "format_share"))
-            in_format = "" if share is None else f" ({share:.1%} in the target's format)"
-            facts.append(f"held-out {shots}-shot {means[shots, 'norm_avg']:.1f}{in_format}")
+        means = {(row.role, row.shots, row.metric): row for row in rows if row.task == HELD_OUT}
+        other_tasks = (HELD_OUT, KEPT)
+        facts = [f"{r.name} {r.metric} {r.score:.1f}" for r in results if r.role not in other_tasks]
+        for shots in sorted({shots for _, shots, _ in means}):
+            mean = means[HELD_OUT, shots, "norm_avg"]
+            share = means.get((HELD_OUT, shots, "format_share"))
+            fact = f"held-out {shots}-shot {mean.value:.1f}"
+            if mean.without:
+                fact += f" without {' and '.join(mean.without)}"
+            if with_all := means.get((KEPT, shots, "norm_avg")):
+                fact += f", {with_all.value:.1f} with"
+            facts.append(fact + (f" ({share.value:.1%} in the target's format)" if share else ""))
         console.print_line(
-            f"[{self._stage.name}] step {step}, {results[0].split}: {', '.join(facts)}"
+            f"[{self._stage.name}] step {step}, {results[0].split}: {'; '.join(facts)}"
         )
         for result in _sampled(results):
             console.print_line("    " + _sample(result, step))

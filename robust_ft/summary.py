@@ -10,6 +10,8 @@ from typing import Any
 from robust_ft.errors import UserError
 from robust_ft.files import read_json, write_json
 
+KEPT = "kept"  # the role of a held-out task that is evaluated with methods that it is else without
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -20,7 +22,8 @@ class Row:
         step: Number of steps done; -1 outside training.
         task: Name of the task without the number of shots, "held_out" for the mean over the
             held-out tasks, or name of the analysis.
-        role: "target", "ood", "held_out" or "analysis"; "" in files of versions that did not
+        role: "target", "ood", "held_out", "kept" (a held-out task once more, with the PEFT methods
+            that its other row is without) or "analysis"; "" in files of versions that did not
             record it.
         split: The split that was evaluated.
         shots: Number of exemplars in the input.
@@ -28,6 +31,8 @@ class Row:
         value: 0..100 for the metrics of tasks, 0..1 for `format_share`.
         num_examples: Number of examples evaluated.
         weight: The lambda of an ensemble or a cocktail, "lambda" in the file; None for others.
+        without: Names of the PEFT methods that the model was evaluated without; only in the file
+            where there are any.
     """
 
     stage: str
@@ -40,12 +45,17 @@ class Row:
     value: float
     num_examples: int
     weight: float | None = None
+    without: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row's JSON object."""
         fields = dataclasses.asdict(self)
-        weight = fields.pop("weight")
-        return fields if weight is None else fields | {"lambda": weight}
+        weight, without = fields.pop("weight"), fields.pop("without")
+        if weight is not None:
+            fields["lambda"] = weight
+        if without:
+            fields["without"] = list(without)
+        return fields
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Row":
@@ -69,6 +79,7 @@ class Row:
             value=value if isinstance(value, int) else float(value),
             num_examples=int(entry.get("num_examples") or 0),
             weight=None if weight is None else float(weight),
+            without=tuple(map(str, entry.get("without", ()))),
         )
 
 
@@ -95,8 +106,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 class Summary:
     """The results of a run, in memory and in MODEL_DIR/summary.json.
 
-    A row replaces an earlier one that differs in role, value and num_examples only, so adding a
-    result twice is harmless.
+    A row replaces an earlier one that differs in role, value, num_examples and without only, so
+    adding a result twice is harmless. A row of the role "kept" stands beside the others.
     """
 
     def __init__(self, directory: str | os.PathLike[str], enabled: bool = True):
@@ -126,4 +137,4 @@ class Summary:
     def _put(self, rows: Iterable[Row]) -> None:
         for row in rows:
             key = (row.stage, row.step, row.task, row.split, row.shots, row.metric, row.weight)
-            self._rows[key] = row
+            self._rows[*key, row.role == KEPT] = row

@@ -87,7 +87,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
             best = checkpoints.restore_params(selected, like=state.trainable)
             state = state._replace(trainable=best)
         params = trainable.merge(state.trainable, frozen)
-        evaluator(stage.final_evaluations, params, selected)
+        evaluator(stage.final_evaluations, params, selected, kept=stage.final_kept)
         score = checkpoints.score(selected)
     folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
     export.write(folder, stage.model, params, paths, base, tokens, run.partitioner)

@@ -15,7 +15,7 @@ from robust_ft.data import loader
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
 from robust_ft.evaluate import suite
-from robust_ft.evaluator import HELD_OUT, OOD, TARGET, Result, evaluate, held_out_rows
+from robust_ft.evaluator import HELD_OUT, KEPT, OOD, TARGET, Result, evaluate, held_out_rows
 from robust_ft.models.peft import Prompt
 from robust_ft.predictor import BasePredictor, Predictor
 
@@ -49,11 +49,11 @@ class Recorder(BasePredictor):
         return types.SimpleNamespace(tokens=tokens)
 
 
-def make(role, split="test", shots=0, score=0.0, share=None, count=3):
+def make(role, split="test", shots=0, score=0.0, share=None, count=3, task="toy"):
     values = {"accuracy": score, "exact_match": 7.0}
     if share is not None:
         values["format_share"] = share
-    return Result("toy", split, role, values, count, shots=shots)
+    return Result(task, split, role, values, count, shots=shots)
 
 
 def test_every_example_is_scored_once_and_in_order():
@@ -237,6 +237,31 @@ def test_ensembles_are_evaluated_as_models_are():
         for each in (prompted, Ensemble([full, prompted], [0, 1]))
     )
     assert found.predictions == expected.predictions and found.values == expected.values
+
+
+def with_and_without(*scores):
+    """Returns results of tasks without LoRA, and with it (None: not evaluated so)."""
+    for number, (without, kept) in enumerate(scores):
+        result = make(HELD_OUT, task=f"toy{number}", score=without)
+        yield dataclasses.replace(result, without=("lora",))
+        if kept is not None:
+            yield make(KEPT, task=f"toy{number}", score=kept)
+
+
+def test_means_with_and_without_methods_are_never_mixed():
+    results = list(with_and_without((10.0, 0.0), (30.0, 4.0)))
+    for order in (results, results[::-1]):
+        rows = [r for r in held_out_rows(order, "model", 4) if r.metric == "norm_avg"]
+        assert [(r.role, r.value, r.without) for r in rows] == [
+            (KEPT, 2.0, ()), (HELD_OUT, 20.0, ("lora",)),
+        ]  # fmt: skip
+    # A task that detaches nothing is in both means; one without the other number is in neither.
+    other = make(HELD_OUT, task="other", score=50.0)
+    rows = [r for r in held_out_rows([*results, other], "m", 4) if r.metric == "norm_avg"]
+    assert [r.value for r in rows] == [18.0, 30.0]
+    results = list(with_and_without((10.0, 0.0), (30.0, None)))
+    rows = [r for r in held_out_rows(results, "m", 4) if r.metric == "norm_avg"]
+    assert [(r.role, r.value) for r in rows] == [(HELD_OUT, 20.0)]
 
 
 def test_rows_of_a_result(tmp_path):

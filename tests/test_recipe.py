@@ -99,7 +99,33 @@ def test_evaluations_that_cannot_change_run_once(finished):
     for task in per_stage:
         # Once in the prompt stage; in the model stage at steps 0, 2, 4 and 6 and at the end.
         assert keys.count((task, "validation")) == 1 + 4
-        assert keys.count((task, "test")) == 1 + 1
+        # At the end of each stage with the prompt, too.
+        without = [c for c in held_out if c.evaluation.task == task and c.detached]
+        assert [c.evaluation.split for c in without].count("test") == 1 + 1
+        assert keys.count((task, "test")) == 1 + 1 + 2
+
+
+def test_final_results_of_held_out_tasks_are_there_with_and_without(finished):
+    for stage, step in (("prompt", 4), ("model", 2)):
+        rows = [r for r in finished.rows if (r.stage, r.step, r.split) == (stage, step, "test")]
+        other = [r for r in rows if r.task != "toy"]
+        assert {(r.role, r.without) for r in other} == {("held_out", ("prompt",)), ("kept", ())}
+        for role in ("held_out", "kept"):
+            names = [(r.task, r.shots) for r in other if r.role == role]
+            assert set(names) == {(t, s) for t in ("toy_other", "held_out") for s in (0, 1)}
+        assert {r.without for r in rows if r.task == "toy"} == {()}
+        folder = finished.directory / stage / "inference_eval"
+        assert (folder / f"toy_other_1shot_kept-test-{step:06}.jsonl").exists()
+        assert (folder / f"toy_other_1shot-test-{step:06}.jsonl").exists()
+    # Training is followed by the headline number alone.
+    assert not [r for r in finished.rows if r.role == "kept" and r.split != "test"]
+
+
+def test_final_results_with_the_methods_can_be_left_out(tmp_path, monkeypatch, finished):
+    toy.ScriptedEvaluate(monkeypatch, SCORES)
+    off = {"final_kept": False}
+    rows = runner.run(toy.promot(tmp_path / "run", off, off)).rows
+    assert rows == [row for row in finished.rows if row.role != "kept"]
 
 
 def test_baseline_is_the_model_without_prompt(finished):
@@ -112,7 +138,9 @@ def test_summary_rows(finished):
     assert [Row.from_json(entry) for entry in entries] == finished.rows
     fields = ["stage", "step", "task", "role", "split", "shots", "metric", "value"]
     fields += ["num_examples"]
-    assert all(list(entry) == fields for entry in entries)
+    rest = [list(entry)[len(fields) :] for entry in entries]
+    assert all(list(entry)[: len(fields)] == fields for entry in entries)
+    assert all(keys in ([], ["without"]) for keys in rest)
     scores = [
         (row.stage, row.step, row.value)
         for row in finished.rows

@@ -55,6 +55,21 @@ def test_rows_of_earlier_versions_are_read(tmp_path):
     assert (read.role, read.num_examples, read.weight) == ("", 0, None) and math.isnan(read.value)
 
 
+def test_results_with_and_without_a_method_stand_side_by_side(tmp_path):
+    summary = Summary(tmp_path)
+    without = row(task="other", role="held_out", without=("lora",))
+    kept = row(task="other", role="kept", value=0.0)
+    summary.add([kept, without])
+    summary.add([without])
+    assert Summary(tmp_path).rows == summary.rows == [kept, without]
+    text = (tmp_path / "summary.json").read_text()
+    assert text.count("without") == 1 and text.count("kept") == 1
+    # What else differs in `without` is one result: the baseline replaces a stage's own.
+    summary.add([row(step=0)])
+    summary.add([row(step=0, without=("lora",))])
+    assert summary.rows[2:] == [row(step=0, without=("lora",))]
+
+
 def test_rows_are_the_json_they_were_read_from(tmp_path):
     summary = Summary(tmp_path)
     summary.add([row(value=1.0), row(metric="count", value=3), row(weight=0.5)])
