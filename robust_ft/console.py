@@ -237,11 +237,11 @@ def _cell(value: object) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    first = cell.split("±")[0].split("†")[0].strip().rstrip("%").strip()
+    first = cell.split("(")[0].split("±")[0].split("†")[0].strip().rstrip("%").strip()
     try:
         float(first or "0")
     except ValueError:
-        return first in {"–", "-"}
+        return first in {"–", "-"} or first.startswith("without ")
     return True
 
 

@@ -22,9 +22,17 @@ def main(argv: Sequence[str]) -> int:
         rows = inference.evaluate_all(config.recipe, config.inference)
         console.print_table(
             f"{config.recipe.name} in {config.recipe.model_dir}",
-            ["task", "split", "shots", "metric", "value", "examples"],
+            ["task", "split", "shots", "metric", "value", "examples", "without"],
             [
-                [row.task, row.split, row.shots, row.metric, f"{row.value:.3f}", row.num_examples]
+                [
+                    row.task,
+                    row.split,
+                    row.shots,
+                    row.metric,
+                    f"{row.value:.3f}",
+                    row.num_examples,
+                    ", ".join(row.without),
+                ]
                 for row in rows
             ],
         )

@@ -173,6 +173,4 @@ def _mean(group: Sequence[Result], role: str) -> Result:
         values["format_share"] = float(np.mean(shares))
     num_examples = sum(result.num_examples for result in group)
     without = tuple(dict.fromkeys(name for result in group for name in result.without))
-    return Result(
-        HELD_OUT, group[0].split, role, values, num_examples, (), group[0].shots, without
-    )
+    return Result(HELD_OUT, group[0].split, role, values, num_examples, (), group[0].shots, without)

@@ -60,8 +60,8 @@ class Stage:
             `eval_period` steps and after the last step. The mean score of those with the role
             "target" scores the checkpoint.
         final_evaluations: Run once on the selected checkpoint, and before the recipe's first step.
-        final_kept: Whether final evaluations of held-out tasks that detach PEFT methods are repeated
-            with these kept, so that both scores are there.
+        final_kept: Whether final evaluations of held-out tasks that detach PEFT methods are
+            repeated with these kept, so that both scores are there.
         eval_period: Steps between evaluations, each followed by a checkpoint.
         log_period: Steps between lines of training metrics.
         select_best: Whether to select the checkpoint with the best score; otherwise the last.

@@ -1,8 +1,7 @@
 """Runs a stage's evaluations: evaluates, records, and shows the results."""
 
-from collections.abc import Sequence
-
 import dataclasses
+from collections.abc import Sequence
 
 from robust_ft import console, multihost
 from robust_ft.errors import UserError

@@ -9,12 +9,12 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import HELD_OUT_TASKS, make_run, row
+from report_runs import HELD_OUT_TASKS, make_run, row, write_samples
 
 from robust_ft import console
 from robust_ft.errors import UserError
 from robust_ft.report import __main__ as command_line
-from robust_ft.report import figure, page, results, table, tradeoff, write_report
+from robust_ft.report import figure, page, results, samples, table, tradeoff, verdicts, write_report
 from robust_ft.report.runs import load_run, load_runs
 
 
@@ -153,20 +153,85 @@ def test_one_shot_is_preferred(tmp_path):
     [(17.5, 15.4, "loses"), (17.5, 20.1, "improves"), (98, 93, "keeps"), (0, 5, ""), (9, None, "")],
 )
 def test_verdict_words(before, after, word):
-    assert results.Verdict("m", "t", 0, 1, before, after).word == word
+    assert verdicts.Verdict("m", "t", 0, 1, before, after).word == word
 
 
 def test_headline(runs):
-    found = results.verdicts(runs)
+    found = verdicts.verdicts(runs)
     assert re.fullmatch(
         r"full_rte loses the other tasks \(98 → 4\d\); promot_rte keeps the other tasks "
-        r"\(98 → 9\d\)", results.headline(found)
+        r"\(98 → 9\d\)", verdicts.headline(found)
     )  # fmt: skip
-    assert results.headline(found * 2) == "2 of 4 methods keep the other tasks"
+    assert verdicts.headline(found * 2) == "2 of 4 methods keep the other tasks"
+
+
+@pytest.fixture(scope="module")
+def switched_off(tmp_path_factory):
+    """A run of full_rte and one of LoRA, whose held-out tasks were evaluated without it."""
+    base = tmp_path_factory.mktemp("lora")
+    folder = make_run(base / "lora_0", "full_rte", 0)
+    entries = json.loads((folder / "summary.json").read_text())
+    made = []
+    for entry in entries:
+        if entry["shots"] == 1 and entry["step"]:
+            value = 0.9 if entry["metric"] == "format_share" else 2.0
+            if entry["split"] == "test":
+                made.append(entry | {"role": "kept", "value": value})
+            pretrained = 0.0 if entry["metric"] == "format_share" else 98.0
+            entry |= {"role": "held_out", "value": pretrained, "without": ["lora"]}
+        made.append(entry)
+    (folder / "summary.json").write_text(json.dumps(made))
+    about = json.loads((folder / "run.json").read_text()) | {"name": "lora"}
+    (folder / "run.json").write_text(json.dumps(about))
+    write_samples(folder / "full", "mini_qa_1shot_kept-test", 150, "kept answer")
+    return [folder, make_run(base / "full_0", "full_rte", 0)]
+
+
+def test_a_method_that_is_switched_off_is_said_to_be_with_both_numbers(switched_off):
+    runs = load_runs(switched_off)
+    made = results.make_table(runs)
+    lora, full = made.lines[1:]
+    average = results.Column("held_out", 1, "norm_avg")
+    assert lora.cells[average].mean == 98.0 and lora.text(average) == "98.0 (2.0)"
+    assert lora.without == ("lora",) and full.without == ()
+    assert not any(column.kept for column in made.columns)
+    rows = table.markdown(made).splitlines()
+    assert "| held-out tasks evaluated | – | without lora (with) | – |" in rows
+    assert table.WITHOUT in table.markdown(made)
+    assert "| held-out format share %, 1-shot | 0.0 | 0.0 (90.0) |" in table.markdown(made)
+    found = verdicts.verdicts(runs)
+    assert (found[0].without, found[0].others_kept) == (("lora",), 2.0)
+    sentence = "lora keeps the other tasks, evaluated without lora"
+    assert f"{sentence} (98 → 98; 2 with lora)" in verdicts.headline(found)
+    assert sentence in verdicts.headline(found, numbers=False)
+    many = verdicts.headline(found * 2)
+    assert (
+        many == "2 of 4 methods keep the other tasks, 2 of them evaluated without what they trained"
+    )
+    # Curves and samples are those of the headline number.
+    (curve,) = results.curves(runs[:1], "norm_avg")
+    assert set(curve.mean[1:]) == {98.0}
+    assert not any("kept" in sample.task for sample in samples.samples(runs).rows)
+
+
+def test_page_and_picture_say_what_is_switched_off(switched_off, tmp_path):
+    runs = load_runs(switched_off)
+    text = page.render(runs, results.make_table(runs), tradeoff.make_tradeoff(runs))
+    for words in (
+        "Other tasks, evaluated without lora", "Other tasks with lora",
+        "keeps the other tasks, evaluated without lora", "98.0 (2.0)", "lora without lora",
+    ):  # fmt: skip
+        assert words in Page(text).text, words
+    figure.save_picture(runs, tmp_path / "a.png")
+    bars = figure._bars(runs, "norm_avg", figure.LIGHT)
+    assert [(bar.name, bar.kept) for bar in bars] == [
+        ("pretrained", False), ("lora without lora", False), ("with lora", True),
+        ("full_rte", False),
+    ]  # fmt: skip
 
 
 def test_samples_stand_side_by_side(runs):
-    found = results.samples(runs)
+    found = samples.samples(runs)
     assert found.models == ("pretrained", "full_rte", "promot_rte")
     assert [sample.task for sample in found.rows] == ["mini_qa_1shot"] * 2 + ["mini_rte_0shot"] * 2
     assert found.rows[1].outputs == ("city1", "True", "city1")

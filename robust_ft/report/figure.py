@@ -11,9 +11,9 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from robust_ft.report import results
+from robust_ft.report import results, verdicts
 from robust_ft.report.runs import Run
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def svg_panels(runs: Sequence[Run]) -> dict[str, str]:
         for quantity in ("target", results.NORM_AVG):
             if not results.before_and_after(runs, quantity)[1]:
                 continue
-            height = 0.75 + 0.42 * (len(results.methods(runs)) + 1)
+            height = 0.75 + 0.5 * len(_bars(runs, quantity, STAND_IN))
             figure = Figure(figsize=(4.9, height))
             axes = figure.subplots(gridspec_kw={"left": 0.26, "right": 0.98, "top": 0.97,
                                                 "bottom": 0.04})  # fmt: skip
@@ -127,19 +127,42 @@ def svg_panels(runs: Sequence[Run]) -> dict[str, str]:
     return panels
 
 
+class _Bar(NamedTuple):
+    name: str
+    cell: results.Cell
+    color: str
+    kept: bool = False  # whether it is the same model with methods that the bar above is without
+
+
+def _bars(runs: Sequence[Run], quantity: str, theme: Theme) -> list[_Bar]:
+    """Returns the bars of a quantity: the pretrained model, then each method's end."""
+    palette = colors(runs)
+    first, ends = results.before_and_after(runs, quantity)
+    bars = [_Bar(results.PRETRAINED, first, theme.pretrained)] if first else []
+    with_all = results.ends_kept(runs) if quantity == results.NORM_AVG else {}
+    for name, cell in ends.items():
+        names = results.joined(cell.without)
+        bars.append(_Bar(f"{name} without {names}" if names else name, cell, palette[name]))
+        if name in with_all:
+            bars.append(_Bar(f"with {names}", with_all[name], palette[name], kept=True))
+    return bars
+
+
 def draw_bars(
     axes: "Axes", runs: Sequence[Run], quantity: str, theme: Theme, title: bool = True
 ) -> None:
-    """Draws one bar for the pretrained model and one for the end of each method."""
-    palette = colors(runs)
-    first, ends = results.before_and_after(runs, quantity)
+    """Draws a bar for the pretrained model, and for each method's end with and without it."""
+    bars = _bars(runs, quantity, theme)
+    first = next((bar.cell for bar in bars if bar.name == results.PRETRAINED), None)
     start = first.mean if first else None
-    bars = [(results.PRETRAINED, first, theme.pretrained)] if first else []
-    bars += [(name, cell, palette[name]) for name, cell in ends.items()]
     room = 1.3 if title else 1.58  # for the numbers; the page's panels are narrower
-    limit = room * max([cell.mean for _, cell, _ in bars] + [1e-9])
-    for place, (_, cell, color) in enumerate(bars):
-        axes.barh(place, cell.mean, height=0.62, color=color)
+    limit = room * max([bar.cell.mean for bar in bars] + [1e-9])
+    for place, (_, cell, color, kept) in enumerate(bars):
+        if kept:
+            axes.barh(place, cell.mean, height=0.62, facecolor=theme.paper, edgecolor=color,
+                      hatch="////", linewidth=1.2)  # fmt: skip
+        else:
+            axes.barh(place, cell.mean, height=0.62, color=color)
         if cell.sd:
             axes.plot([cell.mean - cell.sd, cell.mean + cell.sd], [place, place],
                       color=theme.ink, linewidth=1.2)  # fmt: skip
@@ -152,8 +175,9 @@ def draw_bars(
         axes.plot([start, start], [-0.31, len(bars) - 0.6], linestyle=(0, (3, 3)), linewidth=1.1,
                   color=theme.muted, zorder=0)  # fmt: skip
     axes.set(xlim=(0, limit), ylim=(max(1, len(bars)) - 0.5, -0.5), xticks=[])
-    names = [textwrap.fill(name.replace("_", " "), 15) for name, _, _ in bars]
-    axes.set_yticks(range(len(bars)), names, fontsize=11, color=theme.ink)
+    names = [textwrap.fill(bar.name.replace("_", " "), 18) for bar in bars]
+    lines = max([name.count("\n") + 1 for name in names] + [1])
+    axes.set_yticks(range(len(bars)), names, fontsize=11 if lines < 3 else 9, color=theme.ink)
     if not bars:
         axes.text(0, 0, "not measured", color=theme.muted)
     axes.tick_params(length=0)
@@ -223,15 +247,16 @@ def _baseline(runs: Sequence[Run], quantity: str) -> float | None:
         row
         for run in runs
         for row in results.pretrained_rows(run)
-        if results.Column(row.task, row.shots, row.metric) == column
+        if results.Column.of(row) == column
     ]
     rows = [row for row in rows if row.split == "validation"] or rows
     return results.spread([results.percent(row) for row in rows])[0] if rows else None
 
 
 def _titles(figure: "Figure", runs: Sequence[Run]) -> None:
-    headline = results.headline(results.verdicts(runs))
-    figure.text(0.02, 0.955, _wrapped(headline) or "Results", fontsize=16,
+    headline = verdicts.headline(verdicts.verdicts(runs)) or "Results"
+    size = 16 if len(headline) <= 105 else 12.5
+    figure.text(0.02, 0.955, _wrapped(headline), fontsize=size,
                 fontweight="bold", color=LIGHT.ink, va="center")  # fmt: skip
     targets = ", ".join(dict.fromkeys(run.target for run in runs))
     seeds = max(len(group) for group in results.methods(runs).values())
@@ -242,16 +267,22 @@ def _titles(figure: "Figure", runs: Sequence[Run]) -> None:
                 va="center")  # fmt: skip
 
 
-def _wrapped(text: str, width: int = 105) -> str:
-    return textwrap.shorten(text, width, placeholder=" …")
+def _wrapped(text: str) -> str:
+    width = 105 if len(text) <= 105 else 130  # in smaller letters
+    return textwrap.fill(text, width, max_lines=2, placeholder=" …")
 
 
 def _legend(figure: "SubFigure", runs: Sequence[Run], theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=c, linewidth=2.6, label=n) for n, c in colors(runs).items()]
+    how = {v.method: f" (other tasks {v.how})" for v in verdicts.verdicts(runs) if v.how}
+    lines = [
+        Line2D([], [], color=color, linewidth=2.6, label=name + how.get(name, ""))
+        for name, color in colors(runs).items()
+    ]
     dashed = Line2D([], [], color=theme.pretrained, linestyle=(0, (3, 3)), label="pretrained")
-    figure.legend(handles=[*lines, dashed], loc="upper left", ncols=len(lines) + 1,
+    figure.legend(handles=[*lines, dashed], loc="upper left",
+                  ncols=min(len(lines) + 1, 3 if how else 8),
                   frameon=False, bbox_to_anchor=(0.035, 0.985), fontsize=10.5,
                   labelcolor=theme.ink)  # fmt: skip
 

@@ -4,7 +4,8 @@ import html
 import pathlib
 from collections.abc import Sequence
 
-from robust_ft.report import figure, results, table, tradeoff, tradeoff_figure
+from robust_ft.report import figure, results, table, tradeoff, tradeoff_figure, verdicts
+from robust_ft.report import samples as side_by_side
 from robust_ft.report.runs import Run
 
 _WORDS = {
@@ -32,15 +33,15 @@ def render(runs: Sequence[Run], all_results: results.Table, id_and_ood: tradeoff
         id_and_ood: Their ID and OOD results.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
-    verdicts = results.verdicts(runs)
+    found = verdicts.verdicts(runs)
     panels = figure.svg_panels(runs)
     targets = ", ".join(all_results.targets)
     title = f"Finetuning on {targets}"
-    sentence = results.headline(verdicts, numbers=False)
+    sentence = verdicts.headline(found, numbers=False)
     body = [
         f"<header><p class='over'>robust_ft report</p><h1>{_text(sentence or title)}</h1>",
         f"<p class='lead'>{_text(_lead(runs, targets))}</p></header>",
-        _cards(runs, verdicts),
+        _cards(runs, found),
         _section("Before and after", _before_after(runs, panels)),
         _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
@@ -73,18 +74,28 @@ def _lead(runs: Sequence[Run], targets: str) -> str:
     )
 
 
-def _cards(runs: Sequence[Run], verdicts: Sequence[results.Verdict]) -> str:
+def _cards(runs: Sequence[Run], found: Sequence[verdicts.Verdict]) -> str:
     palette = figure.colors(runs)
     cards = []
-    for verdict in verdicts:
+    for verdict in found:
         rows = [
             _change(f"Target task, {verdict.target}", verdict.target_before, verdict.target_after),
-            _change("Other tasks", verdict.others_before, verdict.others_after),
+            _change(
+                f"Other tasks, {verdict.how}" if verdict.how else "Other tasks",
+                verdict.others_before,
+                verdict.others_after,
+            ),
+            _change(
+                f"Other tasks with {results.joined(verdict.without)}",
+                verdict.others_before,
+                verdict.others_kept,
+            ),
         ]
+        words = _WORDS[verdict.word] + (f", {verdict.how}" if verdict.how else "")
         cards.append(
             f"<article class='card {verdict.word}' style='--method:{palette[verdict.method]}'>"
             f"<h3>{_text(verdict.method)}</h3>{''.join(rows)}"
-            f"<p class='word'>{_text(_WORDS[verdict.word])}</p></article>"
+            f"<p class='word'>{_text(words)}</p></article>"
         )
     note = (
         "<p class='note'>“Keeps” means that at least nine tenths of the pretrained score on the "
@@ -124,13 +135,16 @@ def _before_after(runs: Sequence[Run], panels: dict[str, str]) -> str:
 
 def _curves(runs: Sequence[Run], panels: dict[str, str]) -> str:
     shown = []
+    palette = figure.colors(runs)
     for quantity, caption in _CAPTIONS.items():
         if quantity in panels:
             title = "Training loss" if quantity == "loss" else figure.describe(runs, quantity)
             shown.append(_panel(title, panels[quantity], caption))
     keys = [
-        f"<span class='key' style='--method:{color}'>{_text(name)}</span>"
-        for name, color in figure.colors(runs).items()
+        f"<span class='key' style='--method:{palette[verdict.method]}'>{_text(verdict.method)}"
+        + (f" (other tasks {_text(verdict.how)})" if verdict.how else "")
+        + "</span>"
+        for verdict in verdicts.verdicts(runs)
     ]
     keys.append("<span class='key dashed'>pretrained</span>")
     return (
@@ -179,7 +193,13 @@ def _table(all_results: results.Table) -> str:
     """Tasks are rows and models are columns, so that many tasks fit on a phone."""
     heads = "".join(
         f"<th scope='col'>{_text(line.method)}<small>{_text(line.checkpoint)}</small>"
-        f"<small>{line.seeds} seed{'s' * (line.seeds > 1)}</small></th>"
+        f"<small>{line.seeds} seed{'s' * (line.seeds > 1)}</small>"
+        + (
+            f"<small>held-out tasks evaluated {_text(table.without(line))}</small>"
+            if line.without
+            else ""
+        )
+        + "</th>"
         for line in all_results.lines
     )
     rows = []
@@ -217,11 +237,11 @@ def _cell(line: results.Line, column: results.Column, start: dict[str, float]) -
         shown = f"{change:+.1f}".replace("-", "−") if change else "±0"
         small = f"<small class='{kind}'>{shown}</small>"
     hint = f" title='{cell.num_examples} examples'" if cell.num_examples else ""
-    return f"<td{hint}>{_text(cell.text())}{small}</td>"
+    return f"<td{hint}>{_text(line.text(column))}{small}</td>"
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    samples = results.samples(runs)
+    samples = side_by_side.samples(runs)
     if not samples.rows:
         return ""
     cards = []
@@ -242,7 +262,7 @@ def _samples(runs: Sequence[Run]) -> str:
                     f"</div>{note}")  # fmt: skip
 
 
-def _output(model: str, output: str | None, sample: results.Sample) -> str:
+def _output(model: str, output: str | None, sample: side_by_side.Sample) -> str:
     if output is None:
         return f"<div><dt>{_text(model)}</dt><dd class='none'>not recorded</dd></div>"
     wanted = [text.strip() for text in sample.target.split(" | ")]

@@ -1,4 +1,4 @@
-"""Computes a report from the rows of runs: tables, curves, verdicts, samples.
+"""Computes a report from the rows of runs: tables and curves.
 
 Pure functions on plain data; drawing is elsewhere. Scores are on a scale from 0 to 100; the share
 of outputs in the target's format is in percent too.
@@ -10,21 +10,20 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from robust_ft.report.runs import Run
-from robust_ft.summary import Row
+from robust_ft.summary import KEPT, Row
 
 HELD_OUT = "held_out"  # the name under which aggregates over the held-out tasks are recorded
 NORM_AVG = "norm_avg"
 FORMAT_SHARE = "format_share"
 PRETRAINED = "pretrained"
-KEEPS = 0.9  # a method keeps the other tasks if this share of their score is left
-GAINS = 1.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A mean over seeds; `sd` is the sample standard deviation, None for one seed.
 
-    `split` is "test", unless a run has no test result there.
+    `split` is "test", unless a run has no test result there. `without` names the PEFT methods that
+    the finetuned model was evaluated without.
     """
 
     mean: float
@@ -32,6 +31,7 @@ class Cell:
     seeds: int
     num_examples: int
     split: str
+    without: tuple[str, ...] = ()
 
     def text(self, digits: int = 1) -> str:
         """Returns `90.1 ± 0.4`, with a dagger if the split is not the test split."""
@@ -41,11 +41,21 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A task, its number of shots and its metric."""
+    """A task, its number of shots and its metric.
+
+    `kept` tells the results with the PEFT methods that those of held-out tasks are else without;
+    the table has both in one column.
+    """
 
     task: str
     shots: int
     metric: str
+    kept: bool = False
+
+    @classmethod
+    def of(cls, row: Row) -> "Column":
+        """Returns a row's column."""
+        return cls(row.task, row.shots, row.metric, row.role == KEPT)
 
     @property
     def percent(self) -> bool:
@@ -66,6 +76,23 @@ class Line:
     seeds: int
     cells: Mapping[Column, Cell]
     weights: tuple[float, ...] = ()
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The PEFT methods that held-out tasks were evaluated without."""
+        return tuple(dict.fromkeys(n for cell in self.cells.values() for n in cell.without))
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are also scores with them."""
+        return any(column.kept for column in self.cells)
+
+    def text(self, column: Column) -> str:
+        """Returns a cell's text, `–` without one; in brackets the score with all methods."""
+        if column not in self.cells:
+            return "–"
+        kept = self.cells.get(dataclasses.replace(column, kept=True))
+        return self.cells[column].text() + (f" ({kept.text()})" if kept else "")
 
     @property
     def checkpoint(self) -> str:
@@ -99,26 +126,6 @@ class Curve:
     sd: tuple[float, ...]
     seeds: int
     selected: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What finetuning did: score on the target and on the other tasks, before and after."""
-
-    method: str
-    target: str
-    target_before: float | None
-    target_after: float | None
-    others_before: float | None
-    others_after: float | None
-
-    @property
-    def word(self) -> str:
-        """`loses`, `keeps` or `improves` (the other tasks), or `` if they were not measured."""
-        if not self.others_before or self.others_after is None:
-            return ""
-        left = self.others_after / self.others_before
-        return "loses" if left < KEEPS else "improves" if left > GAINS else "keeps"
 
 
 def methods(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -166,7 +173,7 @@ def aggregate(groups: Sequence[Sequence[Row]]) -> dict[Column, Cell]:
     for rows in groups:
         best: dict[Column, Row] = {}
         for row in rows:
-            column = Column(row.task, row.shots, row.metric)
+            column = Column.of(row)
             if column not in best or row.split == "test":
                 best[column] = row
         for column, row in best.items():
@@ -177,7 +184,10 @@ def aggregate(groups: Sequence[Sequence[Row]]) -> dict[Column, Cell]:
         if all(row.step == 0 for row in rows) and sd == 0:
             sd = None  # the same pretrained model in every run: no sample of seeds
         split = next((row.split for row in rows if row.split != "test"), "test")
-        cells[column] = Cell(mean, sd, len(rows), rows[0].num_examples, split)
+        # The pretrained model has none of them anyway.
+        trained = [row for row in rows if row.step != 0]
+        without = tuple(dict.fromkeys(name for row in trained for name in row.without))
+        cells[column] = Cell(mean, sd, len(rows), rows[0].num_examples, split, without)
     return cells
 
 
@@ -230,7 +240,7 @@ def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...
         column
         for line in lines
         for column in line.cells
-        if column.metric != FORMAT_SHARE or column.task == HELD_OUT
+        if not column.kept and (column.metric != FORMAT_SHARE or column.task == HELD_OUT)
     )
 
     def place(column: Column) -> tuple[int, int, int]:
@@ -245,7 +255,11 @@ def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...
 
 def target_column(run: Run) -> Column | None:
     """Returns the target's column: its fewest shots and first metric."""
-    rows = [row for row in run.rows if row.task == run.target and row.metric != FORMAT_SHARE]
+    rows = [
+        row
+        for row in run.rows
+        if row.task == run.target and row.metric != FORMAT_SHARE and row.role != KEPT
+    ]
     if not rows:
         return None
     row = min(rows, key=lambda row: row.shots)  # the first of equals
@@ -305,7 +319,7 @@ def _points(run: Run, stage: str, column: Column | None) -> dict[int, float]:
         for row in run.rows
         if row.stage == stage
         and row.split == "validation"
-        and Column(row.task, row.shots, row.metric) == column
+        and Column.of(row) == column
         and math.isfinite(row.value)
     }
 
@@ -345,93 +359,19 @@ def before_and_after(runs: Sequence[Run], quantity: str) -> tuple[Cell | None, d
     return (next(iter(starts.values())) if same else None), ends
 
 
-def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """Returns what each method did to the target and to the other tasks, from its last stage."""
-    verdicts = []
+def ends_kept(runs: Sequence[Run]) -> dict[str, Cell]:
+    """Returns Norm. Avg. at the end of each method that it is also known with, see `Column`."""
+    ends = {}
     for name, group in methods(runs).items():
-        before = aggregate([pretrained_rows(run) for run in group])
-        after = aggregate([selected_rows(run, run.stages[-1]) for run in group])
-        scores = []
-        for quantity in ("target", NORM_AVG):
-            column = quantity_column(group[0], quantity)
-            for cells in (before, after):
-                cell = cells.get(column) if column else None
-                scores.append(cell.mean if cell else None)
-        verdicts.append(Verdict(name, group[0].target, *scores))
-    return verdicts
+        column = held_out_column(group[0], NORM_AVG)
+        if column is not None:
+            cells = aggregate([selected_rows(run, run.stages[-1]) for run in group])
+            cell = cells.get(dataclasses.replace(column, kept=True))
+            if cell and math.isfinite(cell.mean):
+                ends[name] = cell
+    return ends
 
 
-def headline(verdicts: Sequence[Verdict], numbers: bool = True) -> str:
-    """Returns one sentence on what the methods did to the other tasks, the worst one first.
-
-    Args:
-        verdicts: The verdicts of all methods; for more than three, the sentence only counts those
-            that keep the other tasks.
-        numbers: Whether to give the scores before and after.
-    """
-    known = [v for v in verdicts if v.others_before and v.others_after is not None]
-    if len(known) > 3:
-        kept = [v for v in known if v.word != "loses"]
-        return f"{len(kept)} of {len(known)} methods keep the other tasks"
-    parts = []
-    for v in sorted(known, key=lambda v: (v.others_after or 0) - (v.others_before or 0)):
-        scores = f" ({v.others_before:.0f} → {v.others_after:.0f})" if numbers else ""
-        parts.append(f"{v.method} {v.word} the other tasks{scores}")
-    return "; ".join(parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One input with the outputs of the models, in the order of `Samples.models`."""
-
-    task: str
-    input: str
-    target: str
-    outputs: tuple[str | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Outputs side by side."""
-
-    models: tuple[str, ...]
-    rows: tuple[Sample, ...]
-
-
-def samples(runs: Sequence[Run], per_task: int = 2) -> Samples:
-    """Returns outputs of the pretrained and the finetuned models for the same inputs.
-
-    The first examples of each evaluation are taken, unpicked; of each method its first run. The
-    evaluations of held-out tasks come first.
-    """
-    columns: dict[str, dict[str, list[dict[str, str]]]] = {PRETRAINED: {}}
-    for name, group in methods(runs).items():
-        run, stage = group[0], group[0].stages[-1]
-        step = selected_step(run, stage)
-        for file in run.samples:
-            if file.stage == run.stages[0] and file.step == 0:
-                if file.name not in columns[PRETRAINED]:
-                    columns[PRETRAINED][file.name] = file.read()
-            elif file.stage == stage and file.step == step:
-                columns.setdefault(name, {})[file.name] = file.read()
-    columns = {model: files for model, files in columns.items() if files}
-    shown: list[Sample] = []
-    names = sorted({name for files in columns.values() for name in files})
-    targets = {run.target for run in runs}
-    for name in sorted(names, key=lambda name: any(_is_of(name, t) for t in targets)):
-        if sum(name in files for files in columns.values()) < min(2, len(columns)):
-            continue  # nothing to compare
-        by_input = [
-            {str(row.get("input")): str(row.get("prediction")) for row in files.get(name, ())}
-            for files in columns.values()
-        ]
-        first = next(files[name] for files in columns.values() if name in files)
-        for row in first[:per_task]:
-            text, wanted = str(row.get("input")), row.get("target", "")
-            target = " | ".join(wanted) if isinstance(wanted, list) else str(wanted)
-            shown.append(Sample(name, text, target, tuple(b.get(text) for b in by_input)))
-    return Samples(tuple(columns), tuple(shown))
-
-
-def _is_of(name: str, task: str) -> bool:
-    return name == task or name.startswith((task + "_", task + "-"))
+def joined(names: Sequence[str]) -> str:
+    """Returns names of PEFT methods in words: `lora and prompt`."""
+    return " and ".join(names)

@@ -9,6 +9,10 @@ CAPTION = (
     "mean over the held-out tasks; format share is the percentage of their answers that have the "
     "target's format."
 )
+WITHOUT = (
+    "Held-out tasks “without” PEFT methods are evaluated as if these had not been trained; in "
+    "brackets is the score with them."
+)
 DAGGER = "† measured on the validation split: this run has no test result there."
 
 TESTS = (
@@ -29,13 +33,25 @@ def head(column: results.Column) -> str:
 
 def cells(table: results.Table, line: results.Line) -> list[str]:
     """Returns a line's cells as text, `–` where nothing was measured."""
-    return [line.cells[column].text() if column in line.cells else "–" for column in table.columns]
+    return [line.text(column) for column in table.columns]
+
+
+def without(line: results.Line) -> str:
+    """Returns how a model's held-out tasks were evaluated, "" if with all that was trained."""
+    if not line.without:
+        return ""
+    return f"without {results.joined(line.without)}" + " (with)" * line.has_both
 
 
 def caption(table: results.Table) -> str:
     """Returns the notes below a table."""
     splits = {cell.split for line in table.lines for cell in line.cells.values()}
-    return CAPTION + (f" {DAGGER}" if splits - {"test"} else "")
+    notes = [CAPTION]
+    if splits - {"test"}:
+        notes.append(DAGGER)
+    if any(line.without for line in table.lines):
+        notes.append(WITHOUT)
+    return " ".join(notes)
 
 
 def markdown(table: results.Table) -> str:
@@ -106,6 +122,8 @@ def _rows(table: results.Table) -> list[list[str]]:
     """Returns a row with the number of seeds and one for each task; methods are columns."""
     columns = [cells(table, line) for line in table.lines]
     rows = [["seeds", *(str(line.seeds) for line in table.lines)]]
+    if any(line.without for line in table.lines):
+        rows.append(["held-out tasks evaluated", *(without(line) or "–" for line in table.lines)])
     for index, column in enumerate(table.columns):
         rows.append([head(column), *(column_cells[index] for column_cells in columns)])
     return rows

@@ -103,7 +103,7 @@ def _columns(runs: Sequence[Run]) -> tuple[Column, ...]:
     """Returns the target's column and those of OOD tasks, with the same metric."""
     target = results.target_column(runs[0])
     ood = dict.fromkeys(
-        Column(row.task, row.shots, row.metric)
+        Column.of(row)
         for run in runs
         for row in run.rows
         if row.role == "ood" and target is not None and row.metric == target.metric
@@ -116,7 +116,7 @@ def _final(run: Run) -> list[Row]:
 
 
 def _value(rows: Sequence[Row], column: Column) -> float | None:
-    values = [r.value for r in rows if Column(r.task, r.shots, r.metric) == column]
+    values = [row.value for row in rows if Column.of(row) == column]
     return values[0] if values else None
 
 
