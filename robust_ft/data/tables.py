@@ -35,7 +35,7 @@ def read(files: Sequence[Path]) -> Iterator[Row]:
 
 def _arrow(file: Path) -> Iterator[Row]:
     """Yields the rows of an Arrow file, which can be read anywhere, or stream."""
-    with pa.memory_map(str(file)) as stream:
+    with pa.OSFile(str(file)) as stream:
         is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
         stream.seek(0)
         if not is_file:
@@ -56,6 +56,7 @@ def _rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
         for name in batch.schema.names:
             if batch.schema.names.count(name) > 1:
                 raise UserError(f"{file}: two columns are called '{name}'.")
+        batch.validate(full=True)  # a damaged one would end the process
         for record in batch.to_pylist():
             number += 1
             yield Row(f"{file}, row {number}", record)

@@ -263,3 +263,21 @@ def test_folders_that_are_no_dataset(tmp_path):
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"a selection of rows; .*flatten_indices"):
         examples(test=str(tmp_path / "saved"))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_file_is_read_or_explained(tmp_path_factory, data):
+    """Whatever bytes are lost or changed, there is no other error than a sentence."""
+    kinds = {**WRITERS, "a.csv": write_csv, "a.csv.gz": lambda path, rows: path.write_bytes(GOOD)}
+    name = data.draw(st.sampled_from([name for name in kinds if not name.startswith("saved")]))
+    path = tmp_path_factory.mktemp("damaged") / name
+    kinds[name](path, ROWS)
+    content = path.read_bytes()
+    start = data.draw(st.integers(0, len(content)))
+    stop = data.draw(st.integers(start, min(len(content), start + 20)))
+    path.write_bytes(content[:start] + data.draw(st.binary(max_size=8)) + content[stop:])
+    try:
+        examples(test=str(path))
+    except UserError as error:
+        assert name in str(error) and "\n" not in str(error)

@@ -227,6 +227,12 @@ letters/FileTask:
         "validation 1",
     ]
     assert held_out.data.task == "mini_cb"
+    wrong = "letters/FileTask.inputs={text} {nope}"  # as a shell hands it on
+    wrongly = gin_config.load(["gin_configs/full_rte.gin", str(config)], [wrong]).recipe
+    with pytest.raises(
+        UserError, match=r"train\.jsonl, line 1: no column 'nope', only text, label"
+    ):
+        cache.ensure(dataclasses.replace(wrongly.stages[0].data, cache_dir=str(tmp_path)))
     again = tmp_path / "again.gin"
     again.write_text(loaded.operative)
     assert gin_config.load([str(again)]).recipe == loaded.recipe
