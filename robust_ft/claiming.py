@@ -88,7 +88,7 @@ def claim(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
         recorded = RunRecord.read(recipe.model_dir) if progress.is_begun else None
         if recorded is None:
             _check_owner(recipe, owner)
-        record = RunRecord.of(recipe)
+        record = RunRecord.of(recipe, recorded)
         check_same_everywhere(record)
         if progress.is_begun:
             record = _continued(recipe, recorded, record, progress, allow_change)
@@ -113,7 +113,7 @@ def check_model(recipe: Recipe) -> None:
     recorded = RunRecord.read(recipe.model_dir)
     if recorded is None:
         return
-    now = RunRecord.of(recipe, with_data=False)
+    now = RunRecord.of(recipe, recorded, with_data=False)
     owners = [re.escape(stage.name) for stage in recipe.stages]
     of_models = re.compile(rf"seed|stages\.({'|'.join(owners)})\.(model\b.*|restore)")
     differences = [

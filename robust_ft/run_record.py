@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from robust_ft import multihost
 from robust_ft.checkpoints_io import sources
 from robust_ft.checkpoints_io.stage_record import RUN
-from robust_ft.data import cache
+from robust_ft.data import cache, fingerprints
 from robust_ft.errors import UserError
 from robust_ft.files import read_json_object
 from robust_ft.models.peft import prompt_values
@@ -65,33 +65,46 @@ class RunRecord:
             task's examples ("data.<task>.<split>.examples") are there as a hash of their content.
         origins: {field: {path: hash}}: the files that such content came from. Not compared.
         changes: What was changed in the middle of the run, in order.
+        times: {checkpoint: a hash of its files' names, sizes and times}: while it is equal, the
+            checkpoint is not read again to know its content. Not compared.
         defaults: The fields that have their class's default; empty if it was read from a file.
     """
 
     settings: Mapping[str, Setting]
     origins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     changes: tuple[Change, ...] = ()
+    times: Mapping[str, str] = dataclasses.field(default_factory=dict)
     defaults: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, recipe: Recipe, with_data: bool = True) -> "RunRecord":
+    def of(
+        cls, recipe: Recipe, known: "RunRecord | None" = None, with_data: bool = True
+    ) -> "RunRecord":
         """Returns a recipe's record.
 
         Args:
             recipe: The recipe.
+            known: What was recorded in its MODEL_DIR; checkpoints that have not changed since are
+                not read.
             with_data: Whether to read its data, whose caches are built where they are missing.
 
         Raises:
             UserError: There is no such data or checkpoint.
         """
         flattened = Flattened.of(recipe)
-        settings, origins = flattened.settings, {}
+        settings = flattened.settings
+        origins: dict[str, dict[str, str]] = {}
+        times: dict[str, str] = {}
+        contents: dict[str, str] = {}
         for field, place in flattened.places.items():
-            content = _content(field, place)
-            if content:
-                settings[field], origins[field] = content, {str(place): content}
-            else:
+            if not _is_place(place):
                 settings[field] = place or None
+                continue
+            name = str(place)
+            if name not in contents:
+                times[name] = _times(field, place)
+                contents[name] = _known(known, field, name, times[name]) or _content(field, place)
+            settings[field], origins[field] = contents[name], {name: contents[name]}
         for stage in recipe.stages:
             if f"stages.{stage.name}.teacher" in origins:
                 teacher = Flattened.of(teacher_model(recipe, stage), _of_teacher(stage.name))
@@ -101,7 +114,7 @@ class RunRecord:
                 settings[field] = value
                 if files:
                     origins[field] = files
-        return cls(settings, origins, (), frozenset(flattened.defaults))
+        return cls(settings, origins, (), times, frozenset(flattened.defaults))
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> "RunRecord | None":
@@ -118,7 +131,8 @@ class RunRecord:
             return None
         try:
             changes = tuple(Change(**change) for change in fields["changes"])
-            return cls(dict(fields["settings"]), dict(fields["origins"]), changes)
+            settings, origins = dict(fields["settings"]), dict(fields["origins"])
+            return cls(settings, origins, changes, dict(fields.get("times", {})))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"'{file}' is no record of a run, or a newer robust_ft's.") from None
 
@@ -127,6 +141,7 @@ class RunRecord:
         return {
             "settings": dict(self.settings),
             "origins": dict(self.origins),
+            "times": dict(self.times),
             "changes": [change._asdict() for change in self.changes],
         }
 
@@ -232,10 +247,33 @@ def _of_teacher(stage: str) -> str:
     return f"stages.{stage}.teacher.model"
 
 
-def _content(field: str, place: Any) -> str:
-    """Returns a hash of the parameters at a place; "" for what is no place."""
-    if not place or place in (SCRATCH, PRETRAINED) or str(place).startswith(STAGE):
+def _is_place(place: Any) -> bool:
+    """Returns whether a field names files, and not a word or a stage, or nothing."""
+    named = place not in (SCRATCH, PRETRAINED) and not str(place).startswith(STAGE)
+    return bool(place) and named
+
+
+def _times(field: str, place: Any) -> str:
+    """Returns a hash of what changes with files, "" if it might not or there are no local files."""
+    if field.endswith(".file"):
         return ""
+    stats = []
+    for path in sources.split(place):
+        top = Path(sources.existing(path)).expanduser()
+        files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
+        stats += [(str(file.relative_to(top)), fingerprints.times(file)) for file in files]
+    return digest(stats) if stats and all(times for _, times in stats) else ""
+
+
+def _known(known: RunRecord | None, field: str, name: str, times: str) -> str:
+    """Returns what is recorded of a checkpoint whose files have not changed since, else ""."""
+    if known is None or not times or times != known.times.get(name):
+        return ""
+    return known.origins.get(field, {}).get(name, "")
+
+
+def _content(field: str, place: Any) -> str:
+    """Returns a hash of the parameters at a place."""
     if field.endswith(".file"):
         names: Sequence[str] = [place] if isinstance(place, str) else place
         return digest([prompt_values.read(name).tobytes().hex() for name in names])

@@ -231,7 +231,7 @@ def test_stages_that_have_finished_cannot_change(made, tmp_path, monkeypatch):
 def without_record(world):
     file = world.directory / "run.json"
     about = json.loads(file.read_text())
-    for field in ("settings", "origins", "changes"):
+    for field in ("settings", "origins", "times", "changes"):
         del about[field]
     file.write_text(json.dumps(about))
 

@@ -156,7 +156,7 @@ def test_summary_rows(finished):
 
 def test_files_of_a_run(finished):
     about = json.loads((finished.directory / "run.json").read_text())
-    assert {"settings", "origins", "changes"} < about.keys()
+    assert {"settings", "origins", "times", "changes"} < about.keys()
     assert {k: about[k] for k in ("name", "seed", "target", "stages", "selections")} == {
         "name": "toy_promot",
         "seed": 0,

@@ -43,6 +43,15 @@ def start(where, stage, step, directory, config="toy_promot.gin"):
     return subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, check=False)
 
 
+def assert_refused(directory):
+    """Asserts that a run that was killed does not go on with another learning rate."""
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    flags = [f"--gin_file={TESTS / 'toy_promot.gin'}", f"--gin.MODEL_DIR={directory}"]
+    with pytest.raises(UserError, match=r"holds an unfinished run, .*, now 0\.5; .*--allow_change"):
+        train.main([*flags, "--gin.LEARNING_RATE=0.5"])
+    assert before == {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folders of an uninterrupted run and of one that was interrupted everywhere."""
@@ -59,6 +68,8 @@ def runs(tmp_path_factory):
             last = (ended.stderr if wanted == INTERRUPTED else ended.stdout).splitlines()[-1]
             again = "Run the same command" if wanted == RESUME else "the same command goes on"
             assert again in last
+        if (where, stage) == ("saved", "prompt"):
+            assert_refused(broken)
         if where == "saving":
             assert not (broken / stage / f"checkpoint_{step}").exists(), "killed too late"
     last = start("nowhere", "-", 0, broken)

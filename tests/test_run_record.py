@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
+from robust_ft import run_record
+from robust_ft.data import fingerprints
 from robust_ft.data.file_task import FileTask
+from robust_ft.errors import UserError
 from robust_ft.models.peft import Lora, Prompt
 from robust_ft.objectives import CrossEntropy
 from robust_ft.objectives.gradients import backprop
 from robust_ft.optim import Adafactor, AdamW, Schedule
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
-from robust_ft.recorded_settings import Flattened
+from robust_ft.recorded_settings import Flattened, digest
 from robust_ft.run_record import Difference, RunRecord, sentence
 from robust_ft.vocabulary import ByteVocabulary
 
@@ -160,6 +164,57 @@ def test_a_base_is_its_parameters(tmp_path):
     said = sentence(difference, *records)
     assert "(Stage.restore)" in said and "a.safetensors" in said and "c.safetensors" in said
     assert fields(a, one_stage()) == ["stages.model.restore"]
+
+
+def test_a_base_that_has_not_changed_is_not_read_again(tmp_path, monkeypatch):
+    shapes = toy.flat_shapes(toy.PLAIN)
+    arrays = {path: np.full(leaf.shape, 0.5, np.float32) for path, leaf in shapes.items()}
+    file = tmp_path / "a.safetensors"
+    save_file(arrays, file)
+    recipe = one_stage(restore=str(file))
+    assert RunRecord.of(recipe).times == {str(file): ""}  # it has just been written
+    monkeypatch.setattr(fingerprints, "_RECENT_NS", 0)
+    known = RunRecord.of(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_record, "_of_checkpoint", None)
+        assert known.differences(RunRecord.of(recipe, known)) == []
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    arrays["encoder/encoder_norm/scale"][3] = 1
+    save_file(arrays, file)
+    os.utime(file, ns=times)
+    now = RunRecord.of(recipe, known)
+    (difference,) = known.differences(now)
+    said = sentence(difference, known, now)
+    assert said.endswith("a.safetensors' has another content now")
+
+
+def test_a_prompt_file_is_its_values(tmp_path):
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        np.save(tmp_path / f"{name}.npy", np.full((3, 16), value, np.float32))
+    a, b, c = (
+        one_stage(
+            model=model(peft=(Prompt(length=3, initialization="file", file=f"{tmp_path}/{n}.npy"),))
+        )
+        for n in "abc"
+    )
+    assert fields(a, b) == []
+    assert fields(a, c) == ["stages.model.model.peft.prompt.file"]
+
+
+@pytest.mark.parametrize("different", [True, False])
+def test_processes_have_one_record(monkeypatch, different):
+    mine, theirs = (RunRecord.of(one_stage(steps=steps)) for steps in (6, 8 if different else 6))
+    texts = [json.dumps([r.settings, r.origins], sort_keys=True) for r in (mine, theirs)]
+    answers = [[digest(text) for text in texts], texts]
+    monkeypatch.setattr(run_record.multihost, "gathered", lambda text: answers.pop(0))
+    if not different:
+        run_record.check_same_everywhere(mine)
+        return
+    said = (
+        r"Process 1 differs from process 0: stages\.model\.steps \(Stage\.steps\) is 6, now 8; give"
+    )
+    with pytest.raises(UserError, match=said):
+        run_record.check_same_everywhere(mine)
 
 
 def test_a_vocabulary_is_what_it_makes_of_texts():

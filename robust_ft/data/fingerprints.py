@@ -104,10 +104,9 @@ class RawFile:
     Attributes:
         path: Relative to the data directory (ROBUST_FT_DATA_DIR) if it lies there, else absolute.
         size: Bytes.
-        mtime_ns: Modification time.
-        ctime_ns: Change time, which no program can set, unlike the modification time; 0 if it was
-            so recent that a later change could have the same. While size and both times are equal,
-            the file is not hashed again.
+        mtime_ns: Modification time; 0 as `ctime_ns`.
+        ctime_ns: Change time, see `times`; 0 if it was too recent. While all three are equal, the
+            file is not hashed again.
         sha256: Hex digest of the content.
     """
 
@@ -125,10 +124,20 @@ def describe_file(path: str | os.PathLike[str]) -> RawFile:
     data_dir = os.environ.get(DATA_DIR_VARIABLE)
     if data_dir and file.is_relative_to(Path(data_dir).resolve()):
         name = file.relative_to(Path(data_dir).resolve()).as_posix()
+    size, mtime, ctime = times(file) or (file.stat().st_size, 0, 0)
+    return RawFile(name, size, mtime, ctime, _sha256(file))
+
+
+def times(file: Path) -> tuple[int, int, int] | None:
+    """Returns a file's size, modification time and change time, which change with its content.
+
+    No program can set the change time, unlike the modification time. None if the change was so
+    recent that the next one could have the same time.
+    """
     stat = file.stat()
-    is_recent = time.time_ns() - stat.st_ctime_ns < _RECENT_NS
-    ctime = 0 if is_recent else stat.st_ctime_ns
-    return RawFile(name, stat.st_size, stat.st_mtime_ns, ctime, _sha256(file))
+    if time.time_ns() - stat.st_ctime_ns < _RECENT_NS:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def has_changed(raw: RawFile) -> bool:
@@ -141,10 +150,9 @@ def has_changed(raw: RawFile) -> bool:
         return False
     if not file.is_file():
         return False
-    stat = file.stat()
-    if stat.st_size != raw.size:
+    if file.stat().st_size != raw.size:
         return True
-    unchanged = (stat.st_mtime_ns, stat.st_ctime_ns) == (raw.mtime_ns, raw.ctime_ns)
+    unchanged = times(file) == (raw.size, raw.mtime_ns, raw.ctime_ns)
     return not unchanged and _sha256(file) != raw.sha256
 
 
