@@ -122,10 +122,9 @@ def check_model(recipe: Recipe) -> None:
         if of_models.fullmatch(each.field) and not is_free(each.field.rpartition(".")[2])
     ]
     if differences:
-        said = "; ".join(sentence(each, recorded, now) for each in differences[:_NAMED])
         raise UserError(
             f"The model in Recipe.model_dir={recipe.model_dir} was made with other settings: "
-            f"{said}; evaluate it with those."
+            f"{_said(differences, recorded, now)}; evaluate it with those."
         )
 
 
@@ -234,11 +233,7 @@ def _refusal(
     now: RunRecord,
     progress: Progress,
 ) -> UserError:
-    said = "; ".join(sentence(each, recorded, now) for each in refused[:_NAMED])
-    if len(refused) > _NAMED:
-        said += f"; and {len(refused) - _NAMED} more"
     advice = "choose another Recipe.model_dir, or start with the recorded settings"
-    state = "a finished run" if progress.stage is None else "an unfinished run"
     done = sorted(n for n in progress.finished if any(f"stages.{n}." in d.field for d in refused))
     if progress.stage is None:
         if all(_OF_EVALUATIONS.match(each.field) for each in refused):
@@ -246,9 +241,30 @@ def _refusal(
     elif done:
         advice += f"; stage '{done[0]}' has finished"
     else:
-        names = ",".join(each.field for each in refused)
-        advice += f"; --allow_change={names} lets it go on from {progress.place} with those of now"
+        names = [each.field for each in refused]
+        if len(names) > _NAMED:
+            names = [now.owner(name) or name for name in names]
+        allowed = ",".join(dict.fromkeys(names))
+        advice += (
+            f"; --allow_change={allowed} lets it go on from {progress.place} with those of now"
+        )
+    state = "a finished run" if progress.stage is None else "an unfinished run"
     return UserError(
-        f"Recipe.model_dir={recipe.model_dir} holds {state}, made with other settings: {said}; "
-        f"{advice}."
+        f"Recipe.model_dir={recipe.model_dir} holds {state}, made with other settings: "
+        f"{_said(refused, recorded, now)}; {advice}."
     )
+
+
+def _said(differences: Sequence[Difference], recorded: RunRecord, now: RunRecord) -> str:
+    """Returns differences in words: what differs alike in many places, once."""
+    alike: dict[str, list[Difference]] = {}
+    for each in differences:
+        owner = now.owner(each.field) or each.field
+        alike.setdefault(f"{owner} {each.recorded} {each.now}", []).append(each)
+    said = []
+    for first, *others in alike.values():
+        more = f" (and {len(others)} more like it)" if others else ""
+        said.append(sentence(first, recorded, now) + more)
+    if len(said) > _NAMED:
+        said[_NAMED:] = [f"and {len(said) - _NAMED} more"]
+    return "; ".join(said)

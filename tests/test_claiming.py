@@ -197,6 +197,16 @@ def test_only_what_is_named_is_allowed(killed):
         claiming.claim(killed.recipe(rate=0.5), ["stages.lora.optimiser"])
 
 
+def test_what_differs_alike_is_said_once(killed):
+    task = killed.recipe().stages[0].final_evaluations[0]
+    copies = [dataclasses.replace(task, data=toy.DATA, shots=k) for k in range(6)]
+    made = killed.recipe(final_evaluations=[dataclasses.replace(e, limit=1) for e in copies])
+    fields = RunRecord.of(made, with_data=False)
+    now = RunRecord.of(killed.recipe(final_evaluations=copies), with_data=False)
+    said = claiming._said(fields.differences(now), fields, now)
+    assert said.endswith("limit (Evaluation.limit) is 1, now None (and 5 more like it)")
+
+
 def test_more_data_are_read_from_the_start(killed, capsys):
     killed.write("train", "aabbab")
     runner.run(killed.recipe(), allow_change=["data.mine.train"])
