@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from robust_ft.report import write_report as write_report
     from robust_ft.run_context import Callback as Callback
     from robust_ft.runner import run as run
+    from robust_ft.seeds import run_seeds as run_seeds
     from robust_ft.stage import Stage as Stage
     from robust_ft.summary import Row as Row
     from robust_ft.summary import Summary as Summary
@@ -95,6 +96,7 @@ _HOMES = {
     "report": ["write_report"],
     "run_context": ["Callback"],
     "runner": ["run"],
+    "seeds": ["run_seeds"],
     "stage": ["Stage"],
     "summary": ["Row", "Summary"],
     "trainable": ["bitfit", "top_layers"],

@@ -49,6 +49,7 @@ class Arguments(argparse.Namespace):
     gin_search_paths: str
     dry_run: bool
     allow_change: list[str]
+    seeds: int | None
     task: str | None
     split: str | None
     module: str | None
@@ -89,6 +90,13 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
             metavar="FIELD,FIELD",
             help="fields in which an unfinished run may differ from what is recorded in MODEL_DIR, "
             "from its newest checkpoint on; the error that refuses a difference names them",
+        )
+        parser.add_argument(
+            "--seeds",
+            type=int,
+            metavar="N",
+            help="run N seeds, from RANDOM_SEED on, one after the other, each in a folder "
+            "seed_<seed> of MODEL_DIR, and report on them together",
         )
     _add_processes(parser)
     return parse_gin(parser, argv)

@@ -2,8 +2,10 @@
 
 A recipe is a gin file. Its stages run one after the other, each is evaluated, and at the end there
 are a table, and report.html with a figure in MODEL_DIR. Run the same command again to resume.
+With --seeds=5 it runs with five seeds, each in a folder of its own, and reports on them together.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
         if arguments.dry_run:
             _dry_run(config)
             return 0
+        if arguments.seeds is not None:
+            return _train_seeds(config, callbacks, arguments)
         return _train(config, callbacks, arguments.allow_change)
 
 
@@ -51,6 +55,39 @@ def _train(config: "Config", callbacks: Sequence["Callback"], allow_change: Sequ
     if multihost.is_first() and any(stage.final_evaluations for stage in recipe.stages):
         report.write_report([recipe.model_dir], recipe.model_dir)
         console.print_line(f"Figure and samples: {Path(recipe.model_dir) / 'report.html'}")
+    return 0
+
+
+def _train_seeds(
+    config: "Config", callbacks: Sequence["Callback"], arguments: command_line.Arguments
+) -> int:
+    """Trains with each seed as a command of its own would, and reports on the runs."""
+    from robust_ft import console, seeds
+    from robust_ft.errors import UserError
+
+    folders = seeds.seed_folders(config.recipe, arguments.seeds or 0)
+    configs = []
+    for seed, folder in folders.items():
+        own = copy.copy(arguments)
+        own.gin_bindings = [
+            *arguments.gin_bindings,
+            f"RANDOM_SEED={seed}",
+            f"MODEL_DIR={folder!r}",
+        ]
+        one = command_line.load_config(own)
+        if (one.recipe.seed, one.recipe.model_dir) != (seed, folder):
+            raise UserError(
+                "--seeds sets RANDOM_SEED and MODEL_DIR, but in this config they are not "
+                "Recipe.seed and Recipe.model_dir; bind these to the macros."
+            )
+        configs.append(one)
+    for one in configs:
+        console.print_line(
+            f"Seed {one.recipe.seed} of {', '.join(map(str, folders))}: {one.recipe.model_dir}"
+        )
+        if status := _train(one, callbacks, arguments.allow_change):
+            return status
+    seeds.write_report(config.recipe, list(folders.values()))
     return 0
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     {"claiming"},
     {"runner"},
     {"inference", "gin_types", "report"},
+    {"seeds"},
     {"gin_builders"},
     {"gin_config", "preflight"},
     {"command_line", "from_gin", "settings"},

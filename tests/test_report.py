@@ -14,7 +14,17 @@ from report_runs import HELD_OUT_TASKS, make_run, row, write_samples
 from robust_ft import console
 from robust_ft.errors import UserError
 from robust_ft.report import __main__ as command_line
-from robust_ft.report import figure, page, results, samples, table, tradeoff, verdicts, write_report
+from robust_ft.report import (
+    figure,
+    groups,
+    page,
+    results,
+    samples,
+    table,
+    tradeoff,
+    verdicts,
+    write_report,
+)
 from robust_ft.report.runs import load_run, load_runs
 
 
@@ -334,7 +344,7 @@ def test_mistakes_are_one_sentence(tmp_path, folders):
     with pytest.raises(UserError, match=r"is not a run: .*Did you mean '.*promot_0'\?"):
         load_run(tmp_path)
     with pytest.raises(UserError, match="promot_rte with seed 0"):
-        load_runs([good, good])
+        groups.by_settings(load_runs([good, good]))
     rows = json.loads((good / "summary.json").read_text())
     for content, message in [
         ("[", "is not JSON: .* in line 1"),

@@ -1,7 +1,8 @@
 """Reports from finished runs: a table, a picture and a page that needs nothing else.
 
-`runs` reads run folders, `members` splits a run into its models, `results` and `tradeoff` compute
-from their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and `page` draw.
+`runs` reads run folders, `groups` tells runs of one name apart that differ in more than their seed,
+`members` splits a run into its models, `results`, `verdicts`, `samples` and `tradeoff` compute from
+their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and `page` draw.
 `python -m robust_ft.report MODEL_DIR [MODEL_DIR ...] --output=DIR`.
 """
 
@@ -35,7 +36,8 @@ def write_report(
     `tradeoff.png` is written as well if there is data that is out of distribution.
 
     Args:
-        model_dirs: Folders of finished runs; runs of one name and different seeds are averaged.
+        model_dirs: Folders of finished runs, or of the seeds of `run_seeds`. Runs of one name that
+            differ in nothing but their seed are averaged.
         output: Folder of the report, created if it is missing; may be a run folder itself.
 
     Raises:
@@ -43,6 +45,7 @@ def write_report(
     """
     from robust_ft.report import (
         figure,
+        groups,
         members,
         page,
         results,
@@ -52,7 +55,8 @@ def write_report(
         tradeoff_figure,
     )
 
-    loaded = members.split_members(runs.load_runs(model_dirs))
+    grouped = groups.by_settings(runs.load_runs(model_dirs))
+    loaded = members.split_members(grouped.runs)
     all_results = results.make_table(loaded)
     id_and_ood = tradeoff.make_tradeoff(loaded)
     folder = pathlib.Path(output)
@@ -66,8 +70,12 @@ def write_report(
     figure.save_picture(loaded, report.png)
     if report.tradeoff is not None:
         tradeoff_figure.save(id_and_ood, figure.colors(loaded), report.tradeoff)
-    report.html.write_text(page.render(loaded, all_results, id_and_ood), encoding="utf-8")
-    text = [table.markdown(all_results), table.tradeoff_markdown(id_and_ood)]
+    report.html.write_text(page.render(loaded, all_results, id_and_ood, grouped), encoding="utf-8")
+    text = [
+        table.markdown(all_results),
+        table.settings_markdown(grouped),
+        table.tradeoff_markdown(id_and_ood),
+    ]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
-    table.show(all_results)
+    table.show(all_results, grouped)
     return report

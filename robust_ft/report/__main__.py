@@ -13,9 +13,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m robust_ft.report",
         description="Write report.html, report.png and report.md from finished runs, and print "
-        "the table. Runs of one method with different seeds become mean ± standard deviation.",
+        "the table. Runs that differ by their seed alone become mean ± standard deviation.",
     )
-    parser.add_argument("model_dirs", metavar="MODEL_DIR", nargs="+", help="folder of a run")
+    parser.add_argument(
+        "model_dirs",
+        metavar="MODEL_DIR",
+        nargs="+",
+        help="folder of a run, or of the runs of several seeds",
+    )
     parser.add_argument(
         "--output", metavar="DIR", help="where to write (default: the run, if there is only one)"
     )

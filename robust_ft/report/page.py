@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from robust_ft.report import figure, results, table, tradeoff, tradeoff_figure, verdicts
 from robust_ft.report import samples as side_by_side
+from robust_ft.report.groups import Groups
 from robust_ft.report.runs import Run
 
 _WORDS = {
@@ -24,13 +25,19 @@ _CAPTIONS = {
 }
 
 
-def render(runs: Sequence[Run], all_results: results.Table, id_and_ood: tradeoff.Tradeoff) -> str:
+def render(
+    runs: Sequence[Run],
+    all_results: results.Table,
+    id_and_ood: tradeoff.Tradeoff,
+    groups: Groups = Groups(()),
+) -> str:
     """Returns the whole page.
 
     Args:
         runs: The runs with their samples and configs.
         all_results: The table of these runs.
         id_and_ood: Their ID and OOD results.
+        groups: The settings in which runs of one name differ.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
     found = verdicts.verdicts(runs)
@@ -46,8 +53,9 @@ def render(runs: Sequence[Run], all_results: results.Table, id_and_ood: tradeoff
         _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
         _section("All results", _table(all_results)),
+        _section(table.DIFFERENT, _settings(groups)),
         _samples(runs),
-        _section("Configuration", _configs(runs)),
+        _section("Configuration", _configs(runs, groups)),
     ]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -224,6 +232,10 @@ def _table(all_results: results.Table) -> str:
     )
 
 
+def _settings(groups: Groups) -> str:
+    return _plain_table(table.settings_rows(groups)) if groups.differences else ""
+
+
 def _cell(line: results.Line, column: results.Column, start: dict[str, float]) -> str:
     cell = line.cells.get(column)
     if cell is None:
@@ -276,8 +288,9 @@ def _output(model: str, output: str | None, sample: side_by_side.Sample) -> str:
     )
 
 
-def _configs(runs: Sequence[Run]) -> str:
-    parts = []
+def _configs(runs: Sequence[Run], groups: Groups) -> str:
+    unknown = table.unknown_settings(groups)
+    parts = [f"<p class='note'>{_text(unknown)}</p>"] if unknown else []
     shown = set()  # the methods of one run have one config
     for name, group in results.methods(runs).items():
         if group[0].directory in shown:

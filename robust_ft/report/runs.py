@@ -5,13 +5,16 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
 from robust_ft.summary import Row, read_rows
+
+if TYPE_CHECKING:
+    from robust_ft.run_record import RunRecord
 
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
 
@@ -36,7 +39,7 @@ class Run:
 
     Attributes:
         directory: The folder of the run.
-        name: Name of the method; runs of one name differ by their seed.
+        name: Name of the method; runs of one name differ by their seed (`report.groups`).
         seed: The seed.
         target: The finetuned task.
         stages: Names of the stages, in the order they ran.
@@ -48,6 +51,7 @@ class Run:
         selections: The finished selections of lambda, by name.
         weight: The selected lambda, if the run is one selection (`report.members`).
         grid: The final rows for each lambda, if the run is one selection.
+        record: What the run was made with; None if its version did not record it.
     """
 
     directory: pathlib.Path
@@ -63,26 +67,29 @@ class Run:
     selections: Mapping[str, SelectedWeight] = dataclasses.field(default_factory=dict)
     weight: float | None = None
     grid: Mapping[float, Sequence[Row]] = dataclasses.field(default_factory=dict)
+    record: "RunRecord | None" = None
 
 
 def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Reads runs, in the order given.
+    """Reads runs, in the order given; a folder with runs of several seeds stands for all of them.
 
     Raises:
-        UserError: A folder is not a finished run, or two are the same method with the same seed.
+        UserError: A folder is not a finished run.
     """
-    runs: list[Run] = []
-    seen: dict[tuple[str, int], Run] = {}
-    for directory in directories:
-        run = load_run(directory)
-        other = seen.setdefault((run.name, run.seed), run)
-        if other is not run:
-            raise UserError(
-                f"Both {other.directory} and {run.directory} are {run.name} with seed {run.seed}; "
-                "give each run once, and give repeated runs different seeds."
-            )
-        runs.append(run)
-    return runs
+    folders = [pathlib.Path(directory) for directory in directories]
+    return [load_run(each) for folder in folders for each in _seeds(folder) or [folder]]
+
+
+def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of the runs that `robust_ft.run_seeds` wrote into a folder."""
+    if (folder / "run.json").exists():
+        return []
+    found = {
+        int(match[1]): path.parent
+        for path in folder.glob("seed_*/run.json")
+        if (match := re.fullmatch(r"seed_(\d+)", path.parent.name))
+    }
+    return [found[seed] for seed in sorted(found)]
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
@@ -119,7 +126,16 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         selections={
             name: selection for name, selection in weights.items() if selection is not None
         },
+        record=_record(folder, about),
     )
+
+
+def _record(folder: pathlib.Path, about: Mapping[str, Any]) -> "RunRecord | None":
+    if "settings" not in about:
+        return None
+    from robust_ft.run_record import RunRecord  # jax, which nothing else here needs
+
+    return RunRecord.read(folder)
 
 
 def _check_folder(folder: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from robust_ft import console
 from robust_ft.report import results
+from robust_ft.report.groups import Groups
 from robust_ft.report.tradeoff import DRAWS, Comparison, Tradeoff
 
 CAPTION = (
@@ -15,6 +16,7 @@ WITHOUT = (
 )
 DAGGER = "† measured on the validation split: this run has no test result there."
 
+DIFFERENT = "Settings in which runs of one name differ; they are not averaged"
 TESTS = (
     "Differences are the first method minus the second. p is of Welch's two-sided t-test over "
     "seeds; in brackets are the 2.5th and 97.5th percentile of a paired bootstrap over examples "
@@ -58,6 +60,32 @@ def markdown(table: results.Table) -> str:
     """Returns the table as Markdown, with its caption."""
     names = [f"{line.method}<br>{line.checkpoint}" for line in table.lines]
     return f"{_markdown([['', *names], *_rows(table)])}\n\n{caption(table)}\n"
+
+
+def settings_rows(groups: Groups) -> list[list[str]]:
+    """Returns a row for each setting in which runs of one name differ, below a row of heads."""
+    names = list(dict.fromkeys(name for d in groups.differences for name in d.values))
+    rows = [[d.field, *(d.values.get(name, "") for name in names)] for d in groups.differences]
+    return [["", *names], *rows]
+
+
+def unknown_settings(groups: Groups) -> str:
+    """Returns a sentence on runs without a record, "" if there are none."""
+    if not groups.unknown:
+        return ""
+    return (
+        f"The settings of {', '.join(groups.unknown)} are unknown (no version before 0.2 recorded "
+        "them): these runs are grouped by their name."
+    )
+
+
+def settings_markdown(groups: Groups) -> str:
+    """Returns the settings that differ as Markdown, "" if there is nothing to say."""
+    text = ""
+    if groups.differences:
+        text = f"## {DIFFERENT}\n\n{_markdown(settings_rows(groups))}\n"
+    unknown = unknown_settings(groups)
+    return "\n".join(filter(None, (text, f"{unknown}\n" if unknown else "")))
 
 
 def tradeoff_rows(tradeoff: Tradeoff) -> list[list[str]]:
@@ -112,10 +140,15 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
-def show(table: results.Table) -> None:
-    """Prints the table."""
+def show(table: results.Table, groups: Groups) -> None:
+    """Prints the table, and what is to be said of the settings of the runs."""
     names = [f"{line.method}\n{line.checkpoint}" for line in table.lines]
     console.print_table("Results", ["", *names], _rows(table), caption(table))
+    if groups.differences:
+        heads, *rows = settings_rows(groups)
+        console.print_table(DIFFERENT, heads, rows)
+    if unknown := unknown_settings(groups):
+        console.print_line(unknown, style="dim")
 
 
 def _rows(table: results.Table) -> list[list[str]]:
