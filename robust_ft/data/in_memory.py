@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def pairs_task(
 
 def rows_task(
     name: str,
-    train: Any = (),
-    validation: Any = (),
-    test: Any = (),
+    train: Any = None,
+    validation: Any = None,
+    test: Any = None,
     *,
     inputs: str,
     targets: str,
@@ -80,8 +81,8 @@ def rows_task(
 
     Args:
         name: The task's name: letters, digits and underscores.
-        train: Rows of the training split: a pandas or polars DataFrame, an Arrow table, a
-            `datasets.Dataset`, or any iterable of dicts.
+        train: Rows of the training split, None for none: a pandas or polars DataFrame, an Arrow
+            table, a `datasets.Dataset`, or any iterable of dicts.
         validation: Rows of the validation split, or its share of the training rows, such as 0.1.
         test: Rows of the test split, or a share.
         inputs: The input text, with columns in braces; see `FileTask`.
@@ -167,6 +168,13 @@ def _records(rows: Any, names: Sequence[str], where: str) -> Records:
 
 def _dicts(rows: Any, where: str) -> Iterable[Any]:
     """Yields rows as dicts by column, with None for what is missing."""
+    if isinstance(rows, str | os.PathLike):
+        raise UserError(f"{where}: '{rows}' is a name; robust_ft.FileTask reads files.")
+    if isinstance(rows, Mapping):
+        raise UserError(
+            f"{where}: a dict of {', '.join(map(str, rows))} is no rows; give a list of dicts or a "
+            "table."
+        )
     columns = getattr(rows, "column_names", getattr(rows, "columns", ()))
     for name in columns:
         if list(columns).count(name) > 1:
@@ -176,7 +184,7 @@ def _dicts(rows: Any, where: str) -> Iterable[Any]:
     elif hasattr(rows, "__arrow_c_stream__"):
         found = pa.table(rows).to_pylist()
     else:
-        found = rows
+        found = () if rows is None else rows
     return found
 
 
