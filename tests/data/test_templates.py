@@ -3,7 +3,7 @@
 import decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_ft.data import templates
@@ -60,6 +60,7 @@ def test_what_a_template_does_not_accept(template, sentence):
 
 
 @given(st.text(), st.dictionaries(st.text(), st.text()))
+@settings(deadline=None)
 def test_a_text_without_columns_stays(text, record):
     escaped = text.replace("{", "{{").replace("}", "}}")
     assert templates.fill(escaped, record) == text
@@ -67,15 +68,16 @@ def test_a_text_without_columns_stays(text, record):
 
 
 @given(st.dictionaries(st.from_regex(r"[^{}]+", fullmatch=True), st.text(), min_size=1))
+@settings(deadline=None)
 def test_each_column_is_found_by_its_name(record):
     template = " ".join(f"{{{name}}}" for name in record)
     assert templates.columns(template) == tuple(record)
     assert templates.fill(template, record) == " ".join(record.values())
 
 
-def task(**settings):
+def task(**fields):
     return FileTask(
-        **{"name": "t", "train": "t.jsonl", "inputs": "{q}", "targets": "{label}"} | settings
+        **{"name": "t", "train": "t.jsonl", "inputs": "{q}", "targets": "{label}"} | fields
     )
 
 
@@ -83,7 +85,7 @@ ROW = {"q": "?", "options": ["red", "green", "blue"], "A": "one", "B": "two", "n
 
 
 @pytest.mark.parametrize(
-    ("settings", "label", "target"),
+    ("fields", "label", "target"),
     [
         ({"choices": "{options}"}, "green", "green"),
         ({"choices": ["{A}", "{B}"]}, "two", "two"),
@@ -99,8 +101,8 @@ ROW = {"q": "?", "options": ["red", "green", "blue"], "A": "one", "B": "two", "n
         ({"choices": ["no", "yes"], "answer": "index", "rank": True}, False, "no"),
     ],
 )
-def test_the_right_choice(settings, label, target):
-    made = task(**settings)
+def test_the_right_choice(fields, label, target):
+    made = task(**fields)
     example = made.example({**ROW, "label": label})
     assert example["targets"] == target and example["references"] == [target]
     assert target in example["answer_choices"]
@@ -119,7 +121,7 @@ def test_fixed_choices_are_decoded_as_ever():
 
 
 @pytest.mark.parametrize(
-    ("settings", "row", "sentence"),
+    ("fields", "row", "sentence"),
     [
         ({"choices": "{options}"}, {"label": "gren"}, "'gren' is none of red, .*mean 'green'"),
         ({"choices": "{options}"}, {"label": "B"}, r"'B' is none of .* FileTask\.answer='letter'"),
@@ -146,13 +148,13 @@ def test_fixed_choices_are_decoded_as_ever():
         ({"inputs": "q"}, {"label": "x"}, r"inputs='q' is the name of a column.*'\{q\}'"),
     ],
 )
-def test_a_row_without_a_right_choice(settings, row, sentence):
+def test_a_row_without_a_right_choice(fields, row, sentence):
     with pytest.raises(ValueError, match=sentence):
-        task(**settings).example({**ROW, **row})
+        task(**fields).example({**ROW, **row})
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("fields", "sentence"),
     [
         ({"targets": "label"}, r"FileTask\.targets='label' .* names no column"),
         ({"answer": "lettr", "choices": "{options}"}, "none of text, .* mean 'letter'"),
@@ -165,6 +167,6 @@ def test_a_row_without_a_right_choice(settings, row, sentence):
         ({"train": "a.parquet.gz"}, r"a\.parquet\.gz' .* must end in one of"),
     ],
 )
-def test_settings_that_fit_nothing(settings, sentence):
+def test_settings_that_fit_nothing(fields, sentence):
     with pytest.raises(UserError, match=sentence):
-        task(**settings)
+        task(**fields)
