@@ -22,6 +22,7 @@ from robust_ft.metrics.format_share import format_share
 from robust_ft.metrics.postprocess import promot
 from robust_ft.models.model import LanguageModel
 from robust_ft.predictor import BasePredictor
+from robust_ft.ranges import Count, Range, Whole, check, check_ranges
 
 ALL = "all"  # of Evaluation.detach
 
@@ -52,11 +53,11 @@ class Evaluation:
 
     data: TaskData
     decoder: Decoder
-    shots: int = 0
+    shots: Whole = 0
     role: str = TARGET
     detach: tuple[str, ...] | str = ()
-    batch_size: int = 32
-    limit: int | None = None
+    batch_size: Count = 32
+    limit: Count | None = None
     target_format: str | None = None
     per_token: bool = False
     prompts: tuple[str, ...] = ()
@@ -67,13 +68,7 @@ class Evaluation:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if self.detach != ALL:
             object.__setattr__(self, "detach", tuple(self.detach))
-        for field in ("batch_size", "limit"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(
-                    f"Evaluation.{field}={value} of the evaluation on '{self.task}' must be at "
-                    "least 1."
-                )
+        check_ranges(self, f" of the evaluation on '{self.data.task}'")
 
     @property
     def task(self) -> str:
@@ -246,7 +241,7 @@ def suite(
     held_out_tasks: Mapping[int, Sequence[str]] | None = None,
     target_tasks: Sequence[str] | None = None,
     ood_tasks: Sequence[str] = (),
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> tuple[Evaluation, ...]:
     """Returns an evaluation for each target, OOD task, and held-out task and number of shots.
 
@@ -260,8 +255,7 @@ def suite(
         ood_tasks: Names of the out-of-distribution tasks, evaluated like the target.
         limit: Number of examples of each task, spread over its split; None for all.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"suite.limit={limit} must be at least 1, or None.")
+    check("suite.limit", limit, Range(least=1), "at least 1, or None")
 
     def on(evaluation: Evaluation, task: str, role: str, shots: int) -> Evaluation:
         data = dataclasses.replace(evaluation.data, task=task, split=split)

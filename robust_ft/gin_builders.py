@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from robust_ft import objectives, optim, task_names, trainable, vocabulary
 from robust_ft.data.cache import TaskData
@@ -25,6 +25,7 @@ from robust_ft.models.model import Model
 from robust_ft.models.peft import METHODS, Peft
 from robust_ft.objectives import gradients, meta_learning
 from robust_ft.partitioning import Partitioner
+from robust_ft.ranges import Count, Integer, Range, Whole, check
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
 
@@ -36,7 +37,7 @@ def task_data(
     feature_lengths: Mapping[str, int],
     vocabulary: vocabulary.Vocabulary,
     cache_dir: str | None = None,
-    shots: int = 0,
+    shots: Whole = 0,
     file_tasks: Sequence[FileTask] = (),
 ) -> TaskData:
     """Builds `TaskData` from t5x's parameters.
@@ -51,6 +52,7 @@ def task_data(
         shots: Number of exemplars before each input; above 0, the task is "<task>_<shots>shot".
         file_tasks: Tasks that are read from files.
     """
+    check("TaskData.shots", shots, Range(least=0))
     if set(feature_lengths) != {"inputs", "targets"}:
         raise UserError(
             f"TaskData.feature_lengths={dict(feature_lengths)} needs exactly 'inputs' and "
@@ -71,11 +73,11 @@ def task_data(
 def model(
     config: ModelConfig | Model,
     peft: Sequence[Peft | None] | None = None,
-    pad_id: int | None = None,
-    eos_id: int | None = None,
-    start_id: int | None = None,
-    separator_id: int | None = None,
-    stop_ids: Sequence[int] | None = None,
+    pad_id: Whole | None = None,
+    eos_id: Whole | None = None,
+    start_id: Whole | None = None,
+    separator_id: Whole | None = None,
+    stop_ids: Sequence[Whole] | None = None,
     **methods: Peft | None,
 ) -> Model:
     """Builds a `Model`; each PEFT method has a parameter of its own, such as `Model.prompt`.
@@ -155,11 +157,11 @@ def recipe(
     name: str,
     model_dir: str,
     stages: Sequence[Stage | Sequence[Stage]],
-    seed: int = 0,
+    seed: Integer = 0,
     partitioner: Partitioner = Partitioner(),
     selections: Sequence[Selection] = (),
-    compile_effort: float = 0.0,
-    tuned_up_to: int | None = None,
+    compile_effort: Annotated[float, Range(least=-1, most=1)] = 0.0,
+    tuned_up_to: Count | None = None,
 ) -> Recipe:
     """Builds a `Recipe`; a group of stages, as `students` returns, counts as its stages."""
     return Recipe(

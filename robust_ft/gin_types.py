@@ -47,6 +47,7 @@ def fits(value: Any, hint: Any) -> bool:
     A list fits a tuple, and an integer a float. A protocol, which configs fill with objects,
     refuses plain values only.
     """
+    hint = _plain(hint)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -77,12 +78,18 @@ def _is_list(hint: Any) -> bool:
     return origin is collections.abc.Sequence or (origin is tuple and inner[-1] is Ellipsis)
 
 
+def _plain(hint: Any) -> Any:
+    """Returns an annotation without the range of its numbers."""
+    return hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
+
+
 def _type_name(hint: Any) -> str:
+    hint = _plain(hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if hint is types.NoneType:
         return "None"
-    if _is_list(hint) and (plural := _PLURALS.get(typing.get_args(hint)[0])):
+    if _is_list(hint) and (plural := _PLURALS.get(_plain(typing.get_args(hint)[0]))):
         return f"a list of {plural}"
     if typing.get_origin(hint) is None and isinstance(hint, type):
         return _NAMES.get(hint, f"of type {hint.__name__}")

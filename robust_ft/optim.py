@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules: frozen settings that build Optax transformations."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.partitioning import LogicalAxes
+from robust_ft.ranges import NonNegative, Positive, Range, Rate, Whole, check_ranges
 from robust_ft.trainable import flatten
 from robust_ft.types import Params
 
@@ -29,19 +30,18 @@ class Schedule:
         decay_steps: The step, counted from 0, at which "linear" and "cosine" reach 0.
     """
 
-    peak: float
-    warmup_steps: int = 0
+    peak: NonNegative
+    warmup_steps: Whole = 0
     decay: str = "constant"
-    decay_steps: int = 0
+    decay_steps: Whole = 0
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.decay not in DECAYS:
             raise UserError(
                 f"Schedule.decay='{self.decay}' is not one of {DECAYS}."
                 + nearest(self.decay, DECAYS)
             )
-        if self.warmup_steps < 0:
-            raise UserError(f"Schedule.warmup_steps={self.warmup_steps} must not be negative.")
         if self.decay in ("linear", "cosine") and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"Schedule.decay_steps={self.decay_steps} must lie after "
@@ -92,10 +92,13 @@ class Adafactor:
 
     learning_rate: Schedule
     multiply_by_parameter_scale: bool = True
-    decay_rate: float = 0.8
-    clipping_threshold: float = 1.0
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    decay_rate: Annotated[float, Range(above=0, most=1)] = 0.8
+    clipping_threshold: Positive = 1.0
+    weight_decay: Rate = 0.0
+    clip_norm: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def build(self) -> optax.GradientTransformation:
         transforms = [
@@ -125,11 +128,14 @@ class AdamW:
     """
 
     learning_rate: Schedule
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    beta1: Rate = 0.9
+    beta2: Rate = 0.999
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def build(self) -> optax.GradientTransformation:
         return _clipped(

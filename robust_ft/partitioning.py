@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_ft import multihost
 from robust_ft.errors import UserError, nearest
+from robust_ft.ranges import Count, Integer, check_ranges
 from robust_ft.types import Batch
 
 # From the slowest network to the fastest: devices along "model" communicate most.
@@ -69,10 +70,10 @@ class Partitioner:
             those in STANDARD_RULES; of two for one logical axis, the first counts.
     """
 
-    model_parallel: int = 1
-    sequence_parallel: int = 1
-    fully_sharded: int = 1
-    slices: int = 1
+    model_parallel: Count = 1
+    sequence_parallel: Count = 1
+    fully_sharded: Integer = 1
+    slices: Count = 1
     rules: Sequence[Sequence[str | Sequence[str] | None]] = ()
     _devices: tuple[Any, ...] | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -92,10 +93,12 @@ class Partitioner:
                         f"Partitioner.rules puts '{axis}' on '{mesh_axis}', but the mesh has the "
                         f"axes {MESH_AXES}." + nearest(mesh_axis, MESH_AXES)
                     )
-        for field in ("model_parallel", "sequence_parallel", "fully_sharded", "slices"):
-            value = getattr(self, field)
-            if value < 1 and (field, value) != ("fully_sharded", -1):
-                raise UserError(f"Partitioner.{field}={value} must be at least 1.")
+        check_ranges(self)
+        if self.fully_sharded < 1 and self.fully_sharded != -1:
+            raise UserError(
+                f"Partitioner.fully_sharded={self.fully_sharded} must be at least 1, or -1 for all "
+                "remaining devices."
+            )
 
     def on(self, devices: Sequence[Any]) -> "Partitioner":
         """Returns the partitioner over these devices instead of all."""

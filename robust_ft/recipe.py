@@ -1,10 +1,12 @@
 """A recipe: stages that run in order, each from a checkpoint or an earlier stage."""
 
 import dataclasses
+from typing import Annotated
 
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError, nearest
 from robust_ft.partitioning import Partitioner
+from robust_ft.ranges import Count, Integer, Range, check_ranges
 from robust_ft.stage import STAGE, Stage
 
 
@@ -30,17 +32,16 @@ class Recipe:
     name: str
     model_dir: str
     stages: tuple[Stage, ...]
-    seed: int = 0
+    seed: Integer = 0
     partitioner: Partitioner = Partitioner()
     selections: tuple[Selection, ...] = ()
-    compile_effort: float = 0.0
-    tuned_up_to: int | None = None
+    compile_effort: Annotated[float, Range(least=-1, most=1)] = 0.0
+    tuned_up_to: Count | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "selections", tuple(self.selections))
-        if not -1 <= self.compile_effort <= 1:
-            raise UserError(f"Recipe.compile_effort={self.compile_effort} must be from -1 to 1.")
+        check_ranges(self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not names:
             raise UserError(f"Recipe.stages needs stages with different names, not {names}.")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from robust_ft.gin_config import REGISTERED
 from robust_ft.models.peft import METHODS
+from robust_ft.ranges import in_words
 
 PLACE = "<!-- robust_ft.settings -->"
 
@@ -23,11 +24,13 @@ class Setting(NamedTuple):
     Attributes:
         name: As in configs.
         default: As text; "" where a config must set it.
+        values: The range of a number in words, else "".
         meaning: From the docstring; "" where that says nothing.
     """
 
     name: str
     default: str
+    values: str
     meaning: str
 
 
@@ -53,8 +56,8 @@ def settings(name: str) -> list[Setting]:
     if name == "Model":
         meanings |= {method: f"As in `@{each.__name__}()`." for method, each in METHODS.items()}
     return [
-        Setting(field, _default(parameter), meanings.get(field, ""))
-        for field, parameter in inspect.signature(target).parameters.items()
+        Setting(field, _default(parameter), in_words(parameter.annotation), meanings.get(field, ""))
+        for field, parameter in inspect.signature(target, eval_str=True).parameters.items()
     ]
 
 
@@ -66,11 +69,13 @@ def summary(name: str) -> str:
 
 def _section(name: str) -> str:
     rows = [
-        f"| `{field}` | {f'`{default}`' if default else 'needed'} | {_cell(meaning)} |"
-        for field, default, meaning in settings(name)
+        f"| `{field}` | {f'`{default}`' if default else 'needed'} | {values} | {_cell(meaning)} |"
+        for field, default, values, meaning in settings(name)
     ]
     table = (
-        ["| setting | default | meaning |", "|---|---|---|", *rows] if rows else ["No settings."]
+        ["| setting | default | values | meaning |", "|---|---|---|---|", *rows]
+        if rows
+        else ["No settings."]
     )
     return "\n".join([f"## {name}", "", summary(name), "", *table])
 

@@ -14,6 +14,7 @@ from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective
 from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.objectives.meta_learning import MetaLearning
+from robust_ft.ranges import Count, Whole, check_ranges
 
 # The prefix of `Stage.restore` and `Stage.teacher` that names an earlier stage.
 STAGE = "stage:"
@@ -77,24 +78,24 @@ class Stage:
     restore: str
     trainable: Sequence[str]
     data: TaskData
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     optimizer: optim.Optimizer
     objective: Objective = CrossEntropy()
     teacher: str | None = None
     teacher_dtype: str = "bfloat16"
     gradient: GradientFn | MetaLearning = backprop
     gradient_dtype: str | None = None
-    microbatches: int = 1
+    microbatches: Count = 1
     packing: bool = False
-    by_length: int = 0
+    by_length: Whole = 0
     evaluations: Sequence[Evaluator] = ()
     final_evaluations: Sequence[Evaluator] = ()
     final_kept: bool = True
-    eval_period: int = 1000
-    log_period: int = 20
+    eval_period: Count = 1000
+    log_period: Count = 20
     select_best: bool = True
-    patience: int | None = None
+    patience: Count | None = None
     on_nonfinite: str = STOP
 
     def __post_init__(self) -> None:
@@ -102,10 +103,7 @@ class Stage:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.trainable:
             raise UserError(f"Stage '{self.name}' trains nothing; give Stage.trainable a pattern.")
-        for field in ("steps", "batch_size", "microbatches", "eval_period", "log_period"):
-            if getattr(self, field) < 1:
-                value = getattr(self, field)
-                raise UserError(f"Stage.{field}={value} of stage '{self.name}' must be at least 1.")
+        check_ranges(self, f" of stage '{self.name}'")
         self._check_microbatches()
         for field, known in (
             ("gradient_dtype", TYPES),

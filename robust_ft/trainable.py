@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import Model
+from robust_ft.ranges import Count
 from robust_ft.types import Params
 
 
@@ -76,7 +77,7 @@ def trainable_paths(
 
 
 def top_layers(
-    model: Model, count: int, encoder: bool = False, more: Sequence[str] = ()
+    model: Model, count: Count, encoder: bool = False, more: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Returns patterns that name the parameters of a model's top layers.
 

@@ -79,7 +79,7 @@ def test_settings_build_a_decoder_or_change_one():
         np.testing.assert_array_equal(found.scores, expected.scores)
     with pytest.raises(UserError, match=r"no setting 'beam'\. Did you mean 'beam_size'"):
         predictor.generate(batch, beam=3)
-    with pytest.raises(UserError, match="beam_size must be at least 1"):
+    with pytest.raises(UserError, match="beam_size=0 must be at least 1"):
         predictor.predict(["a"], beam_size=0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from robust_ft.data import choices, templates
 from robust_ft.errors import UserError, nearest
+from robust_ft.ranges import Integer, check_ranges
 
 SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # of which each may be gzipped
@@ -72,7 +73,7 @@ class FileTask:
     answer: str = "text"
     rank: bool | None = None
     delimiter: str | None = None
-    split_seed: int = 0
+    split_seed: Integer = 0
     metrics: tuple[str, ...] | None = None
     postprocess: str | None = None
     exemplars: str | None = None
@@ -93,6 +94,7 @@ class FileTask:
         self._check_texts()
 
     def _check_splits(self) -> None:
+        check_ranges(self, f" of task '{self.name}'")
         if not re.fullmatch(r"\w+", self.name):
             raise UserError(
                 f"FileTask.name='{self.name}' may have only letters, digits and underscores."

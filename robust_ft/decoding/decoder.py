@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_ft.decoding.beam_search import beam_search, check_beam_settings
-from robust_ft.decoding.greedy import check_sampling, greedy, sample
+from robust_ft.decoding.greedy import greedy, sample
 from robust_ft.decoding.process import banned, chained, forced, min_length, no_repeat_ngrams
 from robust_ft.decoding.types import Cache, Decoded, EosIds, ProcessFn, StepFn
 from robust_ft.errors import UserError
+from robust_ft.ranges import Count, NonNegative, Range, Real, Whole, check_ranges
 from robust_ft.types import AnyArray
 
 
@@ -44,36 +46,28 @@ class Decoder:
         UserError: A setting is out of range, or two contradict each other.
     """
 
-    max_decode_len: int
-    min_decode_len: int = 0
-    beam_size: int = 1
-    alpha: float = 0.6
+    max_decode_len: Count
+    min_decode_len: Whole = 0
+    beam_size: Count = 1
+    alpha: Real = 0.6
     length_penalty: str = "t5x"
     early_stopping: bool | str = False
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_return: int = 1
-    banned_tokens: Sequence[int] = ()
-    no_repeat_ngram_size: int = 0
-    forced_first_token: int | None = None
-    forced_last_token: int | None = None
+    temperature: NonNegative = 0.0
+    top_k: Whole = 0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    num_return: Count = 1
+    banned_tokens: Sequence[Whole] = ()
+    no_repeat_ngram_size: Whole = 0
+    forced_first_token: Whole | None = None
+    forced_last_token: Whole | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "banned_tokens", tuple(self.banned_tokens))
-        if self.max_decode_len < 1:
+        check_ranges(self)
+        if self.min_decode_len >= self.max_decode_len:
             raise UserError(
-                f"Decoder.max_decode_len must be at least 1, not {self.max_decode_len}."
-            )
-        if not 0 <= self.min_decode_len < self.max_decode_len:
-            raise UserError(
-                f"Decoder.min_decode_len must be from 0 to below max_decode_len "
-                f"({self.max_decode_len}), not {self.min_decode_len}."
-            )
-        if self.no_repeat_ngram_size < 0:
-            raise UserError(
-                "Decoder.no_repeat_ngram_size must be 0 (no limit) or more, not "
-                f"{self.no_repeat_ngram_size}."
+                f"Decoder.min_decode_len={self.min_decode_len} must be below "
+                f"Decoder.max_decode_len={self.max_decode_len}."
             )
         for name in ("forced_first_token", "forced_last_token"):
             if getattr(self, name) in self.banned_tokens:
@@ -87,14 +81,11 @@ class Decoder:
                 self.beam_size, self.length_penalty, self.num_return, self.early_stopping
             )
             return
-        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.beam_size != 1:
             raise UserError(
                 f"Decoder.temperature={self.temperature}: sampling works with "
                 f"Decoder.beam_size=1, not {self.beam_size}."
             )
-        if self.num_return < 1:
-            raise UserError(f"Decoder.num_return must be at least 1, not {self.num_return}.")
 
     def __call__(
         self,

@@ -20,6 +20,7 @@ from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.objectives import Cocktail
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor, Predictor
+from robust_ft.ranges import Share
 from robust_ft.stage import STAGE, Stage
 from robust_ft.summary import Summary
 from robust_ft.vocabulary.base import same_vocabulary
@@ -81,7 +82,7 @@ class EnsembleSelection:
     name: str = "ensemble"
     light: str
     full: str
-    weights: Sequence[float] = GRID
+    weights: Sequence[Share] = GRID
     evaluations: Sequence[Evaluation]
     final_evaluations: Sequence[Evaluation] = ()
 
@@ -137,7 +138,7 @@ class CocktailSelection:
     name: str = "cocktail"
     student: str
     full: str
-    weights: Sequence[float] = GRID
+    weights: Sequence[Share] = GRID
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
@@ -168,7 +169,7 @@ class CocktailSelection:
         return load(selected.selected.folder)
 
 
-def students(stage: Stage, weights: Sequence[float] = GRID) -> tuple[Stage, ...]:
+def students(stage: Stage, weights: Sequence[Share] = GRID) -> tuple[Stage, ...]:
     """Returns a stage for each lambda but 0, which is full finetuning and a stage of its own.
 
     Args:

@@ -20,6 +20,7 @@ from robust_ft.models.encoder_decoder import Cache
 from robust_ft.models.options import ACTIVATIONS, rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
+from robust_ft.ranges import Count, Rate
 from robust_ft.types import AnyArray, Batch
 
 # The first rows of BART's tables of positions are never used.
@@ -44,18 +45,18 @@ class BartConfig(ModelConfig):
         activation_dropout_rate: Of what the MLP's activation gives.
     """
 
-    vocab_size: int = 50265
-    emb_dim: int = 768
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    num_positions: int = 1024
+    vocab_size: Count = 50265
+    emb_dim: Count = 768
+    num_heads: Count = 12
+    mlp_dim: Count = 3072
+    num_encoder_layers: Count = 6
+    num_decoder_layers: Count = 6
+    num_positions: Count = 1024
     activation: str = "gelu_exact"
     scale_embedding: bool = False
     final_logits_bias: bool = False
-    attention_dropout_rate: float = 0.0
-    activation_dropout_rate: float = 0.0
+    attention_dropout_rate: Rate = 0.0
+    activation_dropout_rate: Rate = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

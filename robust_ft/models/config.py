@@ -11,6 +11,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.attention_kernels import KERNELS
 from robust_ft.models.options import DTYPES, REMAT_POLICIES
 from robust_ft.models.peft.base import Peft
+from robust_ft.ranges import Count, Rate, check_ranges
 
 # Fields of every config that say how a model is computed and trained, and that no checkpoint
 # determines.
@@ -38,21 +39,16 @@ class ModelConfig(abc.ABC):
 
     decoder_only: ClassVar[bool] = False
 
-    vocab_size: int
-    emb_dim: int
-    dropout_rate: float = 0.0
+    vocab_size: Count
+    emb_dim: Count
+    dropout_rate: Rate = 0.0
     attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name.endswith("dropout_rate") and not 0 <= getattr(self, field.name) < 1:
-                raise UserError(
-                    f"{type(self).__name__}.{field.name}={getattr(self, field.name)} must be at "
-                    "least 0 and below 1."
-                )
+        check_ranges(self)
         self.check_choice("attention", KERNELS)
         self.check_choice("remat", tuple(REMAT_POLICIES))
         self.check_choice("dtype", DTYPES)

@@ -22,6 +22,7 @@ from robust_ft.models.decoder_only import Cache
 from robust_ft.models.options import ACTIVATIONS, rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
+from robust_ft.ranges import Count, Rate
 from robust_ft.types import AnyArray, Batch
 
 
@@ -43,14 +44,14 @@ class GPT2Config(ModelConfig):
 
     decoder_only: ClassVar[bool] = True
 
-    vocab_size: int = 50257
-    emb_dim: int = 768
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    num_layers: int = 12
-    num_positions: int = 1024
+    vocab_size: Count = 50257
+    emb_dim: Count = 768
+    num_heads: Count = 12
+    mlp_dim: Count = 3072
+    num_layers: Count = 12
+    num_positions: Count = 1024
     activation: str = "gelu"
-    attention_dropout_rate: float = 0.0
+    attention_dropout_rate: Rate = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ from robust_ft.models.options import rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.models.rotary import ROPE_SCALINGS, Rotary, rotary_angles, rotate
 from robust_ft.partitioning import constrain
+from robust_ft.ranges import Count, Positive, Whole
 from robust_ft.types import AnyArray, Batch
 
 
@@ -63,36 +64,36 @@ class LlamaConfig(ModelConfig):
 
     decoder_only: ClassVar[bool] = True
 
-    vocab_size: int = 32000
-    emb_dim: int = 4096
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    mlp_dim: int = 11008
-    num_layers: int = 32
-    max_length: int = 4096
+    vocab_size: Count = 32000
+    emb_dim: Count = 4096
+    num_heads: Count = 32
+    num_kv_heads: Count = 32
+    head_dim: Count = 128
+    mlp_dim: Count = 11008
+    num_layers: Count = 32
+    max_length: Count = 4096
     logits_via_embedding: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
-    first_window_layer: int = 0
-    norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
+    sliding_window: Count | None = None
+    first_window_layer: Whole = 0
+    norm_epsilon: Positive = 1e-5
+    rope_theta: Positive = 10000.0
     rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_length: int = 8192
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_beta_slow: float = 1.0
-    rope_beta_fast: float = 32.0
+    rope_factor: Positive = 1.0
+    rope_original_length: Count = 8192
+    rope_low_freq_factor: Positive = 1.0
+    rope_high_freq_factor: Positive = 4.0
+    rope_beta_slow: Positive = 1.0
+    rope_beta_fast: Positive = 32.0
     rope_truncate: bool = True
-    rope_attention_factor: float | None = None
+    rope_attention_factor: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("rope_scaling", ROPE_SCALINGS)
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"LlamaConfig.num_kv_heads={self.num_kv_heads} must divide "
                 f"num_heads={self.num_heads}."
@@ -101,22 +102,18 @@ class LlamaConfig(ModelConfig):
             raise UserError(
                 f"LlamaConfig.head_dim={self.head_dim} must be even: rotary positions rotate pairs."
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(
-                f"LlamaConfig.sliding_window={self.sliding_window} must be at least 1, or None."
-            )
         if self.rope_scaling != "none" and self.rope_factor < 1:
             raise UserError(f"LlamaConfig.rope_factor={self.rope_factor} must be at least 1.")
         if self.rope_scaling == "llama3" and not (
-            0 < self.rope_low_freq_factor < self.rope_high_freq_factor
+            self.rope_low_freq_factor < self.rope_high_freq_factor
         ):
             raise UserError(
-                f"LlamaConfig.rope_low_freq_factor={self.rope_low_freq_factor} must be above 0 and "
-                f"below rope_high_freq_factor={self.rope_high_freq_factor}."
+                f"LlamaConfig.rope_low_freq_factor={self.rope_low_freq_factor} must be below "
+                f"rope_high_freq_factor={self.rope_high_freq_factor}."
             )
-        if self.rope_scaling == "yarn" and not 0 < self.rope_beta_slow < self.rope_beta_fast:
+        if self.rope_scaling == "yarn" and not self.rope_beta_slow < self.rope_beta_fast:
             raise UserError(
-                f"LlamaConfig.rope_beta_slow={self.rope_beta_slow} must be above 0 and below "
+                f"LlamaConfig.rope_beta_slow={self.rope_beta_slow} must be below "
                 f"rope_beta_fast={self.rope_beta_fast}."
             )
 

@@ -19,6 +19,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.attention import input_mask
 from robust_ft.models.config import ModelConfig
 from robust_ft.models.peft.base import Peft, decoder_slots
+from robust_ft.ranges import Whole, check_ranges
 from robust_ft.types import AnyArray, Batch, Params
 
 
@@ -80,15 +81,16 @@ class Model:
 
     config: ModelConfig
     peft: tuple[Peft, ...] = ()
-    pad_id: int = 0
-    eos_id: int = 1
-    start_id: int = 0
-    separator_id: int | None = None
-    stop_ids: tuple[int, ...] = ()
+    pad_id: Whole = 0
+    eos_id: Whole = 1
+    start_id: Whole = 0
+    separator_id: Whole | None = None
+    stop_ids: tuple[Whole, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peft", tuple(self.peft))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        check_ranges(self)
         if self.separator_id is not None and not self.config.decoder_only:
             raise UserError(
                 f"Model.separator_id={self.separator_id} is for decoder-only models; the decoder "

@@ -5,6 +5,7 @@ Parameter names and shapes are t5x's. `T5Config` is flat; the module reads top t
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from robust_ft.models.encoder_decoder import Cache
 from robust_ft.models.options import rematerialized
 from robust_ft.models.peft.base import KeyValues, Peft, decoder_slots
 from robust_ft.partitioning import constrain
+from robust_ft.ranges import Count, Range
 from robust_ft.types import AnyArray, Batch
 
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
@@ -43,29 +45,25 @@ class T5Config(ModelConfig):
         relative_max_distance: All larger distances share the last bucket.
     """
 
-    vocab_size: int = 32128
-    emb_dim: int = 512
-    num_heads: int = 6
-    head_dim: int = 64
-    mlp_dim: int = 1024
-    num_encoder_layers: int = 8
-    num_decoder_layers: int = 8
+    vocab_size: Count = 32128
+    emb_dim: Count = 512
+    num_heads: Count = 6
+    head_dim: Count = 64
+    mlp_dim: Count = 1024
+    num_encoder_layers: Count = 8
+    num_decoder_layers: Count = 8
     mlp_activations: Sequence[str] = ("gelu", "linear")
     logits_via_embedding: bool = False
     scaled_head: bool = False
-    relative_num_buckets: int = 32
-    relative_max_distance: int = 128
+    # Encoders give each direction half of the buckets and one distance each to half of those.
+    relative_num_buckets: Annotated[int, Range(least=4)] = 32
+    relative_max_distance: Count = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # gin gives lists; a frozen config has to be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         self.check_choice("mlp_activations", ACTIVATIONS)
-        # Encoders give each direction half of the buckets and one distance each to half of those.
-        if self.relative_num_buckets < 4:
-            raise UserError(
-                f"T5Config.relative_num_buckets={self.relative_num_buckets} must be at least 4."
-            )
         if self.relative_max_distance <= self.relative_num_buckets // 2:
             raise UserError(
                 f"T5Config.relative_max_distance={self.relative_max_distance} must be above half "

@@ -10,6 +10,7 @@ from robust_ft.models.model import Model
 from robust_ft.objectives.base import LossSums, Teacher, weighted_sums
 from robust_ft.objectives.chunked_loss import logit_statistics
 from robust_ft.objectives.cross_entropy import CrossEntropy, token_accuracy
+from robust_ft.ranges import Positive, Share, check_ranges
 from robust_ft.types import Batch, Params
 
 
@@ -28,8 +29,8 @@ class Cocktail:
         cross_entropy: Its label smoothing goes into the cross-entropy, its z-loss is added.
     """
 
-    teacher_weight: float = 0.5
-    temperature: float = 1.0
+    teacher_weight: Share = 0.5
+    temperature: Positive = 1.0
     cross_entropy: CrossEntropy = CrossEntropy()
 
     takes_teacher: ClassVar[bool] = True
@@ -39,13 +40,7 @@ class Cocktail:
         return self.teacher_weight > 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.teacher_weight <= 1:
-            raise UserError(
-                f"Cocktail.teacher_weight={self.teacher_weight} must be from 0 (only "
-                "cross-entropy) to 1 (only the teacher)."
-            )
-        if not self.temperature > 0:
-            raise UserError(f"Cocktail.temperature={self.temperature} must be above 0.")
+        check_ranges(self)
 
     def __call__(
         self,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.objectives.base import LossSums, Teacher, weighted_sums
 from robust_ft.objectives.chunked_loss import LogitStatistics, logit_statistics
+from robust_ft.ranges import NonNegative, Rate, check_ranges
 from robust_ft.types import Batch, Params
 
 
@@ -26,19 +26,14 @@ class CrossEntropy:
         z_loss: Weight of log(Z)^2 at each position, which keeps the logits' scale near 0.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: Rate = 0.0
+    z_loss: NonNegative = 0.0
 
     takes_teacher: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"CrossEntropy.label_smoothing={self.label_smoothing} must be from 0 to below 1."
-            )
-        if self.z_loss < 0:
-            raise UserError(f"CrossEntropy.z_loss={self.z_loss} must not be negative.")
+        check_ranges(self)
 
     def __call__(
         self,

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from robust_ft import optim
-from robust_ft.errors import UserError
 from robust_ft.models.model import Model
 from robust_ft.objectives.gradients import LossFn
+from robust_ft.ranges import Count, Whole, check_ranges
 from robust_ft.trainable import flatten, merge, split, trainable_paths
 from robust_ft.types import Batch, Params, Sums
 
@@ -44,19 +44,15 @@ class MetaLearning:
             to step, as in the authors' code. Otherwise each task starts with a fresh one.
     """
 
-    tasks: int = 128
-    inner_steps: int = 7
+    tasks: Count = 128
+    inner_steps: Whole = 7
     inner_optimizer: optim.Optimizer = optim.Adafactor(optim.Schedule(1e-3))
     tunes: Sequence[str] = ("peft",)
     carries_state: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tunes", tuple(self.tunes))
-        name = type(self).__name__
-        if self.tasks < 1:
-            raise UserError(f"{name}.tasks={self.tasks} must be at least 1.")
-        if self.inner_steps < 0:
-            raise UserError(f"{name}.inner_steps={self.inner_steps} must not be negative.")
+        check_ranges(self)
 
     @property
     def batches(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import SupportsInt
 
+from robust_ft.ranges import Whole, check_ranges
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, until_eos
 
 
@@ -18,7 +19,10 @@ class ByteVocabulary(Vocabulary):
         extra_ids: Number of ids after the bytes.
     """
 
-    extra_ids: int = 100
+    extra_ids: Whole = 100
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @property
     def pad_id(self) -> int:

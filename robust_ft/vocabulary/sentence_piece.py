@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsInt
 
 from robust_ft.errors import UserError
+from robust_ft.ranges import Whole, check_ranges
 from robust_ft.vocabulary.base import Vocabulary, fingerprint, read, until_eos
 
 
@@ -28,8 +29,11 @@ class SentencePieceVocabulary(Vocabulary):
     """
 
     path: str
-    extra_ids: int = 0
+    extra_ids: Whole = 0
     decoder_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @property
     def pad_id(self) -> int:

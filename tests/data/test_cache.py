@@ -170,7 +170,7 @@ def test_training_splits_keep_no_texts_but_can_be_evaluated(toy):
         ({"task": "toy_empty"}, "'toy_empty' has no examples in its split 'train'"),
         ({"task": "toy_other_vocabulary"}, "'inputs' is tokenized by the task with another vocab"),
         ({"task": "toy_no_targets"}, "'toy_no_targets' makes no feature 'targets'"),
-        ({"inputs_length": 1}, "inputs_length of task 'toy_a' is 1"),
+        ({"inputs_length": 1}, "inputs_length=1 of task 'toy_a' must be at least 2"),
     ],
 )
 def test_mistakes_are_one_sentence(toy, settings, sentence):

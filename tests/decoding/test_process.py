@@ -165,11 +165,11 @@ def test_chained():
     ("settings", "message"),
     [
         ({"banned_tokens": [2, 4]}, "banned_tokens has 4, which is no token of 4"),
-        ({"banned_tokens": [-1]}, "banned_tokens has -1"),
+        ({"banned_tokens": [-1]}, "banned_tokens=-1 must be at least 0"),
         ({"forced_first_token": 4}, "a forced token has 4"),
         ({"forced_last_token": 9}, "a forced token has 9"),
         ({"forced_last_token": 2, "banned_tokens": [2]}, "forced_last_token=2 is one of the"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_be(table_model, settings, message):

@@ -17,11 +17,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from robust_ft.data import fingerprints, quiet
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.files import read_json
+from robust_ft.ranges import Range, check_ranges
 from robust_ft.vocabulary import Vocabulary
 
 # Incremented when records, info.json or the tokenization change: then no old cache is read.
@@ -51,20 +53,16 @@ class TaskData:
     task: str
     module: str | None = None
     split: str = "train"
-    inputs_length: int
-    targets_length: int
+    # At least one token and the end of the sequence.
+    inputs_length: Annotated[int, Range(least=2)]
+    targets_length: Annotated[int, Range(least=2)]
     vocabulary: Vocabulary
     cache_dir: str | None = None
     file_tasks: tuple[FileTask, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file_tasks", tuple(self.file_tasks))
-        for name in ("inputs_length", "targets_length"):
-            if getattr(self, name) < 2:
-                raise UserError(
-                    f"{name} of task '{self.task}' is {getattr(self, name)}, but must be at least 2"
-                    " (one token and the end of the sequence)."
-                )
+        check_ranges(self, f" of task '{self.task}'")
 
     @property
     def lengths(self) -> dict[str, int]:

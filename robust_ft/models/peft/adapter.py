@@ -20,6 +20,7 @@ from robust_ft.models.axes import with_axes
 from robust_ft.models.options import ACTIVATIONS
 from robust_ft.models.peft.base import Peft
 from robust_ft.models.product import product
+from robust_ft.ranges import Count
 from robust_ft.types import Params
 
 # The sublayers that there are: an encoder's attention, a decoder's two, and the feed-forward one.
@@ -45,7 +46,7 @@ class Adapter(Peft):
     """
 
     name: str = "adapter"
-    size: int = 200
+    size: Count = 200
     sites: Sequence[str] = HOULSBY
     activation: str = "gelu"
 
@@ -53,8 +54,6 @@ class Adapter(Peft):
         super().__post_init__()
         # gin gives lists; a frozen method has to be hashable.
         object.__setattr__(self, "sites", tuple(self.sites))
-        if self.size < 1:
-            raise UserError(f"Adapter.size={self.size} must be at least 1.")
         for site in self.sites:
             if site not in SITES:
                 raise UserError(
@@ -94,7 +93,7 @@ class Adapter(Peft):
 class _Bottleneck(nn.Module):
     """W_up f(W_down x + b_down) + b_up."""
 
-    size: int
+    size: Count
     activation: str
 
     @nn.compact

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from robust_ft.errors import UserError
+from robust_ft.ranges import check_ranges
 from robust_ft.types import Batch, Params
 
 KeyValues = Mapping[str, jax.Array]  # "key" and "value", each [batch, length, heads, head_dim]
@@ -31,6 +32,7 @@ class Peft:
     name: str
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.name.isidentifier():
             raise UserError(
                 f"{type(self).__name__}.name='{self.name}' must be one word of letters, digits "

@@ -14,11 +14,11 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from robust_ft.errors import UserError
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import Peft
 from robust_ft.models.peft.targets import check_match, check_pattern
 from robust_ft.models.product import product
+from robust_ft.ranges import Count, Positive, Rate
 from robust_ft.types import Params
 
 
@@ -37,17 +37,13 @@ class Lora(Peft):
     """
 
     name: str = "lora"
-    rank: int = 8
-    alpha: float = 8.0
-    dropout_rate: float = 0.0
+    rank: Count = 8
+    alpha: Positive = 8.0
+    dropout_rate: Rate = 0.0
     target: str = r".*attention/(query|value|qkv)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise UserError(f"Lora.rank={self.rank} must be at least 1.")
-        if not 0 <= self.dropout_rate < 1:
-            raise UserError(f"Lora.dropout_rate={self.dropout_rate} must be from 0 to below 1.")
         check_pattern("Lora.target", self.target)
 
     @property
@@ -97,10 +93,10 @@ class Lora(Peft):
 class _Product(nn.Module):
     """x A B, where A is drawn as PEFT draws it, uniformly within inputs^-0.5, and B is zero."""
 
-    rank: int
+    rank: Count
     features: int
     axes: tuple[str | None, str | None]
-    dropout_rate: float
+    dropout_rate: Rate
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest features"]:

@@ -19,6 +19,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft.base import KeyValues, Peft
 from robust_ft.partitioning import constrain
+from robust_ft.ranges import Count
 from robust_ft.types import AnyArray, Params
 from robust_ft.vocabulary import Vocabulary
 
@@ -62,26 +63,22 @@ class Prefix(Peft):
     """
 
     name: str = "prefix"
-    length: int = 20
+    length: Count = 20
     encoder: bool = True
     decoder: bool = True
     cross: bool = True
     counted: bool = False
-    mid_dim: int | None = None
+    mid_dim: Count | None = None
     initialization: str = "random"
     text: str = ""
     vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.length < 1:
-            raise UserError(f"Prefix.length={self.length} must be at least 1.")
         if not any(getattr(self, switch) for switch in SITES):
             raise UserError(f"Prefix needs one of {', '.join(SITES)} to be True.")
         if self.counted and not self.decoder:
             raise UserError("Prefix.counted needs Prefix.decoder: only its slots have positions.")
-        if self.mid_dim is not None and self.mid_dim < 1:
-            raise UserError(f"Prefix.mid_dim={self.mid_dim} must be at least 1, or None.")
         if self.initialization not in INITIALIZATIONS:
             raise UserError(
                 f"Prefix.initialization='{self.initialization}' is not one of {INITIALIZATIONS}."

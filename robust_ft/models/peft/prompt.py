@@ -16,6 +16,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.models.axes import with_axes
 from robust_ft.models.peft import prompt_values
 from robust_ft.models.peft.base import Peft
+from robust_ft.ranges import Count, Real, Whole
 from robust_ft.types import AnyArray, Batch, Params
 from robust_ft.vocabulary import Vocabulary
 
@@ -57,12 +58,12 @@ class Prompt(Peft):
     """
 
     name: str = "prompt"
-    length: int = 100
+    length: Count = 100
     initialization: str = "sampled_vocabulary"
-    vocabulary_top: int = 5000
-    first_token: int = 3
-    low: float = -0.5
-    high: float = 0.5
+    vocabulary_top: Count = 5000
+    first_token: Whole = 3
+    low: Real = -0.5
+    high: Real = 0.5
     vocabulary: Vocabulary | None = None
     labels: Sequence[str] = ()
     text: str = ""
@@ -84,11 +85,9 @@ class Prompt(Peft):
                     f"Prompt.{field}='{value}' is not one of {tuple(known)}."
                     + nearest(value, known)
                 )
-        if self.length < 1:
-            raise UserError(f"Prompt.length={self.length} must be at least 1.")
-        if not 0 <= self.first_token < self.vocabulary_top:
+        if self.first_token >= self.vocabulary_top:
             raise UserError(
-                f"Prompt.first_token={self.first_token} must be from 0 to below "
+                f"Prompt.first_token={self.first_token} must be below "
                 f"Prompt.vocabulary_top={self.vocabulary_top}."
             )
         if not self.low < self.high:
