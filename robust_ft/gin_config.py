@@ -280,10 +280,15 @@ def _with_settings(
     added: list[str] = []
     for field in re.findall(r"\b[A-Za-z]\w*\.[a-z]\w*", message):
         by_scope = settings.get(field, {})
+        # A field of a run's record, "stages.lora.steps (Stage.steps)": any scope may be meant.
+        in_record = re.search(rf"\bstages\.(\S+) \({re.escape(field)}\)", message)
+        path = f".{in_record[1]}." if in_record else ""
         named = [
-            name for scope, name in by_scope.items() if scope in scopes or f"'{scope}'" in message
+            name
+            for scope, name in by_scope.items()
+            if scope in scopes or f"'{scope}'" in message or (scope and f".{scope}." in path)
         ]
-        if not named and "" in by_scope:
+        if not named and not in_record and "" in by_scope:
             named = [by_scope[""]]
         added += [name for name in named or by_scope.values() if name not in message]
     if not added:

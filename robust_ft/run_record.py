@@ -4,29 +4,24 @@ A used MODEL_DIR goes on with what it was made with, and with nothing else: what
 could change results is refused, field by field.
 """
 
-import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from robust_ft import multihost
-from robust_ft.checkpoints_io import sources
+from robust_ft import multihost, recorded_content
 from robust_ft.checkpoints_io.stage_record import RUN
-from robust_ft.data import cache, fingerprints
 from robust_ft.errors import UserError
 from robust_ft.files import read_json_object
-from robust_ft.models.peft import prompt_values
 from robust_ft.recipe import Recipe
+from robust_ft.recorded_content import DATA
 from robust_ft.recorded_settings import Flattened, Setting, digest
-from robust_ft.stage import PRETRAINED, SCRATCH, STAGE
 from robust_ft.stage_start import teacher_model
 
-_DATA = "data."
 _SHOWN = 60  # characters of a value in a sentence
-_HASHED_AT_ONCE = 4  # tensors of a checkpoint
 _ABSENT = object()
 
 
@@ -93,27 +88,33 @@ class RunRecord:
         """
         flattened = Flattened.of(recipe)
         settings = flattened.settings
-        origins: dict[str, dict[str, str]] = {}
+        origins: dict[str, Mapping[str, str]] = {}
         times: dict[str, str] = {}
         contents: dict[str, str] = {}
         for field, place in flattened.places.items():
-            if not _is_place(place):
+            if not recorded_content.is_place(place):
                 settings[field] = place or None
                 continue
             name = str(place)
             if name not in contents:
-                times[name] = _times(field, place)
-                contents[name] = _known(known, field, name, times[name]) or _content(field, place)
+                times[name] = recorded_content.times(place)
+                unchanged = _known(known, field, name, times[name])
+                contents[name] = unchanged or recorded_content.of_place(field, place)
             settings[field], origins[field] = contents[name], {name: contents[name]}
         for stage in recipe.stages:
             if f"stages.{stage.name}.teacher" in origins:
                 teacher = Flattened.of(teacher_model(recipe, stage), _of_teacher(stage.name))
                 settings |= teacher.settings
         for data, is_evaluated in flattened.data.items() if with_data else ():
-            for field, value, files in _of_data(data, is_evaluated):
-                settings[field] = value
-                if files:
-                    origins[field] = files
+            for found in recorded_content.of_data(data, is_evaluated):
+                # Stages may have tasks of one name in different files.
+                fields = (
+                    f"{found.field}#{n}" if n > 1 else found.field for n in itertools.count(1)
+                )
+                field = next(f for f in fields if settings.get(f, found.value) == found.value)
+                settings[field] = found.value
+                if found.files:
+                    origins[field] = found.files
         return cls(settings, origins, (), times, frozenset(flattened.defaults))
 
     @classmethod
@@ -171,7 +172,7 @@ class RunRecord:
                 return False  # objects of different classes
         if one is not _ABSENT and other is not _ABSENT:
             return True
-        if field.startswith(_DATA):
+        if field.startswith(DATA):
             return False  # a setting names the data
         if not all(self.settings.get(name) == now.settings.get(name) for name in around):
             return False  # an element that only one has
@@ -205,7 +206,7 @@ def sentence(difference: Difference, recorded: RunRecord, now: RunRecord) -> str
     field = difference.field
     owner = now.owner(field) or recorded.owner(field)
     name = f"{field} ({owner})" if owner and owner != field else field
-    if field.startswith(_DATA) and field.endswith(".examples"):
+    if field.startswith(DATA) and ".examples" in field:
         return _of_files(difference, recorded, now)
     if field in {**recorded.origins, **now.origins}:
         places = [
@@ -220,7 +221,7 @@ def sentence(difference: Difference, recorded: RunRecord, now: RunRecord) -> str
 
 def _of_files(difference: Difference, recorded: RunRecord, now: RunRecord) -> str:
     field = difference.field
-    task, split = field.removeprefix(_DATA).removesuffix(".examples").rsplit(".", 1)
+    task, split, _ = field.removeprefix(DATA).rsplit(".", 2)
     what = f"{field}: task '{task}', split '{split}', has other examples"
     before, after = (
         {Path(path).name: content for path, content in record.origins.get(field, {}).items()}
@@ -247,58 +248,8 @@ def _of_teacher(stage: str) -> str:
     return f"stages.{stage}.teacher.model"
 
 
-def _is_place(place: Any) -> bool:
-    """Returns whether a field names files, and not a word or a stage, or nothing."""
-    named = place not in (SCRATCH, PRETRAINED) and not str(place).startswith(STAGE)
-    return bool(place) and named
-
-
-def _times(field: str, place: Any) -> str:
-    """Returns a hash of what changes with files, "" if it might not or there are no local files."""
-    if field.endswith(".file"):
-        return ""
-    stats = []
-    for path in sources.split(place):
-        top = Path(sources.existing(path)).expanduser()
-        files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
-        stats += [(str(file.relative_to(top)), fingerprints.times(file)) for file in files]
-    return digest(stats) if stats and all(times for _, times in stats) else ""
-
-
 def _known(known: RunRecord | None, field: str, name: str, times: str) -> str:
     """Returns what is recorded of a checkpoint whose files have not changed since, else ""."""
     if known is None or not times or times != known.times.get(name):
         return ""
     return known.origins.get(field, {}).get(name, "")
-
-
-def _content(field: str, place: Any) -> str:
-    """Returns a hash of the parameters at a place."""
-    if field.endswith(".file"):
-        names: Sequence[str] = [place] if isinstance(place, str) else place
-        return digest([prompt_values.read(name).tobytes().hex() for name in names])
-    return _of_checkpoint(place)
-
-
-def _of_checkpoint(place: str) -> str:
-    tensors = sources.weights(place)
-    with concurrent.futures.ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        hashes = pool.map(lambda path: tensors[path].digest(), sorted(tensors))
-        return digest(list(zip(sorted(tensors), hashes, strict=True)))
-
-
-def _of_data(
-    data: cache.TaskData, is_evaluated: bool
-) -> Iterator[tuple[str, Setting, dict[str, str]]]:
-    """Yields (field, value, {file: hash}) of what a cache holds."""
-    tasks = cache.ensure(data)
-    for cached in tasks:
-        info = cached.info
-        field = f"{_DATA}{cached.task}.{data.split}"
-        files = {raw.path: raw.sha256[:16] for raw in info.raw_files}
-        yield f"{field}.examples", info.content[:16], files
-        if is_evaluated:
-            yield f"{field}.metrics", list(info.metrics), {}
-            yield f"{field}.postprocess", info.postprocess, {}
-        if len(tasks) > 1:
-            yield f"{_DATA}{data.task}.{data.split}.rates.{cached.task}", cached.rate, {}

@@ -30,6 +30,7 @@ LAYERS = [
     {"trainer", "ensembles"},
     {"recipe"},
     {"stage_start", "recorded_settings"},
+    {"recorded_content"},
     {"run_record"},
     {"checks"},
     {"claiming"},

@@ -12,7 +12,7 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
-from robust_ft import run_record
+from robust_ft import recorded_content, run_record
 from robust_ft.data import fingerprints
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
@@ -141,6 +141,29 @@ def test_a_data_file_is_its_content(tmp_path):
     assert [each.field for each in task] == ["stages.model.data.file_tasks.mine.postprocess"]
 
 
+def test_tasks_of_one_name_in_different_files(tmp_path):
+    for name, answer in (("a", "b"), ("c", "d")):
+        (tmp_path / f"{name}.csv").write_text(f"q,a\nx,{answer}\n")
+
+    def both():
+        stages = [file_recipe(tmp_path / f"{name}.csv").stages[0] for name in "ac"]
+        return Recipe(
+            "toy",
+            "run",
+            tuple(dataclasses.replace(s, name=n) for s, n in zip(stages, "ac", strict=True)),
+        )
+
+    before = RunRecord.of(both())
+    for name, field in (("a", "data.mine.train.examples"), ("c", "data.mine.train.examples#2")):
+        text = (tmp_path / f"{name}.csv").read_text()
+        (tmp_path / f"{name}.csv").write_text(f"q,a\nx,{name}\n")
+        after = RunRecord.of(both())
+        (difference,) = before.differences(after)
+        assert difference.field == field
+        assert f"file '{name}.csv' has another content" in sentence(difference, before, after)
+        (tmp_path / f"{name}.csv").write_text(text)
+
+
 def test_a_share_of_a_file_is_a_setting(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text("q,a\n" + "".join(f"{i},b\n" for i in range(20)))
@@ -176,7 +199,7 @@ def test_a_base_that_has_not_changed_is_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "_RECENT_NS", 0)
     known = RunRecord.of(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(run_record, "_of_checkpoint", None)
+        patch.setattr(recorded_content, "of_place", None)
         assert known.differences(RunRecord.of(recipe, known)) == []
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     arrays["encoder/encoder_norm/scale"][3] = 1
