@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from robust_ft import compiling, console, model_info, multihost
+from robust_ft import compiling, console, model_info, multihost, overlap_file
 from robust_ft.checkpoints_io import sources
 from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checks import untuned
@@ -91,6 +91,7 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
             if multihost.is_first():
                 _write_model_info(stage, params, directory / stage.name)
                 _record(recipe, stage).write(directory / stage.name)
+            overlap_file.write(stage, directory / stage.name)
             context = RunContext(
                 directory,
                 recipe.partitioner,

@@ -29,7 +29,7 @@ LAYERS = [
     },
     {"trainer", "ensembles"},
     {"recipe"},
-    {"stage_start", "recorded_settings"},
+    {"stage_start", "recorded_settings", "overlap_file"},
     {"recorded_content"},
     {"run_record"},
     {"checks"},

@@ -71,7 +71,7 @@ def test_unknown_settings_are_grouped_by_name_and_said_to_be():
     old = [Run(f"/old/{seed}", "full", seed, "toy", ("model",), ()) for seed in (0, 1)]
     found = groups.by_settings(old)
     assert names(found) == ["full", "full"] and found.unknown == ("full",)
-    assert table.unknown_settings(found).startswith("The settings of full are unknown")
+    assert table.notes(found)[0].startswith("The settings of full are unknown")
     found = groups.by_settings([run(2), *old])
     assert names(found) == ["full", *["full (settings unknown)"] * 2]
 
@@ -112,3 +112,24 @@ def test_the_report_has_a_column_for_each_and_the_difference(tmp_path):
     text = report.markdown.read_text()
     assert f"## {table.DIFFERENT}" in text and f"| {RATE} | 1 | 2 |" in text
     assert table.DIFFERENT in report.html.read_text() and "unknown" not in text
+
+
+def test_the_report_says_which_examples_are_in_training_and_test(tmp_path):
+    folder = recorded(tmp_path / "run", "full_rte", 0, 1)
+    overlaps = [
+        {"task": "mini_rte", "split": "test", "num_examples": 512, "same_input": 3,
+         "same_example": 2},
+        {"task": "mini_cb", "split": "test", "num_examples": 9, "same_input": 0, "same_example": 0},
+    ]  # fmt: skip
+    counted = {"overlaps": overlaps, "num_train": 4096, "num_compared": 4096}
+    (folder / "full" / "overlap.json").write_text(json.dumps(counted))
+    before = console.get()
+    console.configure(enabled=False)
+    report = write_report([folder], tmp_path / "report")
+    console._shared = before
+    sentence = (
+        "full_rte: 3 of 512 examples of mini_rte, split test, have an input of the 4,096 training "
+        "examples, 2 of them with the same target."
+    )
+    for file in (report.markdown, report.html):
+        assert sentence in file.read_text() and "mini_cb, split" not in file.read_text()

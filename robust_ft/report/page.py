@@ -52,10 +52,10 @@ def render(
         _section("Before and after", _before_after(runs, panels)),
         _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
-        _section("All results", _table(all_results)),
+        _section("All results", _table(all_results) + _notes(groups)),
         _section(table.DIFFERENT, _settings(groups)),
         _samples(runs),
-        _section("Configuration", _configs(runs, groups)),
+        _section("Configuration", _configs(runs)),
     ]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -232,6 +232,10 @@ def _table(all_results: results.Table) -> str:
     )
 
 
+def _notes(groups: Groups) -> str:
+    return "".join(f"<p class='note'>{_text(note)}</p>" for note in table.notes(groups))
+
+
 def _settings(groups: Groups) -> str:
     return _plain_table(table.settings_rows(groups)) if groups.differences else ""
 
@@ -288,9 +292,8 @@ def _output(model: str, output: str | None, sample: side_by_side.Sample) -> str:
     )
 
 
-def _configs(runs: Sequence[Run], groups: Groups) -> str:
-    unknown = table.unknown_settings(groups)
-    parts = [f"<p class='note'>{_text(unknown)}</p>"] if unknown else []
+def _configs(runs: Sequence[Run]) -> str:
+    parts = []
     shown = set()  # the methods of one run have one config
     for name, group in results.methods(runs).items():
         if group[0].directory in shown:

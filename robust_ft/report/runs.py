@@ -51,6 +51,7 @@ class Run:
         selections: The finished selections of lambda, by name.
         weight: The selected lambda, if the run is one selection (`report.members`).
         grid: The final rows for each lambda, if the run is one selection.
+        overlaps: What evaluated tasks have in common with the training data, a sentence each.
         record: What the run was made with; None if its version did not record it.
     """
 
@@ -67,6 +68,7 @@ class Run:
     selections: Mapping[str, SelectedWeight] = dataclasses.field(default_factory=dict)
     weight: float | None = None
     grid: Mapping[float, Sequence[Row]] = dataclasses.field(default_factory=dict)
+    overlaps: tuple[str, ...] = ()
     record: "RunRecord | None" = None
 
 
@@ -126,8 +128,18 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         selections={
             name: selection for name, selection in weights.items() if selection is not None
         },
+        overlaps=tuple(dict.fromkeys(s for stage in stages for s in _overlaps(folder / stage))),
         record=_record(folder, about),
     )
+
+
+def _overlaps(folder: pathlib.Path) -> list[str]:
+    fields = read_json(folder / "overlap.json", default=None)
+    if not fields or not any(each["same_input"] for each in fields["overlaps"]):
+        return []
+    from robust_ft.data import overlap  # numpy
+
+    return [f"{sentence}." for sentence in overlap.sentences(overlap.Counted.from_json(fields))]
 
 
 def _record(folder: pathlib.Path, about: Mapping[str, Any]) -> "RunRecord | None":

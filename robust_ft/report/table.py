@@ -69,23 +69,24 @@ def settings_rows(groups: Groups) -> list[list[str]]:
     return [["", *names], *rows]
 
 
-def unknown_settings(groups: Groups) -> str:
-    """Returns a sentence on runs without a record, "" if there are none."""
-    if not groups.unknown:
-        return ""
-    return (
-        f"The settings of {', '.join(groups.unknown)} are unknown (no version before 0.2 recorded "
-        "them): these runs are grouped by their name."
-    )
+def notes(groups: Groups) -> list[str]:
+    """Returns what is to be said of runs: examples in training and test, settings unknown."""
+    found = [f"{run.name}: {sentence}" for run in groups.runs for sentence in run.overlaps]
+    sentences = list(dict.fromkeys(found))
+    if groups.unknown:
+        sentences.append(
+            f"The settings of {', '.join(groups.unknown)} are unknown (no version before 0.2 "
+            "recorded them): these runs are grouped by their name."
+        )
+    return sentences
 
 
 def settings_markdown(groups: Groups) -> str:
-    """Returns the settings that differ as Markdown, "" if there is nothing to say."""
-    text = ""
+    """Returns the notes and the settings that differ as Markdown, "" if there are none."""
+    parts = [f"{note}\n" for note in notes(groups)]
     if groups.differences:
-        text = f"## {DIFFERENT}\n\n{_markdown(settings_rows(groups))}\n"
-    unknown = unknown_settings(groups)
-    return "\n".join(filter(None, (text, f"{unknown}\n" if unknown else "")))
+        parts.append(f"## {DIFFERENT}\n\n{_markdown(settings_rows(groups))}\n")
+    return "\n".join(parts)
 
 
 def tradeoff_rows(tradeoff: Tradeoff) -> list[list[str]]:
@@ -147,8 +148,8 @@ def show(table: results.Table, groups: Groups) -> None:
     if groups.differences:
         heads, *rows = settings_rows(groups)
         console.print_table(DIFFERENT, heads, rows)
-    if unknown := unknown_settings(groups):
-        console.print_line(unknown, style="dim")
+    for note in notes(groups):
+        console.print_line(note, style="yellow")
 
 
 def _rows(table: results.Table) -> list[list[str]]:
