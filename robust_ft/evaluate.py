@@ -8,9 +8,9 @@ without it (ProMoT, section 4, "Evaluation").
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from robust_ft import metrics, task_names
 from robust_ft.data import cache, loader
@@ -23,6 +23,7 @@ from robust_ft.metrics.postprocess import promot
 from robust_ft.models.model import LanguageModel
 from robust_ft.predictor import BasePredictor
 from robust_ft.ranges import Count, Range, Whole, check, check_ranges
+from robust_ft.scoring import Scoring
 
 ALL = "all"  # of Evaluation.detach
 
@@ -109,34 +110,58 @@ class Evaluation:
                 have answer choices, or the model has no such prompt.
         """
         examples, info = _examples(self.task_data, self.limit)
-        _check_metrics(info)
-        postprocess = metrics.get_postprocess(info.postprocess)
-        references = [list(example.references) for example in examples]
-
-        def score(predictions: Sequence[str]) -> dict[str, float]:
-            values: dict[str, float] = {}
-            for name in info.metrics:
-                values |= metrics.get(name)(references, list(predictions))
-            return values
-
+        scoring = Scoring(info, examples)
+        numbers = range(len(examples))
         # Of each example an output, and a vote, for each prompt.
-        outputs = self._outputs(context.predictor, examples)
-        votes = [[postprocess(output) for output in each] for each in outputs]
+        outputs: list[list[str]] = []
+        if scoring.needs_outputs or self.target_format is not None:
+            outputs = self._outputs(context.predictor, examples)
+        votes = [[scoring.prediction(i, text) for text in outputs[i]] for i in range(len(outputs))]
         # Of equally frequent votes `max` takes the first.
         predictions = [max(each, key=each.count) for each in votes]
-        values = score(predictions)
+        scores = self._scores(context.predictor, examples) if scoring.needs_scores else None
+        values = scoring.values(predictions, scores)
         if self.prompts:
-            values |= _of_prompts([score(each) for each in zip(*votes, strict=True)])
+            each_prompt = zip(*votes, strict=True)
+            values |= _of_prompts([scoring.values(each, scores) for each in each_prompt])
         if self.target_format is not None:
             winners = [
                 promot(output[vote.index(prediction)])
                 for output, vote, prediction in zip(outputs, votes, predictions, strict=True)
             ]
             values["format_share"] = format_share(winners, self.target_format)
-        records = [_record(e, p) for e, p in zip(examples, predictions, strict=True)]
+        columns = {"prediction": predictions} if outputs else {}
+        if scores is not None:
+            columns["score"] = scores.tolist()
+        records = [
+            scoring.record(i, **{name: column[i] for name, column in columns.items()})
+            for i in numbers
+        ]
         return Result(
             self.data.task, self.split, self.role, values, len(records), records, self.shots
         )
+
+    def _scores(
+        self, predictor: BasePredictor, examples: Sequence[loader.EvalExample]
+    ) -> Float[np.ndarray, " examples"]:
+        """Returns the log-likelihood of each example's target, by the tokens in the cache."""
+        if self.prompts:
+            raise UserError(
+                f"Task '{self.task}' has a metric of scores, on which the prompts "
+                f"{', '.join(self.prompts)} cannot vote; leave out Evaluation.prompts."
+            )
+        try:
+            ranked = predictor.rank_tokens(
+                [example.inputs.tolist() for example in examples],
+                [[example.targets.tolist()] for example in examples],
+                False,
+                self.data.inputs_length,
+                self.batch_size,
+                self.task if predictor.model.tasks else None,
+            )
+        except NotANumber as error:
+            raise self._broken(error.row, examples[error.row], ()) from None
+        return ranked.scores[:, 0]
 
     def _outputs(
         self, predictor: BasePredictor, examples: Sequence[loader.EvalExample]
@@ -167,14 +192,14 @@ class Evaluation:
         prompts: Sequence[str],
     ) -> list[list[str]]:
         """Returns each example's likeliest answer choice under each prompt."""
+        choices = [self._choices(predictor, i, example) for i, example in enumerate(examples)]
         copies = [example for example in examples for _ in prompts or [""]]
         try:
-            ranked = predictor.rank(
-                [example.inputs_text for example in copies],
-                [example.answer_choices for example in copies],
+            ranked = predictor.rank_tokens(
+                [example.inputs.tolist() for example in copies],
+                [ids for ids in choices for _ in prompts or [""]],
                 self.per_token,
                 self.data.inputs_length,
-                self.data.targets_length,
                 self.batch_size,
                 list(prompts) * len(examples) or None,
             )
@@ -183,6 +208,17 @@ class Evaluation:
         answers = [copies[i].answer_choices[best] for i, best in enumerate(ranked.best)]
         per_example = len(copies) // len(examples)
         return [answers[i : i + per_example] for i in range(0, len(answers), per_example)]
+
+    def _choices(
+        self, predictor: BasePredictor, index: int, example: loader.EvalExample
+    ) -> list[list[int]]:
+        """Returns the tokens of an example's choices, which end as its target does in the cache."""
+        length, vocabulary = self.data.targets_length, self.data.vocabulary
+        choices = predictor.encoded_choices(index, example.answer_choices, length)
+        targets = example.targets.tolist()
+        if targets[-1:] != [vocabulary.eos_id] and len(targets) < length:
+            return [ids[:-1] if ids[-1:] == [vocabulary.eos_id] else ids for ids in choices]
+        return choices
 
     def _decode(
         self,
@@ -282,33 +318,12 @@ def _examples(
     return loader.eval_examples(data, limit), cached.info
 
 
-def _check_metrics(info: cache.CacheInfo) -> None:
-    if not info.metrics:
-        raise UserError(f"Task '{info.task}' names no metric to evaluate it with.")
-    if info.metrics[0] in metrics.LESS_IS_BETTER:
-        raise UserError(
-            f"Task '{info.task}' names {info.metrics[0]} first, by which checkpoints are selected "
-            "and tasks averaged; less of it is better, so name another metric before it."
-        )
-
-
 def _of_prompts(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Returns the mean and the best of each metric over prompts, given each prompt's values."""
     values: dict[str, float] = {}
     for name in scores[0]:
         each = [score[name] for score in scores]
-        best = min(each) if name in metrics.LESS_IS_BETTER else max(each)
+        best = min(each) if metrics.is_less_better(name) else max(each)
         values[f"{name}_prompt_average"] = float(np.mean(each))
         values[f"{name}_prompt_best"] = best
     return values
-
-
-def _record(example: loader.EvalExample, prediction: str) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "input": example.inputs_text,
-        "target": example.targets_text,
-        "prediction": prediction,
-    }
-    if example.references != (example.targets_text,):
-        record["references"] = list(example.references)
-    return record

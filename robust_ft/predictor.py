@@ -140,7 +140,7 @@ class BasePredictor(abc.ABC):
                 decoded = self.generate(batch, decoder, batch_rng)
             except NotANumber as error:
                 row = rows[error.row]
-                raise NotANumber(row, _input(row, texts, task)) from None
+                raise NotANumber(row, _input(row, texts[row], task)) from None
             best = np.asarray(decoded.tokens)[:, 0]  # [batch, length]
             # Not strict: rows behind the last index are padding.
             for index, tokens in zip(indices, best, strict=False):
@@ -229,14 +229,31 @@ class BasePredictor(abc.ABC):
                 f"Each input needs targets of its own, not {len(inputs)} inputs and "
                 f"{len(choices)} targets."
             )
-        input_ids = [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs]
-        choice_ids = [self._encoded(i, texts, targets_length) for i, texts in enumerate(choices)]
-        tasks = self._task_indices(task, len(inputs))
+        return self.rank_tokens(
+            [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs],
+            [self.encoded_choices(i, texts, targets_length) for i, texts in enumerate(choices)],
+            per_token,
+            inputs_length,
+            batch_size,
+            task,
+        )
+
+    def rank_tokens(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        choice_ids: Sequence[Sequence[Sequence[int]]],
+        per_token: bool = False,
+        inputs_length: int | None = None,
+        batch_size: int = 32,
+        task: str | Sequence[str] | None = None,
+    ) -> Ranked:
+        """Ranks choices as `rank` does, by the tokens of inputs and choices as they are given."""
+        tasks = self._task_indices(task, len(input_ids))
         counts = [len(of_input) for of_input in choice_ids]
-        scores = np.full((len(inputs), max(counts, default=1)), -np.inf, np.float32)
-        lengths = [len(input_ids[n]) + max(map(len, choice_ids[n])) for n in range(len(inputs))]
+        scores = np.full((len(counts), max(counts, default=1)), -np.inf, np.float32)
+        lengths = [len(input_ids[n]) + max(map(len, choice_ids[n])) for n in range(len(counts))]
         # Inputs with as many choices, of similar length, share a batch.
-        remaining = sorted(range(len(inputs)), key=lambda n: (-counts[n], -lengths[n]))
+        remaining = sorted(range(len(counts)), key=lambda n: (-counts[n], -lengths[n]))
         while remaining:
             rows = self._divisible(max(batch_size // counts[remaining[0]], 1))
             indices, remaining = remaining[:rows], remaining[rows:]
@@ -261,12 +278,13 @@ class BasePredictor(abc.ABC):
                 scores[index, : counts[index]] = row[: counts[index]]
                 # False also for NaN. A choice may be impossible, but not all of them.
                 if not np.max(row[: counts[index]]) > -np.inf:
-                    raise NotANumber(index, _input(index, inputs, task))
+                    text = self.vocabulary.decode(list(input_ids[index]))
+                    raise NotANumber(index, _input(index, text, task))
                 if per_token:
                     scores[index, : counts[index]] /= [len(ids) for ids in choice_ids[index]]
         return Ranked(np.argmax(scores, axis=1), scores)
 
-    def _encoded(self, index: int, choices: Sequence[str], most: int) -> list[list[int]]:
+    def encoded_choices(self, index: int, choices: Sequence[str], most: int) -> list[list[int]]:
         """Returns the tokens of an input's choices, none of which may have more than `most`."""
         _check_texts("Each input's choices", choices)
         if not choices:
@@ -414,11 +432,11 @@ def _decoder(decoder: Decoder | None, settings: Mapping[str, Any]) -> Decoder:
     return dataclasses.replace(decoder or Decoder(max_decode_len=DECODE_LENGTH), **settings)
 
 
-def _input(index: int, texts: Sequence[str], task: str | Sequence[str] | None) -> str:
+def _input(index: int, text: str, task: str | Sequence[str] | None) -> str:
     """Returns which input of a call is meant, in words."""
     prompt = task if isinstance(task, str) or task is None else task[index]
     under = f" under the prompt of '{prompt}'" if prompt else ""
-    return f"input {index}, '{texts[index][:40]}'{under}"
+    return f"input {index}, '{text[:40]}'{under}"
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

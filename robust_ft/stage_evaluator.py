@@ -149,6 +149,6 @@ def _sample(result: Result, step: int) -> str:
     example = result.predictions[step % len(result.predictions)]
     text = example["input"]
     text = text if len(text) <= INPUT_SHOWN else "…" + text[-INPUT_SHOWN:]
-    is_right = example["prediction"] == example["target"]
-    target = "" if is_right else f"  (target: {example['target']})"
-    return f"{result.name}: {text} → {example['prediction']}{target}"
+    output = example.get("prediction", example.get("score"))
+    target = "" if output == example["target"] else f"  (target: {example['target']})"
+    return f"{result.name}: {text} → {output}{target}"

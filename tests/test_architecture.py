@@ -21,6 +21,7 @@ LAYERS = [
         "finite",
         "initial_checkpoint",
         "loading",
+        "scoring",
         "stage",
         "stage_step",
         "run_context",

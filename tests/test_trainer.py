@@ -1,6 +1,7 @@
 """The training loop: when it evaluates, what it logs, what it hands on, what it refuses."""
 
 import dataclasses
+import math
 import threading
 
 import jax
@@ -258,3 +259,16 @@ def test_batches_by_length_reach_the_stage(tmp_path, evaluate):
     )
     assert [line["step"] for line in plain] == [line["step"] for line in ours]
     assert [line["loss"] for line in plain] != [line["loss"] for line in ours]
+
+
+@pytest.mark.parametrize(
+    ("scores", "selected"),
+    [((math.nan, math.nan, -3.0, math.nan), 4), ((-5.0, 1.0, 130.0, math.nan), 4)],
+)
+def test_scores_of_any_scale_select_and_nan_never_does(tmp_path, monkeypatch, scores, selected):
+    toy.ScriptedEvaluate(monkeypatch, scores)
+    _, summary = run(tmp_path, stage())
+    outcome = Outcome.read(tmp_path / "prompt")
+    assert (outcome.step, outcome.score) == (selected, scores[2])
+    values = [row.value for row in summary.rows if row.split == "validation"]
+    assert values == pytest.approx(list(scores), nan_ok=True)

@@ -28,6 +28,7 @@ from robust_ft.data import (
     parts,
     publishing,
     records,
+    task_functions,
     task_rows,
     tokenization,
 )
@@ -247,13 +248,12 @@ def _write_examples(
     if not counts.num_examples:
         raise UserError(f"Task '{data.task}' has no examples in its split '{data.split}'.")
     raw_files = written.identity["raw_files"]
+    functions = task_functions.named(task, data.module)
     return cache.CacheInfo(
         task=data.task,
         split=data.split,
-        metrics=tuple(_name(fn) for fn in task.metric_fns),
-        postprocess=_name(task.postprocessor) if task.postprocessor else "",
+        **functions._asdict(),
         token_dtype=records.token_dtype(data.vocabulary.vocab_size),
-        has_texts=_has_texts(data),
         raw_files=tuple(fingerprints.RawFile(**raw) for raw in raw_files),
         seqio_version=written.identity["seqio_version"],
         **dataclasses.asdict(counts),
@@ -300,7 +300,7 @@ def _records(
 ) -> Iterator[bytes]:
     """Yields the records of rows, and adds them to `counts`; `seen` examples came before."""
     dtype = records.token_dtype(data.vocabulary.vocab_size)
-    has_texts = _has_texts(data)
+    is_training = data.split.startswith("train")
     for row in rows:
         counts.example(seen + counts.num_examples, row)
         if "exemplars" in row:
@@ -308,15 +308,13 @@ def _records(
         features = {name: tokenize(row) for name, tokenize in tokenizers.items()}
         for name, tokenized in features.items():
             counts.feature(name, tokenized.length, len(tokenized.ids))
-        texts = tokenization.texts(row, features, data.vocabulary) if has_texts else None
+        counts.num_references += len(row.get("references", ())) > 0
+        # Training reads ids alone, and most of a cache would be texts.
+        is_evaluated = not is_training or task_rows.WHOLE in row
+        texts = tokenization.texts(row, features, data.vocabulary, is_evaluated)
         yield records.encode(features["inputs"].ids, features["targets"].ids, dtype, texts)
         counts.num_examples += 1
         progress(seen + counts.num_examples)
-
-
-def _has_texts(data: cache.TaskData) -> bool:
-    # Training reads ids alone, and most of a cache would be texts.
-    return not data.split.startswith("train")
 
 
 def fit_exemplars(example: dict[str, Any], tokenizer: FeatureTokenizer) -> int:
@@ -325,15 +323,6 @@ def fit_exemplars(example: dict[str, Any], tokenizer: FeatureTokenizer) -> int:
     text, kept = derived.fit(exemplars, example["query"].decode("utf-8"), tokenizer.fits)
     example["inputs"] = text.encode("utf-8")
     return len(exemplars) - len(kept)
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """Returns the name of a metric or postprocessor in `info.json`, which is read without seqio."""
-    while hasattr(function, "func"):  # functools.partial
-        function = function.func
-    name = getattr(function, "__name__", type(function).__name__)
-    module = getattr(function, "__module__", "")
-    return name if module.startswith("robust_ft.metrics") else f"{module}:{name}"
 
 
 def _raw_files(task: seqio.Task, split: str) -> tuple[fingerprints.RawFile, ...]:

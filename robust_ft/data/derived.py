@@ -154,6 +154,10 @@ class _DerivedSource(seqio.DataSource):
         """Returns the files that the split depends on."""
         return _files(self._base, split)
 
+    def _whole(self) -> tuple[str, ...]:
+        """The name of the field that the base task's postprocessor may read, if it does."""
+        return (task_rows.WHOLE,) * task_rows.keeps_examples(self._base)
+
     def _texts(self, split: str) -> tuple[tf.data.Dataset, list[str]]:
         """Returns the base task's examples, and the names of their fields that are lists."""
         dataset = task_rows.dataset(self._base, split)
@@ -195,7 +199,7 @@ class _ShotsSource(_DerivedSource):
         dataset, lists = self._texts(split)
         return from_python(
             lambda: self._examples(dataset, lists),
-            texts=("inputs", "targets", "query"),
+            texts=("inputs", "targets", "query", *self._whole()),
             lists=("exemplars", *lists),
             integers=("id",),
         )
@@ -231,11 +235,15 @@ class _ShuffledSource(_DerivedSource):
         del shuffle, seed, unused
         dataset, lists = self._texts(split)
         return from_python(
-            lambda: self._examples(dataset, lists), lists=tuple(lists), integers=("id",)
+            lambda: self._examples(dataset, lists),
+            texts=("inputs", "targets", *self._whole()),
+            lists=tuple(lists),
+            integers=("id",),
         )
 
     def _examples(self, dataset: tf.data.Dataset, lists: list[str]) -> Iterator[dict[str, Any]]:
-        moved = [name for name in ("targets", "references") if name in ("targets", *lists)]
+        known = ("targets", *lists, *self._whole())
+        moved = [n for n in ("targets", "references", task_rows.WHOLE) if n in known]
         examples = _numbered(dataset, lists)
         while block := list(itertools.islice(examples, BLOCK)):
             # A permutation that is a function of the seed and the examples' ids alone.
@@ -252,6 +260,8 @@ def _numbered(dataset: tf.data.Dataset, lists: Sequence[str]) -> Iterator[dict[s
             example[feature] = row[feature].decode("utf-8")
         for name in lists:
             example[name] = [text.decode("utf-8") for text in row[name].tolist()]
+        if task_rows.WHOLE in row:
+            example[task_rows.WHOLE] = row[task_rows.WHOLE]
         yield example
 
 

@@ -234,11 +234,12 @@ class FileTask:
             )
         own = self.has_own_choices
         options = choices.of_row(self.choices, record) if own else tuple(self.choices)
+        is_list = isinstance(templates.found(self.targets, record), list)
         references = choices.right_answers(self.targets, self.answer, options, record, own)
         example = {
             "inputs": templates.fill(self.inputs, record),
             "targets": references[0],
-            "references": references,
+            "references": references if is_list else [],
         }
         if self.is_ranked:
             example["answer_choices"] = list(map(str, options))

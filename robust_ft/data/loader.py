@@ -10,7 +10,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
@@ -47,6 +47,7 @@ class EvalExample:
         id: The task's own integer id, else the position in the split.
         choices: The possible answers of a classification task that names them.
         answer_choices: The answers that a model ranks, empty for a task that is decoded.
+        fields: All other fields of the task's example, if its postprocessor may ask for them.
     """
 
     inputs: Int32[np.ndarray, " inputs"]
@@ -57,6 +58,18 @@ class EvalExample:
     id: int
     choices: tuple[str, ...] = ()
     answer_choices: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def as_seqio(self) -> dict[str, Any]:
+        """The example as seqio's Evaluator has it: ids, texts before tokenization, other fields."""
+        texts = {"inputs": self.inputs_text, "targets": self.targets_text}
+        return {
+            **{f"{name}_pretokenized": text.encode() for name, text in texts.items()},
+            **self.fields,
+            "inputs": self.inputs,
+            "targets": self.targets,
+        }
 
 
 class BatchSource:
@@ -351,7 +364,8 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 def _eval_example(data: TaskData, info: cache.CacheInfo, number: int, record: bytes) -> EvalExample:
     inputs, targets = records.decode(record, info.token_dtype)
     texts = records.decode_texts(record, info.token_dtype)
-    # Training splits keep no texts; decoding gives them back, up to the vocabulary's normalization.
+    # Training splits keep no texts of inputs and targets; decoding gives them back, up to the
+    # vocabulary's normalization.
     inputs_text = texts.get("inputs")
     if inputs_text is None:
         inputs_text = data.vocabulary.decode(inputs.tolist())
@@ -368,6 +382,7 @@ def _eval_example(data: TaskData, info: cache.CacheInfo, number: int, record: by
         id=texts.get("id", number),
         choices=tuple(texts.get("choices", ())),
         answer_choices=tuple(texts.get("answer_choices", ())),
+        fields=records.unpack(texts["whole"]) if "whole" in texts else {},
     )
 
 

@@ -33,6 +33,7 @@ class Counts:
     Attributes:
         num_examples: Number of examples.
         num_dropped_exemplars: Exemplars that did not fit into the inputs.
+        num_references: Examples that list what counts as right.
         num_truncated: Number of truncated examples, by feature.
         max_length: Tokens of the longest example before truncation, by feature.
         num_tokens: Tokens after truncation, by feature.
@@ -42,6 +43,7 @@ class Counts:
 
     num_examples: int = 0
     num_dropped_exemplars: int = 0
+    num_references: int = 0
     num_truncated: dict[str, int] = field(default_factory=dict)
     max_length: dict[str, int] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Counts:
         """Adds the counts of other examples."""
         self.num_examples += other.num_examples
         self.num_dropped_exemplars += other.num_dropped_exemplars
+        self.num_references += other.num_references
         self._add_content(other.content)
         for name in other.max_length:
             self.num_truncated[name] = self.num_truncated.get(name, 0) + other.num_truncated[name]

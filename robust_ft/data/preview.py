@@ -35,4 +35,5 @@ def previews(data: TaskData) -> Iterator[Preview]:
     for row in task_rows.rows(task_rows.dataset(task, data.split, data.lengths)):
         dropped = build.fit_exemplars(row, tokenizers["inputs"]) if "exemplars" in row else 0
         features = {name: tokenize(row) for name, tokenize in tokenizers.items()}
-        yield Preview(tokenization.texts(row, features, data.vocabulary), features, dropped)
+        texts = tokenization.texts(row, features, data.vocabulary, is_evaluated=True)
+        yield Preview(texts, features, dropped)

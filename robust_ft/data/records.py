@@ -1,8 +1,8 @@
 """Examples as records of bytes, and as padded or packed batches of arrays.
 
-A record is two little-endian uint32 lengths (inputs, targets), the token ids of both, and, for
-evaluation splits, a msgpack map of texts. The ids come first, so that a batch is decoded with a few
-numpy calls.
+A record is two little-endian uint32 lengths (inputs, targets), the token ids of both, and a msgpack
+map of texts (of training splits without those of inputs and targets). The ids come first, so that a
+batch is decoded with a few numpy calls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 from robust_ft.decoder_start import DecoderStart
 
 _HEADER = np.dtype("<u4")
+_ARRAY = 1  # msgpack's code of our extension type
 # Of a batch, beside t5x's features: the numbers of its examples (`batching.ExampleReader`).
 EXAMPLES = "example_numbers"
 
@@ -54,6 +55,42 @@ def decode(
     tokens = np.frombuffer(record, dtype, num_inputs + num_targets, _HEADER.itemsize * 2)
     tokens = tokens.astype(np.int32)
     return tokens[:num_inputs], tokens[num_inputs:]
+
+
+def pack(fields: Mapping[str, Any]) -> bytes:
+    """Returns fields as seqio's examples have them: bytes, numbers, numpy arrays, dicts of these.
+
+    Raises:
+        TypeError: A field is something else, such as a ragged tensor.
+    """
+    packed: bytes = msgpack.packb(dict(fields), default=_pack_array)
+    return packed
+
+
+def unpack(packed: bytes) -> dict[str, Any]:
+    """Returns what was given to `pack`, with equal types."""
+    fields: dict[str, Any] = msgpack.unpackb(packed, ext_hook=_unpack_array)
+    return fields
+
+
+def _pack_array(value: Any) -> msgpack.ExtType:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"a {type(value).__name__} is neither bytes, a number nor an array")
+    is_object = value.dtype.hasobject
+    data = np.asarray(value).ravel().tolist() if is_object else value.tobytes()
+    kind = "O" if is_object else value.dtype.str
+    return msgpack.ExtType(_ARRAY, msgpack.packb([kind, list(value.shape), data]))
+
+
+def _unpack_array(code: int, packed: bytes) -> Any:
+    assert code == _ARRAY
+    kind, shape, data = msgpack.unpackb(packed)
+    if kind == "O":
+        array = np.empty(len(data), object)
+        array[:] = data
+    else:
+        array = np.frombuffer(data, kind).copy()
+    return array.reshape(shape)[()]  # of no dimensions a scalar
 
 
 def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import seqio
 
 from robust_ft.data.cache import TaskData
-from robust_ft.data.task_rows import FEATURES, LISTS
+from robust_ft.data.task_rows import FEATURES, LISTS, WHOLE
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import Vocabulary, cut
 
@@ -103,17 +103,21 @@ def _differ(ours: Vocabulary, theirs: seqio.Vocabulary) -> bool:
 
 
 def texts(
-    example: Mapping[str, Any], features: Mapping[str, Tokenized], vocabulary: Vocabulary
+    example: Mapping[str, Any],
+    features: Mapping[str, Tokenized],
+    vocabulary: Vocabulary,
+    is_evaluated: bool,
 ) -> dict[str, Any]:
-    """Returns what the cache of an evaluation split keeps beside the token ids.
+    """Returns what the cache keeps beside the token ids.
 
     Args:
         example: The task's example.
         features: Its features, which are decoded where the task gives token ids and no text.
         vocabulary: Decodes them.
+        is_evaluated: Whether to keep the texts of inputs and targets, too.
     """
     texts: dict[str, Any] = {}
-    for feature in FEATURES:
+    for feature in FEATURES if is_evaluated else ():
         value = example.get(f"{feature}_pretokenized", example[feature])
         if isinstance(value, bytes):
             texts[feature] = value.decode("utf-8")
@@ -124,4 +128,6 @@ def texts(
             texts[name] = [text.decode("utf-8") for text in np.atleast_1d(example[name]).tolist()]
     if "id" in example and np.issubdtype(np.asarray(example["id"]).dtype, np.integer):
         texts["id"] = int(example["id"])
+    if WHOLE in example:
+        texts[WHOLE] = example[WHOLE]
     return texts

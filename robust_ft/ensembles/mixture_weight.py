@@ -22,20 +22,19 @@ def select(validation_scores: Mapping[float, float]) -> float:
 
     Ties go to the weight nearest to 1/2: where the models disagree, their mean errs less than
     either, so one model alone has to be strictly better. Of two weights equally near, the larger
-    wins: it favours the lightweight model, which is closest to the pretrained one.
+    wins: it favours the lightweight model, which is closest to the pretrained one. NaN is the worst
+    score.
 
     Args:
         validation_scores: The score on in-distribution validation data, higher is better, of each
             lambda from 0 (the full model) to 1 (the lightweight model).
 
     Raises:
-        UserError: There are no scores, a weight is not in [0, 1], or a score is not a number.
+        UserError: There are no scores, or a weight is not in [0, 1].
     """
     check_weights("select", tuple(validation_scores))
-    for weight, score in validation_scores.items():
-        if math.isnan(score):
-            raise UserError(f"select: lambda {weight:g} has no validation score (it is NaN).")
-    return max(validation_scores, key=lambda w: (validation_scores[w], -abs(w - 0.5), w))
+    scores = {w: -math.inf if math.isnan(s) else s for w, s in validation_scores.items()}
+    return max(scores, key=lambda w: (scores[w], -abs(w - 0.5), w))
 
 
 def check_weights(place: str, weights: Sequence[float]) -> None:

@@ -1,18 +1,20 @@
 """Metrics and postprocessors by name. Strings and numpy only.
 
 A metric is a function (targets, predictions) -> {name: value}, as in seqio: one reference or
-several for each example, and its prediction. The first value is averaged over tasks and selects
-checkpoints. Values go from 0 to 100 and more is better, except for `nist` and `cider`, which have
-scales of their own, and `ter`, which counts errors. Libraries that are slow to import are imported
-when a metric is called.
+several for each example, and its prediction. A function (targets, scores) takes log-likelihoods of
+the targets instead. The first value is averaged over tasks and selects checkpoints. Values go from
+0 to 100 and more is better, except for `nist` and `cider`, which have scales of their own, and
+`ter`, which counts errors. Libraries that are slow to import are imported when a metric is called.
 """
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from robust_ft.errors import UserError, nearest
-from robust_ft.metrics import postprocess
+from robust_ft.metrics import naming, postprocess
 from robust_ft.metrics.answers import (
     exact_match,
     token_f1,
@@ -38,7 +40,7 @@ from robust_ft.metrics.norm_avg import norm_avg
 from robust_ft.metrics.rouge import rouge, rouge_parts, rouge_stemmed, rouge_stemmed_parts
 
 Metric = Callable[..., dict[str, float]]
-Postprocess = Callable[..., str]
+Postprocess = Callable[..., Any]
 _Function = TypeVar("_Function", Metric, Postprocess)
 
 METRICS: Mapping[str, Metric] = {
@@ -83,6 +85,8 @@ POSTPROCESSORS: Mapping[str, Postprocess] = {
 def get(name: str) -> Metric:
     """Returns the metric called `name`, or "module:function" for one defined elsewhere.
 
+    A name may fix arguments, as `functools.partial` does: "my_tasks:at_least(threshold=0.5)".
+
     Raises:
         UserError: There is no such metric.
     """
@@ -107,16 +111,39 @@ def get_postprocess(name: str) -> Postprocess:
     return _get("postprocessor", POSTPROCESSORS, name or "identity")
 
 
+def takes_scores(metric: Metric) -> bool:
+    """Whether a metric is a function (targets, scores), told by its parameters as seqio does."""
+    return "scores" in inspect.signature(metric).parameters
+
+
+def is_less_better(name: str) -> bool:
+    """Whether less of the metric called `name` is better."""
+    return name.partition("(")[0] in LESS_IS_BETTER
+
+
 def _get(kind: str, known: Mapping[str, _Function], name: str) -> _Function:
-    if name in known:
-        return known[name]
-    module, separator, attribute = name.partition(":")
+    try:
+        path, args, keywords = naming.parse(name)
+    except ValueError as error:
+        raise UserError(
+            f"The {kind} '{name}' has arguments that are not written as in Python, such as "
+            f"'my_tasks:function(threshold=0.5)': {error}."
+        ) from error
+    function = known.get(path) or _imported(kind, known, path)
+    if args or keywords:
+        fixed: Any = functools.partial(function, *args, **keywords)
+        return fixed  # type: ignore[no-any-return]
+    return function
+
+
+def _imported(kind: str, known: Mapping[str, _Function], name: str) -> _Function:
+    module, separator, path = name.partition(":")
     if not separator:
         raise UserError(
             f"There is no {kind} '{name}', only {', '.join(known)}.{nearest(name, known)}"
         )
     try:
-        function: _Function | None = getattr(importlib.import_module(module), attribute, None)
+        function: _Function | None = naming.at(importlib.import_module(module), path)
     except ImportError as error:
         raise UserError(f"The {kind} '{name}' cannot be imported: {error}.") from error
     if not callable(function):
@@ -142,6 +169,7 @@ __all__ = [
     "get",
     "get_parts",
     "get_postprocess",
+    "is_less_better",
     "macro_f1",
     "meteor",
     "multi_bleu",
@@ -149,6 +177,7 @@ __all__ = [
     "norm_avg",
     "rouge",
     "rouge_stemmed",
+    "takes_scores",
     "ter",
     "token_f1",
     "trivia_qa_exact_match",

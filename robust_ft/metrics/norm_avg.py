@@ -11,14 +11,12 @@ def norm_avg(scores: Sequence[float]) -> float:
     """Mean of the preferred metric of each task, each on a scale of 0 to 100.
 
     The paper normalises to [0, 100] by scale alone: no random baseline is subtracted, and its
-    tables are the plain mean of their columns.
+    tables are the plain mean of their columns. Scores on other scales are taken as they are, such
+    as a correlation below 0; with one that is NaN, the mean is NaN.
 
     Raises:
-        UserError: No scores, or a score that is not a number from 0 to 100.
+        UserError: No scores.
     """
     if len(scores) == 0:
         raise UserError("norm_avg: there are no scores to average.")
-    for score in scores:
-        if not 0 <= score <= 100:  # also false for NaN
-            raise UserError(f"norm_avg: scores must be from 0 to 100, not {score}.")
     return float(np.mean(scores))

@@ -16,6 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from robust_ft.data import cache, fingerprints, loader, records
+from robust_ft.data.batching import ExampleReader
 from robust_ft.errors import UserError
 from robust_ft.vocabulary import ByteVocabulary
 
@@ -138,13 +139,15 @@ def test_references_ids_and_choices(toy):
 
 
 def test_training_splits_keep_no_texts_but_can_be_evaluated(toy):
-    [train], [validation] = (
-        cache.ensure(toy("toy_references", split=s)) for s in ("train", "validation")
-    )
-    assert not train.info.has_texts and validation.info.has_texts
+    [train] = cache.ensure(toy("toy_references"))
     example = loader.eval_examples(toy("toy_references"))[2]
+    assert "inputs" not in records.decode_texts(
+        ExampleReader([train]).read(np.arange(3))[2], train.info.token_dtype
+    )
     assert example.inputs_text == "r train 2 " + "x" * 14
-    assert example.references == ("r2",) and example.id == 2
+    assert example.references == ("r2", "other") and example.id == 1002
+    assert example.choices == ("yes", "no")
+    assert train.info.num_references == train.info.num_examples
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from robust_ft.ranges import Range, check_ranges
 from robust_ft.vocabulary import Vocabulary
 
 # Incremented when records, info.json or the tokenization change: then no old cache is read.
-FORMAT = 2
+FORMAT = 3
 EXAMPLES = "examples.array_record"
 INFO = "info.json"
 MIXTURE = "mixture.json"
@@ -83,11 +83,12 @@ class CacheInfo:
         num_tokens: Tokens of all examples after truncation, EOS included, by feature.
         metrics: Names for `robust_ft.metrics.get`; of functions from elsewhere 'module:name'.
         postprocess: Name of the postprocessing function likewise, '' if there is none.
+        refused: Why the task cannot be evaluated, a sentence for each function without a name.
         token_dtype: numpy type of ids in the records.
-        has_texts: Whether the records keep the texts, as all splits but training ones do.
         raw_files: Files that the examples were read from, as far as the task's source names them.
         seqio_version: Version of the seqio that ran the task.
         num_dropped_exemplars: Exemplars of a k-shot task that did not fit into the inputs.
+        num_references: Examples that list what counts as right; the others have a single target.
         content: A hash of the examples before they are tokenized, wherever they come from; a run's
             record knows them by it.
     """
@@ -100,11 +101,12 @@ class CacheInfo:
     num_tokens: Mapping[str, int]
     metrics: tuple[str, ...]
     postprocess: str
+    refused: tuple[str, ...]
     token_dtype: str
-    has_texts: bool
     raw_files: tuple[fingerprints.RawFile, ...]
     seqio_version: str
     num_dropped_exemplars: int = 0
+    num_references: int = 0
     content: str = ""
 
 
@@ -210,7 +212,8 @@ def read_info(folder: Path) -> CacheInfo | None:
     if fields is None or not (folder / EXAMPLES).is_file():
         return None
     raw_files = tuple(fingerprints.RawFile(**raw) for raw in fields.pop("raw_files"))
-    info = CacheInfo(**{**fields, "metrics": tuple(fields["metrics"]), "raw_files": raw_files})
+    fields |= {name: tuple(fields[name]) for name in ("metrics", "refused")}
+    info = CacheInfo(**fields, raw_files=raw_files)
     current = seqio_version() in (info.seqio_version, None)
     return info if current and not any(fingerprints.has_changed(raw) for raw in raw_files) else None
 
