@@ -15,13 +15,13 @@ LAYERS = [
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"train_step", "text_batches", "predictor", "model_info"},
-    {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "evaluate"},
+    {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator"}
+    | {"scoring", "evaluate"},
     {
         "finished_run",
         "finite",
         "initial_checkpoint",
         "loading",
-        "scoring",
         "stage",
         "stage_step",
         "run_context",
