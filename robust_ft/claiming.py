@@ -1,6 +1,8 @@
 """Claims a MODEL_DIR for a recipe: a new one, or one that the same recipe has used before."""
 
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +90,7 @@ def claim(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
         recorded = RunRecord.read(recipe.model_dir) if progress.is_begun else None
         if recorded is None:
             _check_owner(recipe, owner)
+        _check_writable(file.parent)  # before caches are built, which may take hours
         record = RunRecord.of(recipe, recorded)
         check_same_everywhere(record)
         if progress.is_begun:
@@ -126,6 +129,16 @@ def check_model(recipe: Recipe) -> None:
             f"The model in Recipe.model_dir={recipe.model_dir} was made with other settings: "
             f"{_said(differences, recorded, now)}; evaluate it with those."
         )
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises an OSError if a folder is not there and cannot be made, or cannot be written to."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        code = errno.EEXIST if there == directory else errno.ENOTDIR
+        raise OSError(code, os.strerror(code))
+    if not os.access(there, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _write(file: Path, fields: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,16 +227,18 @@ def _of_files(difference: Difference, recorded: RunRecord, now: RunRecord) -> st
         {Path(path).name: content for path, content in record.origins.get(field, {}).items()}
         for record in (recorded, now)
     )
-    changed = [name for name in before | after if before.get(name) != after.get(name)]
-    if not changed:
+    if (not before and not after) or before == after:
         return f"{what} of the same files, so its code differs, or draws at random"
-    name = changed[0]
-    if name in before and name in after:
-        how = "has another content"
-    else:
-        how = "is new" if name in after else "is gone"
+    if before.keys() != after.keys():
+        return f"{what}: of {_listed(before)}, now of {_listed(after)}"
+    changed = [name for name in before if before[name] != after[name]]
     more = f", and {len(changed) - 1} more" if changed[1:] else ""
-    return f"{what}: file '{name}' {how}{more}"
+    return f"{what}: file '{changed[0]}' has another content{more}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = [*names, "no file"]
+    return f"'{first}' and {len(others) - 1} more" if others[1:] else f"'{first}'"
 
 
 def _shown(value: Any) -> str:

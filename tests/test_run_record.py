@@ -309,3 +309,22 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     (tmp_path / "run.json").write_text('{"name": "a"}')
     assert RunRecord.read(tmp_path) is None
     assert RunRecord.read(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"/a/x.csv": "1"}, {"/b/x.csv": "2"}, "file 'x.csv' has another content"),
+        ({"x": "1", "y": "1"}, {"x": "2", "y": "2"}, "'x' has another content, and 1 more"),
+        ({"x": "1"}, {"y": "1"}, "of 'x', now of 'y'"),
+        ({"x": "1", "y": "1", "z": "1"}, {}, "of 'x' and 2 more, now of 'no file'"),
+        ({"x": "1"}, {"x": "1"}, "of the same files, so its code differs"),
+        ({}, {}, "of the same files, so its code differs"),
+    ],
+)
+def test_what_other_examples_came_from(before, after, said):
+    field = "data.a.b_c.train.examples"
+    records = [RunRecord({field: v}, {field: o}) for v, o in (("1", before), ("2", after))]
+    (difference,) = records[0].differences(records[1])
+    assert "task 'a.b_c', split 'train', has other examples" in sentence(difference, *records)
+    assert said in sentence(difference, *records)
