@@ -112,7 +112,10 @@ def convert(
     from robust_ft import console, model_directory
     from robust_ft.checkpoints_io import outputs, safetensors_files
     from robust_ft.errors import UserError
+    from robust_ft.files import check_local
 
+    check_local(source, "The input")
+    check_local(output, "The output")
     outputs.check(Path(output).expanduser(), overwrite)
     if (finished := _finished(source, stage, base)) is not None:
         _convert_run(finished, output, output_format, dtype, config, overwrite)

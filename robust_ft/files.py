@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,21 @@ from typing import Any
 from robust_ft.errors import UserError
 
 _REQUIRED = object()
+
+
+def check_local(path: str | os.PathLike[str] | None, what: str) -> None:
+    """Raises a UserError for a path in a bucket, which would be taken for a local folder.
+
+    Args:
+        path: The path, if there is one.
+        what: What it is, such as "Recipe.model_dir".
+    """
+    scheme, separator, rest = os.fspath(path or "").partition(":/")
+    if separator and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
+        raise UserError(
+            f"{what} '{scheme}://{rest.lstrip('/')}' is in a bucket, but robust_ft reads "
+            "and writes folders: mount it (gcsfuse, mountpoint-s3) and give the folder."
+        )
 
 
 def read_json(path: str | os.PathLike[str], default: Any = _REQUIRED) -> Any:

@@ -7,7 +7,7 @@ from robust_ft import multihost
 from robust_ft.claiming import check_model
 from robust_ft.evaluate import Evaluation
 from robust_ft.evaluator import OUTSIDE_TRAINING, evaluate, held_out_rows
-from robust_ft.files import write_json_lines
+from robust_ft.files import check_local, write_json_lines
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.recipe import Recipe
 from robust_ft.restore import load_for_model
@@ -30,6 +30,9 @@ class Inference:
     evaluations: tuple[Evaluation, ...]
     checkpoint: str | None = None
     output_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_local(self.output_dir, "Inference.output_dir")
 
 
 def load(recipe: Recipe, inference: Inference) -> BasePredictor:

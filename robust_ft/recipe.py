@@ -5,6 +5,7 @@ from typing import Annotated
 
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import check_local
 from robust_ft.partitioning import Partitioner
 from robust_ft.ranges import Count, Integer, Range, check_ranges
 from robust_ft.stage import STAGE, Stage
@@ -41,6 +42,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "selections", tuple(self.selections))
+        check_local(self.model_dir, "Recipe.model_dir")
         check_ranges(self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not names:

@@ -21,6 +21,7 @@ from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import check_local
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
 from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
@@ -152,6 +153,7 @@ def existing(path: str) -> str:
     Raises:
         UserError: Nothing is there.
     """
+    check_local(path, "The checkpoint")
     path = assets.resolve(path)
     file = Path(path).expanduser()
     if file.exists():

@@ -11,6 +11,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from robust_ft.files import check_local
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -55,6 +57,8 @@ def write_report(
         tradeoff_figure,
     )
 
+    for path in (*model_dirs, output):
+        check_local(path, "The report's folder")
     grouped = groups.by_settings(runs.load_runs(model_dirs))
     loaded = members.split_members(grouped.runs)
     all_results = results.make_table(loaded)

@@ -22,7 +22,7 @@ from typing import Annotated
 from robust_ft.data import fingerprints, quiet
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
-from robust_ft.files import read_json
+from robust_ft.files import check_local, read_json
 from robust_ft.ranges import Range, check_ranges
 from robust_ft.vocabulary import Vocabulary
 
@@ -203,6 +203,7 @@ def directory(data: TaskData, source: str | None = None) -> Path:
 def root(cache_dir: str | None = None) -> Path:
     """Returns the folder of all caches: `cache_dir`, or the default (see `TaskData`)."""
     folder = cache_dir or os.environ.get("ROBUST_FT_CACHE_DIR") or "~/.cache/robust_ft"
+    check_local(folder, "The cache ($ROBUST_FT_CACHE_DIR or TaskData.cache_dir)")
     return Path(folder).expanduser()
 
 
