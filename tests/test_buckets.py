@@ -9,6 +9,7 @@ import toy
 import robust_ft
 from robust_ft.convert import convert
 from robust_ft.data import cache
+from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.files import check_local
 from robust_ft.inference import Inference
@@ -24,6 +25,7 @@ PLACES = {
     "convert output": lambda path: convert("asset:mini", os.fspath(path)),
     "report of": lambda path: write_report([path], "/tmp/report"),
     "report in": lambda path: write_report(["/tmp/run"], path),
+    "data file": lambda path: FileTask(name="t", inputs="{a}", targets="{b}", train=str(path)),
     "cache": lambda path: cache.root(os.fspath(path)),
 }
 

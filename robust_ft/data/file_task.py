@@ -12,6 +12,7 @@ from typing import Any
 
 from robust_ft.data import choices, templates
 from robust_ft.errors import UserError, nearest
+from robust_ft.files import check_local
 from robust_ft.ranges import Integer, check_ranges
 
 SPLITS = ("train", "validation", "test")
@@ -117,6 +118,9 @@ class FileTask:
             )
         if not self.files:
             raise UserError(f"Task '{self.name}' names no file: give train, validation or test.")
+        for split in SPLITS:
+            if isinstance(file := getattr(self, split), str):
+                check_local(file, f"FileTask.{split}")
         for split, file in self.files.items():
             if suffix(file) not in ("", *TEXT_SUFFIXES, *TABLE_SUFFIXES) and not os.path.isdir(
                 file
