@@ -179,7 +179,7 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
 
     if arguments.xla_flags is not None:
         xla_flags.use(arguments.xla_flags)  # before anything imports jax
-    from robust_ft import compiling, console, multihost
+    from robust_ft import compiling, console, full_disk, multihost
 
     processes = multihost.Processes(
         arguments.coordinator_address,
@@ -193,7 +193,7 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
         multihost.check_same("config", config.operative)
         compiling.use_effort(config.recipe.compile_effort)
         console.configure(enabled=multihost.is_first())
-        with macros_named(config):
+        with macros_named(config), full_disk.told(config.recipe.model_dir):
             yield config
 
 
@@ -279,10 +279,16 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
 
 def run(main: Callable[..., Any], *args: Any) -> None:
     """Calls a program's `main` and exits; a UserError and Ctrl-C are printed as one sentence."""
+    from robust_ft import full_disk
     from robust_ft.errors import INTERRUPTED, INTERRUPTION, UserError
 
     try:
-        sys.exit(main(*args) or 0)
+        with full_disk.told():
+            status = main(*args) or 0
+        sys.exit(status)
+    except full_disk.FullDisk as error:
+        # What writes behind would say it too, at length and later.
+        _end(USER_ERROR, f"Error: {error}")
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from robust_ft import compiling, console, model_info, multihost, overlap_file
+from robust_ft import compiling, console, full_disk, model_info, multihost, overlap_file
 from robust_ft.checkpoints_io import sources
 from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checks import untuned
@@ -72,7 +72,11 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     summary = Summary(directory, enabled=multihost.is_first())
     record = RunRecord.read(directory)
     params: Params | None = None
-    with multihost.stop_on_sigterm() as stop, recipe.partitioner.activate():
+    with (
+        full_disk.told(directory),
+        multihost.stop_on_sigterm() as stop,
+        recipe.partitioner.activate(),
+    ):
         for i, stage in enumerate(recipe.stages):
             outcome = Outcome.read(directory / stage.name)
             if outcome is not None:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from robust_ft import full_disk
 from robust_ft.data import cache
 
 
@@ -40,7 +41,8 @@ def new_folder(final: Path) -> Iterator[Path]:
     _remove_leftovers(final.parent, owner)
     folder = Path(tempfile.mkdtemp(prefix=f"{owner}.{os.getpid()}.", dir=final.parent))
     try:
-        yield folder
+        with full_disk.told(final.parent):
+            yield folder
         folder.chmod(0o755)  # mkdtemp makes private folders, and others may read a cache
         try:
             folder.rename(final)
