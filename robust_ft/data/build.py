@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import math
 import os
 import shutil
 import time
@@ -28,6 +29,7 @@ from robust_ft.data import (
     parts,
     publishing,
     records,
+    seqio_tasks,
     task_functions,
     task_rows,
     tokenization,
@@ -45,6 +47,7 @@ with contextlib.suppress(RuntimeError):  # raised if tensorflow already runs
 _FEATURES = task_rows.FEATURES
 _PROGRESS_SECONDS = 5.0
 _MANY = 4  # tasks a process from which on all processes have about as much to do
+_DRAWN = 64  # examples that are compared to find out whether a task draws random numbers
 PART = 20_000  # examples; a killed build loses one part, a second or two of work
 
 # Fingerprint of each module when it was imported: Python keeps the old code if its files change.
@@ -62,13 +65,45 @@ def build(data: cache.TaskData) -> None:
     for task in tasks:
         _build_task(task, dataclasses.replace(data, task=task.name), source)
     if isinstance(provider, seqio.Mixture):
-        rates = {task.name: provider.get_rate(task) for task in tasks}
-        if min(rates.values()) <= 0:
-            raise UserError(
-                f"Mixture '{data.task}' gives a task a rate that is not positive: {rates}."
-            )
-        with publishing.new_folder(cache.directory(data, source)) as folder:
-            write_json(folder / cache.MIXTURE, {"mixture": data.task, "rates": rates})
+        _build_mixture(provider, tasks, data, source)
+
+
+def _build_mixture(
+    mixture: seqio.Mixture, tasks: Sequence[seqio.Task], data: cache.TaskData, source: str
+) -> None:
+    """Writes the rates of a mixture, with the content of what they may have been computed from."""
+    content, raw_files = {}, []
+    for task in tasks:
+        folder = cache.directory(dataclasses.replace(data, task=task.name), source)
+        if (info := cache.read_info(folder)) is None:
+            return  # changed since it was built; `cache.ensure` builds again
+        content[task.name] = info.content
+        if data.split != "train" and "train" in task.splits:  # by which rates usually go
+            raw_files += [dataclasses.asdict(raw) for raw in _raw_files(task, "train")]
+    rates = {task.name: _rate(mixture, task) for task in tasks}
+    with publishing.new_folder(cache.directory(data, source)) as folder:
+        fields = {"rates": rates, "content": content, "raw_files": raw_files}
+        write_json(folder / cache.MIXTURE, {"mixture": data.task, **fields})
+
+
+def _rate(mixture: seqio.Mixture, task: seqio.Task) -> float:
+    try:
+        rate = float(mixture.get_rate(task))
+    except TypeError as error:
+        for each in mixture.tasks:
+            if "train" in each.splits and each.num_input_examples("train") is None:
+                raise UserError(
+                    f"The rates of mixture '{mixture.name}' go by numbers of examples, and the "
+                    f"source of task '{each.name}' does not say how many it has; give it "
+                    "num_input_examples=..., or the mixture rates that are numbers."
+                ) from error
+        raise
+    if not 0 < rate < math.inf:  # also for NaN
+        raise UserError(
+            f"Mixture '{mixture.name}' gives task '{task.name}' the rate {rate:g}; it must be a "
+            "positive number."
+        )
+    return rate
 
 
 def build_share(missing: Sequence[cache.TaskData], index: int, count: int) -> None:
@@ -256,8 +291,25 @@ def _write_examples(
         token_dtype=records.token_dtype(data.vocabulary.vocab_size),
         raw_files=tuple(fingerprints.RawFile(**raw) for raw in raw_files),
         seqio_version=written.identity["seqio_version"],
+        is_random=_is_random(task, data),
         **dataclasses.asdict(counts),
     )
+
+
+def _is_random(task: seqio.Task, data: cache.TaskData) -> bool:
+    """Whether the first examples differ with another seed."""
+    while isinstance(task.source, derived.DerivedSource):
+        task = task.source.base
+    if not task.preprocessors:
+        return False
+    contents = []
+    for seed in (0, 1):
+        examples = task_rows.dataset(task, data.split, data.lengths, seed).take(_DRAWN)
+        counts = Counts()
+        for number, row in enumerate(task_rows.rows(examples)):
+            counts.example(number, row)
+        contents.append(counts.content)
+    return contents[0] != contents[1]
 
 
 def _open_parts(task: seqio.Task, split: str, folder: Path) -> Parts:
@@ -273,7 +325,10 @@ def _write_parts(
     """Writes the missing parts that `is_ours` accepts; the examples of others are only read."""
     tokenizers = {feature: FeatureTokenizer(task, feature, data) for feature in _FEATURES}
     rows = task_rows.rows(task_rows.dataset(task, data.split, data.lengths))
-    progress = _Progress(f"{data.task} {data.split}", task.num_input_examples(data.split))
+    # Our own sources would have to read all examples to count them.
+    is_own = isinstance(task.source, seqio_tasks.TextSource | derived.DerivedSource)
+    total = None if is_own else task.num_input_examples(data.split)
+    progress = _Progress(f"{data.task} {data.split}", total)
     seen = 0
     for number in itertools.count():
         first = next(rows, None)

@@ -9,6 +9,7 @@ training split alone. Exemplars that do not fit into the run's input length are 
 when the cache is built (`fit`): the vocabulary is not known earlier.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -52,10 +53,14 @@ def find(name: str) -> seqio.Task | seqio.Mixture | None:
     if derived is None or base is None:
         return None
     if isinstance(base, seqio.Mixture):
-        rates = {str(derived._replace(base=task.name)): base.get_rate(task) for task in base.tasks}
-        for task in rates:
-            find(task)
-        return seqio.MixtureRegistry.add(name, list(rates.items()))
+        # Functions, for rates that follow the base's tasks, as when one's file grows.
+        rates = [
+            (str(derived._replace(base=task.name)), functools.partial(_base_rate, base, task))
+            for task in base.tasks
+        ]
+        for task_name, _ in rates:
+            find(task_name)
+        return seqio.MixtureRegistry.add(name, rates)
     seed = derived.seed or 0
     source: seqio.DataSource
     if derived.shots:
@@ -72,10 +77,16 @@ def find(name: str) -> seqio.Task | seqio.Mixture | None:
     )
 
 
+def _base_rate(base: seqio.Mixture, task: seqio.Task, derived: seqio.Task) -> float:
+    del derived
+    rate: float = base.get_rate(task)
+    return rate
+
+
 def forget(name: str) -> None:
     """Unregisters a task and all that is derived from it, so that its name is free again."""
     for other in list(seqio.TaskRegistry.names()):
-        is_derived = isinstance(seqio.TaskRegistry.get(other).source, _DerivedSource)
+        is_derived = isinstance(seqio.TaskRegistry.get(other).source, DerivedSource)
         if other == name or (is_derived and other.startswith(f"{name}_")):
             seqio.TaskRegistry.remove(other)
 
@@ -133,12 +144,12 @@ def _random(*parts: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-class _DerivedSource(seqio.DataSource):
+class DerivedSource(seqio.DataSource):
     """A source over the examples of another task, read as texts."""
 
     def __init__(self, base: seqio.Task):
         super().__init__(splits=tuple(base.splits))
-        self._base = base
+        self.base = base
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -147,30 +158,30 @@ class _DerivedSource(seqio.DataSource):
 
     def num_input_examples(self, split: str) -> int | None:
         """Returns the base task's number of examples."""
-        number: int | None = self._base.num_input_examples(split)
+        number: int | None = self.base.num_input_examples(split)
         return number
 
     def list_shards(self, split: str) -> list[str]:
         """Returns the files that the split depends on."""
-        return _files(self._base, split)
+        return _files(self.base, split)
 
     def _whole(self) -> tuple[str, ...]:
         """The name of the field that the base task's postprocessor may read, if it does."""
-        return (task_rows.WHOLE,) * task_rows.keeps_examples(self._base)
+        return (task_rows.WHOLE,) * task_rows.keeps_examples(self.base)
 
     def _texts(self, split: str) -> tuple[tf.data.Dataset, list[str]]:
         """Returns the base task's examples, and the names of their fields that are lists."""
-        dataset = task_rows.dataset(self._base, split)
+        dataset = task_rows.dataset(self.base, split)
         for feature in task_rows.FEATURES:
             if dataset.element_spec[feature].dtype != tf.string:
                 raise UserError(
-                    f"Task '{self._base.name}' makes token ids, so it has no k-shot or shuffled "
+                    f"Task '{self.base.name}' makes token ids, so it has no k-shot or shuffled "
                     "version; that needs a task of texts."
                 )
         return dataset, [name for name in task_rows.LISTS if name in dataset.element_spec]
 
 
-class _ShotsSource(_DerivedSource):
+class _ShotsSource(DerivedSource):
     """Examples with exemplars before them: `inputs` joins `exemplars` and `query`."""
 
     def __init__(self, base: seqio.Task, shots: int, seed: int):
@@ -213,7 +224,7 @@ class _ShotsSource(_DerivedSource):
             if len(distinct) - (query in distinct) < self._shots:
                 raise UserError(
                     f"Task '{self._owner.name}' has not {self._shots} training examples that differ"
-                    f" from example {example['id']} of '{self._base.name}'."
+                    f" from example {example['id']} of '{self.base.name}'."
                 )
             drawn = draw(pool, query, self._shots, self._seed, example["id"])
             exemplars = [f"{exemplar.inputs} {exemplar.targets}" for exemplar in drawn]
@@ -221,7 +232,7 @@ class _ShotsSource(_DerivedSource):
             yield {**example, "inputs": text, "query": query, "exemplars": exemplars}
 
 
-class _ShuffledSource(_DerivedSource):
+class _ShuffledSource(DerivedSource):
     """Examples whose targets, with their references, are permuted within the split."""
 
     def __init__(self, base: seqio.Task, seed: int):

@@ -4,13 +4,14 @@ Nothing here imports a task module, so that a ready cache is found without tenso
 """
 
 import ast
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import pkgutil
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,17 @@ from robust_ft.errors import UserError, nearest
 DATA_DIR_VARIABLE = "ROBUST_FT_DATA_DIR"
 # File systems count changes in ticks, of up to 2 s.
 _RECENT_NS = 2_000_000_000
+_OURS = "robust_ft"  # a change here that matters raises `cache.FORMAT`
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def module_fingerprint(module: str | None) -> str:
     """Returns the SHA-256 (hex) of the source files that `module` (a dotted name) is part of.
 
-    These are all Python files of the package that holds it. For a module outside any package, they
-    are its own file and those of the sibling modules it imports, directly or not. What it imports
-    from other packages does not count. Without a module, the fingerprint is "".
+    These are all Python files of the package that holds it, and what these files import, directly
+    or not, from beside it: modules and packages in the folder where Python finds the module's
+    outermost package, or the module itself. What is installed or ours does not count. Without a
+    module, the fingerprint is "".
 
     Raises:
         UserError: If there is no such module.
@@ -45,15 +49,20 @@ def module_fingerprint(module: str | None) -> str:
 
 def _module_files(module: str) -> list[Path]:
     file, package = _locate(module)
-    if package is not None:
-        return sorted(package.rglob("*.py"))
+    pending = [file] if package is None else sorted(package.rglob("*.py"))
+    root = file.parents[len(module.split(".")) - (file.name != "__init__.py")]
+    # Beside an installed package is everything else that is installed.
+    top = module.split(".")[0] if _INSTALLED & set(root.parts) else None
     visited: set[Path] = set()
-    pending = [file]
     while pending:
         file = pending.pop()
         if file not in visited:
             visited.add(file)
-            pending.extend(_imported_siblings(file))
+            stat = file.stat()
+            for name in _imported(file, root, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)):
+                parts = name.split(".")
+                if parts[0] != _OURS and top in (None, parts[0]):
+                    pending.extend(_beside(root, parts))
     return sorted(visited)
 
 
@@ -83,18 +92,42 @@ def _locate(module: str) -> tuple[Path, Path | None]:
     return file, file.parent if path or "." in module else None
 
 
-def _imported_siblings(file: Path) -> Iterable[Path]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+@functools.lru_cache(maxsize=4096)
+def _imported(file: Path, root: Path, version: tuple[int, ...]) -> tuple[str, ...]:
+    """Returns the dotted names that a file below `root` imports, `from a import b` as a.b."""
+    del version
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return ()  # Python will say so, if it is imported at all
+    package = file.relative_to(root).parts[:-1]
+    names = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        else:
-            continue
-        for name in names:
-            sibling = file.parent / f"{name.split('.')[0]}.py"
-            if sibling.is_file():
-                yield sibling
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            start = [*above, *([node.module] if node.module else [])]
+            names += [".".join([*start, alias.name]) for alias in node.names]
+    return tuple(names)
+
+
+def _beside(root: Path, parts: Sequence[str]) -> list[Path]:
+    """Returns the files below `root` that Python reads for a dotted name, which may end in `*`."""
+    found: list[Path] = []
+    folder = root
+    for part in parts:
+        if part == "*":  # what it gives may be modules that `__all__` names
+            return [*found, *sorted(folder.glob("*.py"))] if folder != root else found
+        package, module = folder / part / "__init__.py", folder / f"{part}.py"
+        if package.is_file():
+            found.append(package)
+        elif module.is_file():
+            return [*found, module]
+        elif not (folder / part).is_dir():  # a package may lack the file
+            return found  # a function or class
+        folder = folder / part
+    return found
 
 
 @dataclass(frozen=True)

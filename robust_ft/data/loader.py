@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int32, Int64
 
 from robust_ft.data import cache, meta_batches, mixing, records
@@ -199,6 +200,13 @@ def train_batches(
         raise UserError("Packed rows have no padding to save: choose packing or by_length.")
     rows = batch_size // count
     tasks = cache.ensure(data)
+    for task in tasks:
+        if task.info.is_random:
+            logging.warning(
+                "Task '%s' draws random numbers in its preprocessors: its cache keeps one draw, "
+                "which is the same in every epoch.",
+                task.task,
+            )
     names = [task.task for task in tasks]
     indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
     reader = ExampleReader(tasks)

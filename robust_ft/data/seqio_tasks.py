@@ -186,6 +186,7 @@ class TextSource(seqio.DataSource):
         super().__init__(splits=tuple(splits))
         self._task = task
         self._origins = {split: tuple(origins) for split, origins in splits.items()}
+        self._counts: dict[str, tuple[object, int]] = {}
         self._example = example
         self._choices = tuple(choices)
         self._lists = ("references",) * references + ("choices",) * bool(choices)
@@ -196,6 +197,20 @@ class TextSource(seqio.DataSource):
     def supports_arbitrary_sharding(self) -> bool:
         """False: a file is read from its start."""
         return False
+
+    def num_input_examples(self, split: str) -> int:
+        """Returns the number of examples, for mixtures whose rates go by it: reads all of them.
+
+        Raises:
+            UserError: As `examples`.
+        """
+        files = [Path(shard) for shard in self.list_shards(split)]
+        stats = [file.stat() for file in files if file.is_file()]
+        version = [files, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]]
+        known = self._counts.get(split)
+        if known is None or known[0] != version:
+            known = self._counts[split] = version, sum(1 for _ in self.examples(split))
+        return known[1]
 
     def list_shards(self, split: str) -> list[str]:
         """Returns the split's files, TFDS's where there are none."""

@@ -269,6 +269,62 @@ def test_sources_of_a_module_outside_packages(tmp_path, monkeypatch):
     assert fingerprints.module_fingerprint("lone_tasks") != before
 
 
+@pytest.mark.parametrize(
+    ("module", "statement"),
+    [
+        ("top", "import helpers.clean"),
+        ("top", "from helpers import clean"),
+        ("top", "from helpers.clean import f as g"),
+        ("top", "from helpers import *"),
+        ("top", "def late():\n    import helpers.clean"),
+        ("top", "import again"),  # which imports it
+        ("own.tasks", "from helpers import clean"),
+        ("own.sub.tasks", "from .. import middle"),  # which imports it
+        ("own.sub.tasks", "from ..middle import f"),
+        ("own", "import helpers.clean as c"),
+    ],
+)
+@pytest.mark.parametrize("has_init", [True, False])
+def test_sources_that_are_imported_from_beside(tmp_path, monkeypatch, module, statement, has_init):
+    for name in ("helpers", "own", "own/sub"):
+        (tmp_path / name).mkdir()
+        if has_init or name != "helpers":
+            (tmp_path / name / "__init__.py").write_text("")
+    clean, other = tmp_path / "helpers/clean.py", tmp_path / "helpers/other.py"
+    clean.write_text("def f(): return 1\n")
+    other.write_text("x = 1\n")
+    (tmp_path / "again.py").write_text("import helpers.clean, no_such_module\n")
+    (tmp_path / "own/middle.py").write_text("from helpers.clean import f\n")
+    file = tmp_path / module.replace(".", "/")
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    file.write_text(statement + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = fingerprints.module_fingerprint(module)
+    if "*" not in statement:
+        other.write_text("x = 2\n")
+        assert fingerprints.module_fingerprint(module) == before
+    clean.write_text("def f(): return 2\n")
+    assert fingerprints.module_fingerprint(module) != before
+
+
+def test_what_is_installed_beside_a_package_does_not_count(tmp_path, monkeypatch):
+    root = tmp_path / "site-packages"
+    for name in ("installed_tasks", "installed_tasks/sub", "installed_library"):
+        (root / name).mkdir(parents=True)
+        (root / name / "__init__.py").write_text("")
+    (root / "installed_tasks/sub/tasks.py").write_text(
+        "import installed_library\nfrom installed_tasks import rows\nimport broken"
+    )
+    (root / "broken.py").write_text("def (")
+    (root / "installed_tasks/rows.py").write_text("")
+    monkeypatch.syspath_prepend(root)
+    before = fingerprints.module_fingerprint("installed_tasks.sub.tasks")
+    (root / "installed_library/__init__.py").write_text("x = 1")
+    assert fingerprints.module_fingerprint("installed_tasks.sub.tasks") == before
+    (root / "installed_tasks/rows.py").write_text("x = 1")
+    assert fingerprints.module_fingerprint("installed_tasks.sub.tasks") != before
+
+
 CHANGING = """
 import seqio, tensorflow as tf, time
 from robust_ft.data.seqio_tasks import text_features

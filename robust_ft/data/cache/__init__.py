@@ -2,8 +2,9 @@
 
 A cache is a folder named after its task, its split and a hash of everything that could change its
 content: the task's source files, the lengths, the vocabulary. It appears under that name only when
-it is complete. A mixture's folder holds the rates and names its tasks. What cannot be in the hash
-(raw files, seqio's version) is recorded in `info.json`; a cache that disagrees is built again.
+it is complete. A mixture's folder holds the rates, and of which content of its tasks they are. What
+cannot be in the hash (raw files, seqio's version) is recorded in `info.json`; a cache that
+disagrees is built again.
 
 The key is computed without seqio or tensorflow, so neither is imported where a cache is ready.
 """
@@ -27,7 +28,7 @@ from robust_ft.ranges import Range, check_ranges
 from robust_ft.vocabulary import Vocabulary
 
 # Incremented when records, info.json or the tokenization change: then no old cache is read.
-FORMAT = 3
+FORMAT = 4
 EXAMPLES = "examples.array_record"
 INFO = "info.json"
 MIXTURE = "mixture.json"
@@ -89,6 +90,7 @@ class CacheInfo:
         seqio_version: Version of the seqio that ran the task.
         num_dropped_exemplars: Exemplars of a k-shot task that did not fit into the inputs.
         num_references: Examples that list what counts as right; the others have a single target.
+        is_random: Whether the task draws random numbers, of which the cache keeps one draw.
         content: A hash of the examples before they are tokenized, wherever they come from; a run's
             record knows them by it.
     """
@@ -107,6 +109,7 @@ class CacheInfo:
     seqio_version: str
     num_dropped_exemplars: int = 0
     num_references: int = 0
+    is_random: bool = False
     content: str = ""
 
 
@@ -163,12 +166,17 @@ def load(data: TaskData) -> list[CachedTask] | None:
     source = fingerprints.module_fingerprint(data.module)
     mixture = read_json(directory(data, source) / MIXTURE, default=None)
     rates = mixture["rates"] if mixture else {data.task: 1.0}
+    read = [fingerprints.RawFile(**raw) for raw in mixture["raw_files"]] if mixture else []
+    if any(map(fingerprints.has_changed, read)):
+        return None
     tasks = []
     for task, rate in rates.items():
         folder = directory(dataclasses.replace(data, task=task), source)
         info = read_info(folder)
         if info is None:
             return None
+        if mixture and mixture["content"][task] != info.content:
+            return None  # the rates are those of other examples
         tasks.append(CachedTask(str(folder), task, rate, info))
     return tasks
 
