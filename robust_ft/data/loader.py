@@ -200,13 +200,7 @@ def train_batches(
         raise UserError("Packed rows have no padding to save: choose packing or by_length.")
     rows = batch_size // count
     tasks = cache.ensure(data)
-    for task in tasks:
-        if task.info.is_random:
-            logging.warning(
-                "Task '%s' draws random numbers in its preprocessors: its cache keeps one draw, "
-                "which is the same in every epoch.",
-                task.task,
-            )
+    _warn_of_draws(tasks)
     names = [task.task for task in tasks]
     indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
     reader = ExampleReader(tasks)
@@ -289,6 +283,16 @@ def _packed(
         lambda batch: records.packed_batch(batch, data.vocabulary.pad_id)
     )
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+
+def _warn_of_draws(tasks: Sequence[CachedTask]) -> None:
+    for task in tasks:
+        if task.info.is_random:
+            logging.warning(
+                "Task '%s' draws random numbers in its preprocessors: its cache keeps one draw, "
+                "which is the same in every epoch.",
+                task.task,
+            )
 
 
 def _check(batch_size: int, index: int, count: int, by_length: int) -> None:
