@@ -92,7 +92,7 @@ class Config(NamedTuple):
 
     def explain(self, error: UserError) -> UserError:
         """Returns an error that names fields with what sets them in the config."""
-        return _with_settings(str(error), self.settings)
+        return _with_settings(str(error), self.settings, operative=self.operative)
 
 
 def load(
@@ -268,7 +268,10 @@ def _settings() -> dict[str, dict[str, str]]:
 
 
 def _with_settings(
-    message: str, settings: Mapping[str, Mapping[str, str]], scopes: Sequence[str] = ()
+    message: str,
+    settings: Mapping[str, Mapping[str, str]],
+    scopes: Sequence[str] = (),
+    operative: str = "",
 ) -> UserError:
     """Returns an error with what sets, in the config, the fields that its message names.
 
@@ -276,19 +279,19 @@ def _with_settings(
         message: Names fields as "Stage.steps", and scopes, if any, in quotes.
         settings: As in `Config.settings`.
         scopes: Further scopes that the error is about.
+        operative: As in `Config.operative`.
     """
     added: list[str] = []
     for field in re.findall(r"\b[A-Za-z]\w*\.[a-z]\w*", message):
         by_scope = settings.get(field, {})
-        # A field of a run's record, "stages.lora.steps (Stage.steps)": any scope may be meant.
-        in_record = re.search(rf"\bstages\.(\S+) \({re.escape(field)}\)", message)
-        path = f".{in_record[1]}." if in_record else ""
         named = [
-            name
-            for scope, name in by_scope.items()
-            if scope in scopes or f"'{scope}'" in message or (scope and f".{scope}." in path)
+            name for scope, name in by_scope.items() if scope in scopes or f"'{scope}'" in message
         ]
-        if not named and not in_record and "" in by_scope:
+        # A field of a run's record is in some scope, where it has the value of now.
+        of_record = rf"\bstages\.\S+ \({re.escape(field)}\) is .*?, now ([^;( ]+)"
+        for value in re.findall(of_record, message):
+            named += [n for n in by_scope.values() if f"\n{n} = {value}\n" in operative]
+        if not named and "" in by_scope:
             named = [by_scope[""]]
         added += [name for name in named or by_scope.values() if name not in message]
     if not added:

@@ -331,11 +331,8 @@ def test_other_values_of_flags_are_not_taken_for_texts():
         ("Stage.restore='x' of stage 'prompt' is not there.", "INITIAL_CHECKPOINT_PATH"),
         ("Recipe.seed and Stage.packing, Recipe.seed.", "RANDOM_SEED, PACKING"),
         ("suite.ood_tasks names none.", "OOD_TASKS"),
-        ("stages.prompt.steps (Stage.steps) is 1, now 2.", "PROMPT_TRAIN_STEPS"),
-        (
-            "stages.prompt.optimizer.learning_rate.peak (Schedule.peak) is 1, now 2.",
-            "PROMPT_LEARNING_RATE",
-        ),
+        ("stages.prompt.optimizer.x (Schedule.peak) is 1, now 0.3; no.", "PROMPT_LEARNING_RATE"),
+        ("stages.model.optimizer.x (Schedule.peak) is 1, now 0.001; no.", "LEARNING_RATE"),
     ],
 )
 def test_errors_say_what_sets_a_field_in_the_config(message, added):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from robust_ft import recorded_content, run_record
@@ -285,6 +287,22 @@ def test_values_of_any_kind(one, other):
     records = [RunRecord(Flattened.of(Mine(value)).settings) for value in (one, other, one)]
     assert records[0].differences(records[1]) and records[1].differences(records[0])
     assert records[0].differences(records[2]) == []
+    assert json.loads(json.dumps(records[0].settings)) == records[0].settings
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, "a", "b"])
+NESTED = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner),
+    max_leaves=6,
+)
+
+
+@given(NESTED, NESTED)
+def test_settings_that_are_not_equal_have_a_difference(one, other):
+    records = [RunRecord(Flattened.of(Mine(value)).settings) for value in (one, other)]
+    equal = records[0].settings == records[1].settings
+    assert (records[0].differences(records[1]) == []) == equal
     assert json.loads(json.dumps(records[0].settings)) == records[0].settings
 
 
