@@ -15,6 +15,7 @@ from robust_ft import console
 from robust_ft.errors import UserError
 from robust_ft.report import __main__ as command_line
 from robust_ft.report import (
+    comparisons,
     figure,
     groups,
     page,
@@ -47,6 +48,11 @@ def written(folders, tmp_path_factory):
     report = write_report(folders, tmp_path_factory.mktemp("report") / "new")
     console._shared = before
     return report
+
+
+def rendered(runs):
+    compared = comparisons.make_comparisons(runs)
+    return page.render(runs, results.make_table(runs), tradeoff.make_tradeoff(runs), compared)
 
 
 def by_hand(folders, method, stage, task, metric, split="test"):
@@ -226,7 +232,7 @@ def test_a_method_that_is_switched_off_is_said_to_be_with_both_numbers(switched_
 
 def test_page_and_picture_say_what_is_switched_off(switched_off, tmp_path):
     runs = load_runs(switched_off)
-    text = page.render(runs, results.make_table(runs), tradeoff.make_tradeoff(runs))
+    text = rendered(runs)
     for words in (
         "Other tasks, evaluated without lora", "Other tasks with lora",
         "keeps the other tasks, evaluated without lora", "98.0 (2.0)", "lora without lora",
@@ -320,7 +326,7 @@ def test_report_without_curves_samples_or_held_out_tasks(tmp_path):
     (folder / "full").mkdir()
     (folder / "full" / "outcome.json").write_text('{"step": 5}')
     run = load_run(folder)
-    text = page.render([run], results.make_table([run]), tradeoff.make_tradeoff([run]))
+    text = rendered([run])
     assert "a&lt;b" in text and "a<b" not in text and text.count("<svg") == 1
     figure.save_picture([run], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -333,7 +339,7 @@ def test_values_that_are_not_finite(tmp_path):
     run = edited(tmp_path, broken)
     assert math.isnan(run.rows[-1].value)
     assert results.curves([run], "target")[0].steps[-1] == 100
-    page.render([run], results.make_table([run]), tradeoff.make_tradeoff([run]))
+    rendered([run])
     figure.save_picture([run], tmp_path / "a.png")
 
 

@@ -1,8 +1,9 @@
 """Reports from finished runs: a table, a picture and a page that needs nothing else.
 
 `runs` reads run folders, `groups` tells runs of one name apart that differ in more than their seed,
-`members` splits a run into its models, `results`, `verdicts`, `samples` and `tradeoff` compute from
-their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and `page` draw.
+`members` splits a run into its models, `results`, `verdicts`, `samples`, `comparisons` and
+`tradeoff` compute from their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and
+`page` draw.
 `python -m robust_ft.report MODEL_DIR [MODEL_DIR ...] --output=DIR`.
 """
 
@@ -46,6 +47,7 @@ def write_report(
         UserError: A folder is not a finished run, or a file in it cannot be read.
     """
     from robust_ft.report import (
+        comparisons,
         figure,
         groups,
         members,
@@ -63,6 +65,7 @@ def write_report(
     loaded = members.split_members(grouped.runs)
     all_results = results.make_table(loaded)
     id_and_ood = tradeoff.make_tradeoff(loaded)
+    compared = comparisons.make_comparisons(loaded)
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
@@ -74,12 +77,15 @@ def write_report(
     figure.save_picture(loaded, report.png)
     if report.tradeoff is not None:
         tradeoff_figure.save(id_and_ood, figure.colors(loaded), report.tradeoff)
-    report.html.write_text(page.render(loaded, all_results, id_and_ood, grouped), encoding="utf-8")
+    report.html.write_text(
+        page.render(loaded, all_results, id_and_ood, compared, grouped), encoding="utf-8"
+    )
     text = [
         table.markdown(all_results),
         table.settings_markdown(grouped),
         table.tradeoff_markdown(id_and_ood),
+        table.comparisons_markdown(compared),
     ]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
-    table.show(all_results, grouped)
+    table.show(all_results, compared, grouped)
     return report

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from robust_ft.report import figure, results, table, tradeoff, tradeoff_figure, verdicts
 from robust_ft.report import samples as side_by_side
+from robust_ft.report.comparisons import Comparisons
 from robust_ft.report.groups import Groups
 from robust_ft.report.runs import Run
 
@@ -29,6 +30,7 @@ def render(
     runs: Sequence[Run],
     all_results: results.Table,
     id_and_ood: tradeoff.Tradeoff,
+    compared: Comparisons,
     groups: Groups = Groups(()),
 ) -> str:
     """Returns the whole page.
@@ -37,6 +39,7 @@ def render(
         runs: The runs with their samples and configs.
         all_results: The table of these runs.
         id_and_ood: Their ID and OOD results.
+        compared: The differences of the methods, with their tests.
         groups: The settings in which runs of one name differ.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
@@ -53,6 +56,7 @@ def render(
         _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
         _section("While it trained", _curves(runs, panels)),
         _section("All results", _table(all_results) + _notes(groups)),
+        _section("Differences", _differences(compared)),
         _section(table.DIFFERENT, _settings(groups)),
         _samples(runs),
         _section("Configuration", _configs(runs)),
@@ -173,14 +177,20 @@ def _tradeoff(runs: Sequence[Run], id_and_ood: tradeoff.Tradeoff) -> str:
         "OOD data is never used for a selection.",
     )
     rows = _plain_table(table.tradeoff_rows(id_and_ood))
-    tests = ""
-    if id_and_ood.comparisons:
-        tests = (
-            f"<details><summary>All pairs of methods</summary>"
-            f"{_plain_table(table.comparison_rows(id_and_ood))}"
-            f"<p class='note'>{_text(table.TESTS)}</p></details>"
+    return f"{rows}{drawing}"
+
+
+def _differences(found: Comparisons) -> str:
+    if not found.all:
+        return ""
+    rows = _plain_table(table.comparison_rows(found))
+    tasks = ""
+    if found.tasks:
+        tasks = (
+            "<details><summary>The held-out tasks one by one</summary>"
+            f"{_plain_table(table.task_comparison_rows(found))}</details>"
         )
-    return f"{rows}{drawing}{tests}"
+    return f"{rows}<p class='note'>{_text(table.TESTS)}</p>{tasks}"
 
 
 def _plain_table(rows: Sequence[Sequence[str]]) -> str:

@@ -2,8 +2,9 @@
 
 from robust_ft import console
 from robust_ft.report import results
+from robust_ft.report.comparisons import DRAWS, Comparison, Comparisons, by_pair
 from robust_ft.report.groups import Groups
-from robust_ft.report.tradeoff import DRAWS, Comparison, Tradeoff
+from robust_ft.report.tradeoff import Tradeoff
 
 CAPTION = (
     "Scores from 0 to 100; ± is the sample standard deviation over seeds. Norm. Avg. is the plain "
@@ -18,9 +19,10 @@ DAGGER = "† measured on the validation split: this run has no test result ther
 
 DIFFERENT = "Settings in which runs of one name differ; they are not averaged"
 TESTS = (
-    "Differences are the first method minus the second. p is of Welch's two-sided t-test over "
-    "seeds; in brackets are the 2.5th and 97.5th percentile of a paired bootstrap over examples "
-    f"({DRAWS:,} draws, the mean over seeds)."
+    "Differences are the first minus the second, on test splits, held-out tasks evaluated as in "
+    "the table of results. p is of Welch's two-sided t-test over seeds, not corrected for the "
+    "number of comparisons; in brackets are the 2.5th and 97.5th percentile of a paired bootstrap "
+    f"over examples ({DRAWS:,} draws, the mean over seeds)."
 )
 
 
@@ -104,16 +106,33 @@ def tradeoff_rows(tradeoff: Tradeoff) -> list[list[str]]:
     return rows
 
 
-def comparison_rows(tradeoff: Tradeoff) -> list[list[str]]:
-    """Returns a row for each pair of methods, below a row of heads."""
-    rows: dict[tuple[str, str], dict[results.Column, str]] = {}
-    for c in tradeoff.comparisons:
-        rows.setdefault((c.first, c.second), {})[c.column] = _difference(c)
-    heads = [head(column) for column in tradeoff.columns]
-    return [["", *heads]] + [
-        [f"{first} − {second}", *(cells.get(column, "–") for column in tradeoff.columns)]
-        for (first, second), cells in rows.items()
+def comparison_rows(found: Comparisons) -> list[list[str]]:
+    """Returns a row for each pair: target, OOD and Norm. Avg., below a row of heads."""
+    rows = [
+        [
+            _pair(pair),
+            *(_difference(cells[column]) if column in cells else "–" for column in found.columns),
+        ]
+        for pair, cells in by_pair(found.all).items()
     ]
+    return [["", *map(head, found.columns)], *rows]
+
+
+def task_comparison_rows(found: Comparisons) -> list[list[str]]:
+    """Returns a row for each held-out task and a column for each pair, below a row of heads."""
+    pairs = by_pair(found.all)
+    rows = [
+        [
+            head(column),
+            *(_difference(cells[column]) if column in cells else "–" for cells in pairs.values()),
+        ]
+        for column in found.tasks
+    ]
+    return [["", *map(_pair, pairs)], *rows]
+
+
+def _pair(pair: tuple[str, str]) -> str:
+    return f"{pair[0]} − {pair[1]}"
 
 
 def _difference(c: Comparison) -> str:
@@ -125,14 +144,21 @@ def _difference(c: Comparison) -> str:
     return ", ".join(parts).replace("-", "−")
 
 
+def comparisons_markdown(found: Comparisons) -> str:
+    """Returns the differences as Markdown, "" if nothing was compared."""
+    if not found.all:
+        return ""
+    parts = ["## Differences", _markdown(comparison_rows(found))]
+    if found.tasks:
+        parts.append(_markdown(task_comparison_rows(found)))
+    return "\n\n".join([*parts, TESTS]) + "\n"
+
+
 def tradeoff_markdown(tradeoff: Tradeoff) -> str:
-    """Returns both tables as Markdown, "" if no OOD data was evaluated."""
+    """Returns the table as Markdown, "" if no OOD data was evaluated."""
     if not tradeoff.columns:
         return ""
-    text = f"## In and out of distribution\n\n{_markdown(tradeoff_rows(tradeoff))}\n"
-    if tradeoff.comparisons:
-        text += f"\n{_markdown(comparison_rows(tradeoff))}\n\n{TESTS}\n"
-    return text
+    return f"## In and out of distribution\n\n{_markdown(tradeoff_rows(tradeoff))}\n"
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -141,10 +167,13 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
-def show(table: results.Table, groups: Groups) -> None:
-    """Prints the table, and what is to be said of the settings of the runs."""
+def show(table: results.Table, found: Comparisons, groups: Groups) -> None:
+    """Prints the table, the differences, and what is to be said of the runs."""
     names = [f"{line.method}\n{line.checkpoint}" for line in table.lines]
     console.print_table("Results", ["", *names], _rows(table), caption(table))
+    if any(comparison.second != results.PRETRAINED for comparison in found.all):
+        heads, *rows = comparison_rows(found)
+        console.print_table("Differences", heads, rows, TESTS)
     if groups.differences:
         heads, *rows = settings_rows(groups)
         console.print_table(DIFFERENT, heads, rows)

@@ -1,24 +1,16 @@
-"""In distribution (ID) against out of distribution (OOD): the table, its tests, the grid of lambda.
+"""In distribution (ID) against out of distribution (OOD): the table and the grid of lambda.
 
 The table is Table 2 of Ensembles and Cocktails, the grid its Figure 3.
 """
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from robust_ft.report import results
 from robust_ft.report.results import Cell, Column
 from robust_ft.report.runs import Run
 from robust_ft.summary import Row
-
-if TYPE_CHECKING:
-    from robust_ft.metrics.significance import Bootstrap
-    from robust_ft.report.significance import Draws
-
-DRAWS = 1000  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +20,6 @@ class Line:
     method: str
     weights: tuple[float, ...]
     cells: Mapping[Column, Cell]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Two methods in one column.
-
-    Attributes:
-        p_value: The p-value of Welch's t-test over seeds, two-sided; None if a method has one seed.
-        bootstrap: The paired bootstrap over examples, the mean over the seeds that both have; None
-            if the predictions are missing or the metric cannot be resampled from sums.
-    """
-
-    first: str
-    second: str
-    column: Column
-    difference: float
-    p_value: float | None
-    bootstrap: "Bootstrap | None"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +39,11 @@ class Tradeoff:
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
-    comparisons: tuple[Comparison, ...]
     points: Mapping[str, tuple[Point, ...]]
 
 
 def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
-    """Returns the table, the tests of all pairs of methods and the points of each method.
+    """Returns the table and the points of each method.
 
     Args:
         runs: Runs of one target, one for each model (`report.members`).
@@ -78,9 +51,7 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
     columns = _columns(runs)
     groups = results.methods(runs)
     if not columns:
-        return Tradeoff((), (), (), {})
-    from robust_ft.report import significance  # numpy, which nothing else here needs
-
+        return Tradeoff((), (), {})
     lines = []
     for name, group in groups.items():
         means = results.aggregate([_final(run) for run in group])
@@ -88,15 +59,8 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
         weights = tuple(run.weight for run in group if run.weight is not None)
         if cells:
             lines.append(Line(name, weights, cells))
-    draws = significance.Draws()
-    pairs = itertools.combinations([line.method for line in lines], 2)
-    comparisons = [
-        _compare(first, second, column, groups, draws)
-        for first, second in pairs
-        for column in columns
-    ]
     points = {name: _points(group, columns) for name, group in groups.items()}
-    return Tradeoff(columns, tuple(lines), tuple(comparisons), points)
+    return Tradeoff(columns, tuple(lines), points)
 
 
 def _columns(runs: Sequence[Run]) -> tuple[Column, ...]:
@@ -118,19 +82,6 @@ def _final(run: Run) -> list[Row]:
 def _value(rows: Sequence[Row], column: Column) -> float | None:
     values = [row.value for row in rows if Column.of(row) == column]
     return values[0] if values else None
-
-
-def _compare(
-    first: str, second: str, column: Column, groups: Mapping[str, list[Run]], draws: "Draws"
-) -> Comparison:
-    sides = [[_value(_final(run), column) for run in groups[name]] for name in (first, second)]
-    one, two = ([value for value in side if value is not None] for side in sides)
-    from robust_ft.report.significance import welch
-
-    p_value = welch(one, two)
-    difference = statistics.fmean(one) - statistics.fmean(two)
-    bootstrap = draws.compare(groups[first], groups[second], column, difference)
-    return Comparison(first, second, column, difference, p_value, bootstrap)
 
 
 def _points(group: Sequence[Run], columns: Sequence[Column]) -> tuple[Point, ...]:
