@@ -1,6 +1,6 @@
 """The training loop: `fit` trains one stage."""
 
-from robust_ft import console, export, finite, multihost, trainable
+from robust_ft import console, export, finite, first_batch, multihost, trainable
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
@@ -139,7 +139,10 @@ def _train(
                 if step > saved:
                     save(None)
                 raise Stopped(f"Stopped at step {step} of stage '{stage.name}'.")
-            batch = run.partitioner.put_batch(next(batches))
+            arrays = next(batches)
+            if step == 0:
+                first_batch.show(stage, arrays, batches, run.directory / stage.name)
+            batch = run.partitioner.put_batch(arrays)
             state, sums, flags = train_step(state, frozen, run.teacher, batch, rng)
             step += 1
             log.add(Done(step, sums, flags, batches.examples))

@@ -20,6 +20,7 @@ LAYERS = [
     {
         "finished_run",
         "finite",
+        "first_batch",
         "initial_checkpoint",
         "loading",
         "stage",

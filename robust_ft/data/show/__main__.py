@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _BUCKETS = 12
 _BAR = 40
-_SHOWN_TOKENS = 40
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,17 +89,14 @@ def _show(data: "TaskData", count: int, limit: int) -> None:
 def _show_example(data: "TaskData", number: int, example: "Preview") -> None:
     console.print_line()
     console.print_line(f"example {example.texts.get('id', number)}", style="bold")
+    from robust_ft.data.rendering import feature_lines
+
     for feature, (ids, length) in example.features.items():
         cut = length - len(ids)
         note = f", {cut} more are cut" if cut else ""
-        console.print_line(f"  {feature} ({len(ids)} tokens{note})", style="bold")
-        for line in example.texts[feature].splitlines() or [""]:
-            console.print_line(f"    {line}")
-        shown = ids[:_SHOWN_TOKENS].tolist()
-        more = " ..." if len(ids) > len(shown) else ""
-        pieces = (data.vocabulary.decode([i]) or f"<{i}>" for i in shown)
-        console.print_line(f"    {' '.join(map(str, shown))}{more}", style="dim")
-        console.print_line(f"    {'|'.join(pieces)}{more}", style="dim")
+        text = example.texts[feature]
+        for line in feature_lines(feature, ids, text, data.vocabulary, note):
+            console.print_line(*line)
     for name in ("references", "choices", "answer_choices"):
         if example.texts.get(name):
             console.print_line(f"  {name}: {' | '.join(example.texts[name])}")
