@@ -134,7 +134,7 @@ def different(world, change):
 
 
 @pytest.mark.parametrize("run", ["finished", "killed"])
-@pytest.mark.parametrize(("change", "said"), DIFFERENT, ids=str)
+@pytest.mark.parametrize(("change", "said"), DIFFERENT, ids=[said for _, said in DIFFERENT])
 def test_a_difference_is_refused_by_name(made, run, change, said):
     world = getattr(made, run)
     before = world.files()

@@ -167,7 +167,9 @@ def test_a_delimiter_as_a_shell_hands_it_on(tmp_path):
     assert (example["inputs"], example["targets"]) == ("a,b", "c")
 
 
-GOOD = gzip.compress(b"question,answer\n" + b"a,b\n" * 9999 + string.ascii_letters.encode())
+GOOD = gzip.compress(
+    b"question,answer\n" + b"a,b\n" * 9999 + string.ascii_letters.encode(), mtime=0
+)
 
 
 @pytest.mark.parametrize(
