@@ -106,11 +106,8 @@ def signed(text, example=None, is_target=False):
     return {"yes": 1.0, "no": -1.0}.get(text.strip().lower(), 0.0)
 
 
-def matthews(targets, predictions):
-    return {
-        "matthews": 100
-        * float(np.mean([t * -abs(p) for t, p in zip(targets, predictions, strict=True)]))
-    }
+def bias(targets, predictions):
+    return {"bias": 100 * float(np.mean(np.subtract(predictions, targets)))}
 
 
 def pearson(targets, predictions):
@@ -128,7 +125,7 @@ def group_accuracy(targets, predictions):
     for target, prediction in zip(targets, predictions, strict=True):
         assert target["group"] == prediction["group"] and target["number"] == prediction["number"]
         right.setdefault(target["group"], []).append(target["value"] == prediction["value"])
-    return {"group_accuracy": 100 * float(np.mean([all(each) for each in right.values()]))}
+    return {"group_accuracy": 100 * float(np.mean([any(each) for each in right.values()]))}
 
 
 def perplexity(targets, scores):
@@ -163,7 +160,11 @@ LABELS = ["Yes", "No", "Maybe so"]
 add("c_plain", [accuracy])
 add("c_lower", [accuracy], lower_text)
 add("c_no_texts", [accuracy], lower_text, copy_pretokenized=False)
-add("c_labels", [accuracy, f1], functools.partial(label_id, label_classes=LABELS))
+add(
+    "c_labels",
+    [accuracy, functools.partial(f1, positive=1)],
+    functools.partial(label_id, label_classes=LABELS),
+)
 add(
     "c_partial_metric",
     [functools.partial(f1, beta=0.5, positive=1)],
@@ -179,7 +180,7 @@ add(
     rank_classification,
 )
 add("c_answers", [squad], qa)
-add("c_negative", [matthews], signed)
+add("c_negative", [bias], signed)
 add("c_nan", [pearson], signed)
 add("c_groups", [group_accuracy], grouped)
 add("c_scalar", [perplexity])
@@ -208,3 +209,29 @@ def other_words(references, outputs):
 add("c_aux", [with_aux])
 add("c_other_words", [other_words])
 add("c_twice", [accuracy, functools.partial(at_most, 3), functools.partial(at_most, 4)])
+
+ROWS = [{"inputs": text, "targets": choice} for text in INPUTS for choice in ("yes", "no", "x y z")]
+
+
+def ranked(name, eos_on_inputs, eos_on_targets=True):
+    def rows(split, shuffle_files=False, seed=None):
+        columns = {key: [row[key] for row in ROWS] for key in ("inputs", "targets")}
+        choices = [["no", "yes", "x y z"]] * len(ROWS)
+        return tf.data.Dataset.from_tensor_slices({**columns, "answer_choices": choices})
+
+    features = {
+        "inputs": seqio.Feature(BYTES, add_eos=eos_on_inputs),
+        "targets": seqio.Feature(BYTES, add_eos=eos_on_targets),
+    }
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(rows, splits=("train", "validation")),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features=features,
+        metric_fns=[accuracy],
+    )
+
+
+ranked("c_ranked", True)
+ranked("c_ranked_no_eos", False)
+ranked("c_ranked_no_end", False, False)

@@ -13,7 +13,7 @@ import seqio_contract_tasks as tasks
 import toy
 
 from robust_ft import metrics
-from robust_ft.data import loader
+from robust_ft.data import loader, records
 from robust_ft.data.cache import TaskData, ensure
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
@@ -188,3 +188,39 @@ def test_partials_keep_what_literals_say():
     f = functools.partial(tasks.f1, positive=("a", None, {"b": [1, -2.5, b"c", True]}))
     again = metrics.get(naming.name_of(f, {}))
     assert again.func is f.func and again.keywords == f.keywords
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+@pytest.mark.parametrize(
+    ("task", "eos_on_inputs", "eos_on_targets"),
+    [
+        ("c_ranked", True, True),
+        ("c_ranked_no_eos", False, True),
+        ("c_ranked_no_end", False, False),
+    ],
+)
+def test_ranking_reads_the_tokens_that_are_trained_on(
+    task, eos_on_inputs, eos_on_targets, split, predictor, monkeypatch
+):
+    read = []
+    rank = predictor.rank_tokens
+    monkeypatch.setattr(
+        predictor, "rank_tokens", lambda *given: read.append(given[:2]) or rank(*given)
+    )
+    result = ours(task, predictor, split)
+    [(inputs, choices)] = read
+    texts = ("no", "yes", "x y z")
+    for row, ids, of_row in zip(tasks.ROWS, inputs, choices, strict=True):
+        assert ids == VOCABULARY.encode(row["inputs"]) + [1] * eos_on_inputs
+        assert of_row == [VOCABULARY.encode(text) + [1] * eos_on_targets for text in texts]
+    # By the model's logits over the rows of training batches.
+    for row, ids, of_row, record in zip(
+        tasks.ROWS, inputs, choices, result.predictions, strict=True
+    ):
+        likelihoods = []
+        for choice in of_row:
+            batch = records.model_batch([np.array(ids)], [np.array(choice)], 16, 16)
+            logits = predictor.model.logits(predictor.params, batch)[0, : len(choice)]
+            log_probs = jax.nn.log_softmax(logits)
+            likelihoods.append(float(log_probs[np.arange(len(choice)), choice].sum()))
+        assert record["prediction"] == texts[int(np.argmax(likelihoods))], row
