@@ -2,8 +2,9 @@
 
     python multihost_run.py WHAT INDEX ADDRESS DIRECTORY
 
-WHAT is "train", or what goes wrong in process 1 (in process 0: "first lost"). Each process of "own
-data" has its own copy of a data file and its own cache, and that of "other data" another label.
+WHAT is "train", "nan" (all diverge), or what goes wrong in process 1 (in process 0: "first lost").
+Each process of "own data" has its own copy of a data file and its own cache, and that of "other
+data" another label.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import toy
 from robust_ft import command_line, multihost, trainer
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
+from robust_ft.optim import AdamW, Schedule
 from robust_ft.runner import run
 
 TIMEOUT = 10
@@ -49,12 +51,16 @@ def with_own_files(recipe, host, is_other):
 
 def train(what, directory):
     def terminate():
-        if what == "stop" and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if what in ("stop", "ctrl-c") and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM if what == "stop" else signal.SIGINT)
             # The loop may not end before the signal has gone around.
             time.sleep(3)
 
     started = recipe(directory)
+    if what == "nan":
+        (stage,) = started.stages
+        stage = dataclasses.replace(stage, optimizer=AdamW(Schedule(1e38)))
+        started = dataclasses.replace(started, stages=(stage,))
     if what.endswith("data"):
         index = jax.process_index()
         is_other = index == 1 and what == "other data"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -126,14 +127,28 @@ def test_two_processes_train_and_decode_as_one(in_one_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_stop_before_the_same_step_and_go_on_together(in_one_process, tmp_path):
-    ended = two_processes(script("stop", tmp_path))
+@pytest.mark.parametrize("how", ["stop", "ctrl-c"])
+def test_all_stop_before_the_same_step_and_go_on_together(in_one_process, tmp_path, how):
+    ended = two_processes(script(how, tmp_path))
     assert [status for status, _, _ in ended] == [RESUME, RESUME], ended
     said = {out.splitlines()[-1] for _, out, _ in ended}
     assert len(said) == 1 and "Stopped at step" in said.pop()
     ended = two_processes(script("train", tmp_path))
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert_same_run(tmp_path, in_one_process)
+
+
+@pytest.mark.slow
+def test_nan_ends_all_with_the_examples_of_all(tmp_path):
+    ended = two_processes(script("nan", tmp_path))
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    for _, _, stderr in ended:
+        [sentence] = sentences(stderr)
+        assert re.search(
+            r"of stage 'model' gives NaN .* from the examples [\d, ]+ of 'toy'", sentence
+        )
+        assert sentence.split(" of 'toy'")[0].count(",") >= 3  # the four of the global batch
+    assert not list((tmp_path / "model").glob("checkpoint_*"))
 
 
 # --- One end
