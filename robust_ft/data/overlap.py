@@ -64,13 +64,20 @@ class Counted:
         return cls(overlaps, fields["num_train"], fields["num_compared"])
 
 
-@functools.lru_cache(maxsize=8)  # the stages of a recipe mostly read the same data
 def count(train: TaskData, evaluated: tuple[Evaluated, ...]) -> Counted:
     """Counts the overlaps of training data with what is evaluated, from their caches.
 
     The training data are read once, in blocks; only the evaluations' examples are held.
     """
     train = _plain(train)
+    datas = [train, *(_plain(each.data) for each in evaluated)]
+    contents = tuple(task.info.content for data in datas for task in cache.ensure(data))
+    return _count(train, evaluated, contents)
+
+
+@functools.lru_cache(maxsize=8)  # the stages of a recipe mostly read the same data
+def _count(train: TaskData, evaluated: tuple[Evaluated, ...], contents: tuple[str, ...]) -> Counted:
+    del contents  # of the examples: files may change while a program runs
     tasks = cache.ensure(train)
     num_train = sum(task.info.num_examples for task in tasks)
     numbers = _spread(num_train, LIMIT)

@@ -62,7 +62,7 @@ def test_a_large_cache_is_sampled_and_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(overlap, "LIMIT", 2)
     train = data(tmp_path, "sums", train=TRAIN)
     test = data(tmp_path, "other", "test", train=TRAIN[:1], test=OTHER)
-    overlap.count.cache_clear()
+    overlap._count.cache_clear()
     counted = overlap.count(train, (overlap.Evaluated(test),))
     assert (counted.num_train, counted.num_compared) == (3, 2)
     assert "3 training examples (of which 2 were compared)" in next(
