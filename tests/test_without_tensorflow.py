@@ -62,7 +62,7 @@ for module in pkgutil.walk_packages(robust_ft.__path__, "robust_ft."):
     ended = start(code)
     assert ended.returncode == 0, ended.stderr
     builders = ["build", "derived", "own_files", "preview"]
-    builders += ["seqio_tasks", "task_rows", "tokenization"]
+    builders += ["seqio_tasks", "task_functions", "task_rows", "tokenization"]
     assert ended.stdout.split() == [f"robust_ft.data.{name}" for name in builders]
 
 
