@@ -88,12 +88,14 @@ class StageEvaluator:
         results: list[Result] = []
         reason = ""
         for each in evaluators:
-            if each.role == HELD_OUT and each.detached(self._stage.model):
+            detached = each.detached(self._stage.model)
+            if each.role == HELD_OUT and detached:
                 try:
                     result = self._evaluate(each, params, step, ())
                     results.append(dataclasses.replace(result, role=KEPT))
                 except UserError as error:
-                    reason = reason or f"{each.task} without it only: {error}"
+                    without = " and ".join(detached)
+                    reason = reason or f"{each.task} is evaluated without {without} only: {error}"
         if reason:
             console.print_line(f"[{self._stage.name}] {reason}")
         return results

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from robust_ft import claiming, runner, stage_start, trainer
 from robust_ft.errors import UserError
-from robust_ft.evaluate import suite
+from robust_ft.evaluate import Evaluation, suite
 from robust_ft.evaluator import HELD_OUT
 from robust_ft.models.bart import BartConfig
 from robust_ft.models.model import Model
@@ -119,6 +119,24 @@ def test_final_results_of_held_out_tasks_are_there_with_and_without(finished):
         assert (folder / f"toy_other_1shot-test-{step:06}.jsonl").exists()
     # Training is followed by the headline number alone.
     assert not [r for r in finished.rows if r.role == "kept" and r.split != "test"]
+
+
+def test_a_task_that_needs_a_prompt_of_its_own_has_one_number(
+    tmp_path, monkeypatch, capsys, finished
+):
+    toy.ScriptedEvaluate(monkeypatch, SCORES)
+    scripted = Evaluation.__call__
+
+    def call(self, context):
+        if self.role == HELD_OUT and context.predictor.model.peft:
+            raise UserError("No task 'toy_other' has a prompt.")
+        return scripted(self, context)
+
+    monkeypatch.setattr(Evaluation, "__call__", call)
+    rows = runner.run(toy.promot(tmp_path / "run")).rows
+    assert rows == [row for row in finished.rows if row.role != "kept"]
+    shown = capsys.readouterr().out
+    assert shown.count("[model] toy_other is evaluated without prompt only: No task") == 1
 
 
 def test_final_results_with_the_methods_can_be_left_out(tmp_path, monkeypatch, finished):
