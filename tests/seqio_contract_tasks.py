@@ -7,6 +7,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from robust_ft.data.seqio_tasks import text_features
+
 BYTES = seqio.ByteVocabulary()
 LENGTHS = {"inputs": 16, "targets": 16}
 INPUTS = ["a one", "b two", "c three", "d four", "e five", "f six"]
@@ -235,3 +237,12 @@ def ranked(name, eos_on_inputs, eos_on_targets=True):
 ranked("c_ranked", True)
 ranked("c_ranked_no_eos", False)
 ranked("c_ranked_no_end", False, False)
+
+seqio.TaskRegistry.add(
+    "c_texts",
+    source=seqio.FunctionDataSource(examples, splits=("train", "validation")),
+    preprocessors=[],
+    output_features=text_features(),
+    postprocess_fn=qa,
+    metric_fns=[squad],
+)

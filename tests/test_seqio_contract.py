@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import seqio
 import seqio_contract_tasks as tasks
+import tensorflow as tf
 import toy
 
 from robust_ft import metrics
 from robust_ft.data import loader, records
 from robust_ft.data.cache import TaskData, ensure
+from robust_ft.data.seqio_tasks import text_features
 from robust_ft.decoding import Decoder
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation
@@ -224,3 +226,36 @@ def test_ranking_reads_the_tokens_that_are_trained_on(
             log_probs = jax.nn.log_softmax(logits)
             likelihoods.append(float(log_probs[np.arange(len(choice)), choice].sum()))
         assert record["prediction"] == texts[int(np.argmax(likelihoods))], row
+
+
+def test_derived_tasks_have_the_fields_of_their_examples():
+    plain, shots, shuffled = (
+        loader.eval_examples(dataclasses.replace(data(name), inputs_length=60))
+        for name in ("c_texts", "c_texts_1shot", "c_texts_shuffled")
+    )
+    answers = [example.as_seqio["answers"].tolist() for example in plain]
+    assert answers == [[a.encode() for a in each] for each in tasks.FIELDS["answers"]]
+    assert [example.as_seqio["answers"].tolist() for example in shots] == answers
+    assert shots[0].inputs_text.endswith("\n\na one")
+    # The fields of a shuffled target are those of the example that it comes from.
+    numbers = [answers.index(example.as_seqio["answers"].tolist()) for example in shuffled]
+    assert sorted(numbers) == list(range(6)) and numbers != list(range(6))
+    assert [tasks.TARGETS[n] for n in numbers] == [e.targets_text for e in shuffled]
+
+
+def test_fields_that_no_record_holds_are_left_out():
+    ragged = tf.ragged.constant([[[1], [2, 3]], [[4]]])
+    fields = {"inputs": ["a", "b"], "targets": ["c", "d"], "ragged": ragged, "deep": {"x": [1, 2]}}
+    seqio.TaskRegistry.add(
+        "c_ragged",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(fields),
+            splits=("validation",),
+        ),
+        preprocessors=[],
+        output_features=text_features(),
+        postprocess_fn=tasks.qa,
+        metric_fns=[tasks.squad],
+    )
+    found = loader.eval_examples(data("c_ragged"))
+    assert [example.fields for example in found] == [{"deep": {"x": 1}}, {"deep": {"x": 2}}]

@@ -56,7 +56,8 @@ def dataset(
     def kept(example: dict[str, Any]) -> dict[str, Any]:
         row = {name: _ranked(name, example[name]) for name in fields}
         # A derived task has it from its base.
-        return {**row, WHOLE: example.get(WHOLE, example)} if keeps_all else row
+        whole = {name: value for name, value in example.items() if _is_dense(value)}
+        return {**row, WHOLE: example.get(WHOLE, whole)} if keeps_all else row
 
     return examples.map(kept)
 
@@ -106,20 +107,13 @@ def explained() -> Iterator[None]:
         raise
 
 
+def _is_dense(value: Any) -> bool:
+    """Whether a field is a tensor, or a dict of tensors, that numpy has a form for."""
+    return all(isinstance(part, tf.Tensor) for part in tf.nest.flatten(value))
+
+
 def _packed(example: Mapping[str, Any]) -> bytes:
-    fields = {name: value for name, value in example.items() if name not in FEATURES}
-    try:
-        return records.pack(fields)
-    except TypeError:
-        return records.pack({n: value for n, value in fields.items() if _can_pack(value)})
-
-
-def _can_pack(value: Any) -> bool:
-    try:
-        records.pack({"": value})
-    except TypeError:
-        return False
-    return True
+    return records.pack({name: value for name, value in example.items() if name not in FEATURES})
 
 
 def _ranked(name: str, value: tf.Tensor) -> tf.Tensor:
