@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int64
 
 from robust_ft import console, multihost
@@ -35,7 +36,8 @@ def checked(train_step: TrainStep, skip: bool) -> CheckedStep:
     Args:
         train_step: The step.
         skip: Whether such a step leaves parameters and optimizer as they were, and counts as
-            "skipped" in the metric sums, with no other sum. The number of steps goes on.
+            "skipped" in the metric sums, with no other sum. The number of steps goes on, and the
+            learning rate with it.
     """
 
     def checked_step(
@@ -50,12 +52,21 @@ def checked(train_step: TrainStep, skip: bool) -> CheckedStep:
         if not skip:
             return after, sums, flags
         failed = jnp.any(flags)
-        kept: TrainState = jax.tree.map(lambda old, new: jnp.where(failed, old, new), state, after)
+        kept: TrainState = jax.tree.map(
+            lambda old, new: new if _is_schedule(new) else jnp.where(failed, old, new),
+            state,
+            after,
+            is_leaf=_is_schedule,
+        )
         sums = {name: jnp.where(failed, 0.0, value) for name, value in sums.items()}
         sums["skipped"] = failed.astype(jnp.float32)
         return kept._replace(step=after.step), sums, flags
 
     return checked_step
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 @jax.jit

@@ -7,15 +7,18 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
 from robust_ft import finite
 from robust_ft.errors import UserError
 from robust_ft.objectives import CrossEntropy
+from robust_ft.optim import AdamW, Schedule
 from robust_ft.recipe import Recipe
 from robust_ft.stage_start import restore
 from robust_ft.stage_step import train_batches
+from robust_ft.train_step import TrainState
 from robust_ft.trainable import flatten
 from robust_ft.trainer import Stopped, fit
 
@@ -147,6 +150,26 @@ def test_skipping_leaves_all_but_the_number_of_steps(tmp_path, evaluate, capsys,
     said = capsys.readouterr().out
     assert "step 3 skipped" in said and str(examples[0][1]) in said
     assert (tmp_path / "skip/prompt/checkpoint_3").exists()
+
+
+def test_the_learning_rate_goes_on_after_a_step_that_is_skipped():
+    tx = AdamW(Schedule(3.0, warmup_steps=3)).build()  # the rates 1, 2, 3
+
+    def train_step(state, frozen, teacher, batch, rng):
+        updates, opt_state = tx.update({"x": batch["gradient"]}, state.opt_state, state.trainable)
+        trained = optax.apply_updates(state.trainable, updates)
+        sums = {"loss": jnp.sum(batch["gradient"])}
+        return TrainState(state.step + 1, trained, opt_state), sums
+
+    step = finite.checked(train_step, skip=True)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), {"x": jnp.zeros(())}, tx.init({"x": jnp.zeros(())})
+    )
+    for gradient, expected in ((1.0, -1.0), (np.nan, -1.0), (1.0, -4.0)):
+        state, sums, flags = step(state, {}, None, {"gradient": jnp.asarray(gradient)}, None)
+        assert float(state.trainable["x"]) == pytest.approx(expected, abs=1e-3)
+        assert bool(flags.any()) == np.isnan(gradient) == bool(sums["skipped"])
+    assert int(state.step) == 3
 
 
 def test_without_anything_to_skip_it_is_the_same_step(tmp_path, evaluate):
