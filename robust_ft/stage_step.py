@@ -83,13 +83,14 @@ def state_shardings(
     axes, _ = trainable.split(stage.model.logical_axes(), frozenset(trainable.flatten(trained)))
     shapes: TrainState = jax.eval_shape(_init_of(stage), trained)
     replicated: Any = partitioner.replicated  # a sharding in the place of an array
+    carried: Any = None
+    if shapes.gradient_state is not None:
+        carried = partitioner.shardings(optim.state_axes(shapes.gradient_state, trained, axes))
     shardings = TrainState(
         step=replicated,
         trainable=partitioner.shardings(axes),
         opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
-        gradient_state=partitioner.shardings(
-            optim.state_axes(shapes.gradient_state, trained, axes)
-        ),
+        gradient_state=carried,
     )
     return shapes, shardings
 
