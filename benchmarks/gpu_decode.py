@@ -28,7 +28,7 @@ from robust_ft.preflight import flops
 
 BEAMS = {"greedy": 1, "beam4": 4}
 # An id that no token has: nothing is padding, and no sequence ends.
-NONE = -1
+NONE = 2**31 - 1
 
 
 def inputs_of(arguments: argparse.Namespace) -> np.ndarray:

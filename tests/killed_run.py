@@ -17,6 +17,8 @@ from robust_ft import command_line, train
 from robust_ft.run_context import Callback
 
 WHERE, STAGE, STEP, MODEL_DIR, GIN_FILE = sys.argv[1:]
+# As in a terminal: what a shell starts in the background ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 ON_STEP = {

@@ -50,6 +50,9 @@ def with_own_files(recipe, host, is_other):
 
 
 def train(what, directory):
+    # As in a terminal: what a shell starts in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def terminate():
         if what in ("stop", "ctrl-c") and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM if what == "stop" else signal.SIGINT)

@@ -317,6 +317,14 @@ def test_sigterm_is_a_wish_for_as_long_as_the_block_lasts():
 
 
 def test_ctrl_c_is_a_wish_once(capfd):
+    default = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        _ctrl_c_is_a_wish_once(capfd)
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
+def _ctrl_c_is_a_wish_once(capfd):
     before, stop = signal.getsignal(signal.SIGINT), threading.Event()
     with multihost.stop_on_ctrl_c(stop):
         os.kill(os.getpid(), signal.SIGINT)

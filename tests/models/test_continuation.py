@@ -117,7 +117,8 @@ def test_packed_examples_have_them_too(family, separator):
     rng = np.random.default_rng(9)
     sources = [rng.integers(0, VOCAB, length) for length in (0, 4, 1)]
     targets = [rng.integers(0, VOCAB, length) for length in (2, 3, 2)]
-    examples = [to_pack(*pair, model.decoder_start) for pair in zip(sources, targets, strict=True)]
+    pairs = zip(sources, targets, strict=True)
+    examples = [to_pack(*pair, model.decoder_start, i) for i, pair in enumerate(pairs)]
     packed = {}
     for name in examples[0]:
         parts = [example[name] for example in examples]
