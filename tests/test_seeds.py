@@ -20,6 +20,7 @@ def summaries(folder, seeds):
     return [(folder / f"seed_{seed}" / "summary.json").read_text() for seed in seeds]
 
 
+@pytest.mark.slow
 def test_each_seed_is_the_run_of_its_own_command_and_one_report_is_on_all(tmp_path, capsys):
     flags = (*SHORT, f"--gin.MODEL_DIR={tmp_path / 'runs'}", "--gin.RANDOM_SEED=3", "--seeds=2")
     assert run(*flags) == 0

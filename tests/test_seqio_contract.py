@@ -192,7 +192,7 @@ def test_partials_keep_what_literals_say():
     assert again.func is f.func and again.keywords == f.keywords
 
 
-@pytest.mark.parametrize("split", ["validation", "train"])
+@pytest.mark.parametrize("split", ["validation", pytest.param("train", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("task", "eos_on_inputs", "eos_on_targets"),
     [

@@ -172,7 +172,14 @@ def directory(folder, settings):
     }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# One of each kind without deep stacks, whose shapes take seconds; the others are slow tests.
+QUICK = {"t5-small", "mt5-small", "bart-base", "gpt2", "Llama-3.2-1B", "Qwen2.5-0.5B-Instruct"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED],
+)
 def test_sizes_and_ids(tmp_path, monkeypatch, name):
     count, settings = PUBLISHED[name]
     tensors = directory(tmp_path, settings)

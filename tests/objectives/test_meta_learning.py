@@ -142,7 +142,14 @@ def reference_of(model, kind, rule, lists, carries=False, times=1):
 
 
 @pytest.mark.parametrize(
-    ("inner_steps", "optimizer"), [(1, "adam"), (2, "adafactor"), (7, "adam"), (7, "adafactor")]
+    ("inner_steps", "optimizer"),
+    [
+        (2, "adafactor"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [(1, "adam"), (7, "adam"), (7, "adafactor")]
+        ),
+    ],
 )
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("name", RULES)
@@ -170,6 +177,7 @@ def test_a_carried_state_goes_from_task_to_task_and_from_step_to_step(name):
         np.testing.assert_allclose(leaf / TASKS, expected[path], rtol=0, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_division_into_microbatches_is_the_same(name):
     model = tiny_model(PROMPTS["shallow"], dropout_rate=0.1, **SIZES)
