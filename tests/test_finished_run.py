@@ -75,7 +75,16 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("methods", "patterns"), METHODS.values(), ids=METHODS)
+QUICK = {"full", "prompt", "lora", "prompt and model"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "patterns"),
+    [
+        pytest.param(*each, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, each in METHODS.items()
+    ],
+)
 def test_every_method(base, tmp_path, methods, patterns):
     model = with_methods(*methods)
     stage = toy.stage(model=model, restore=base, trainable=patterns, **TEST, steps=2)

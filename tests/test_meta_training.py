@@ -33,13 +33,8 @@ def stage(rule, **changes):
     return toy.stage(**settings)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        pytest.param(rule, id=name, marks=[pytest.mark.slow] * (name != "reptile, state carried"))
-        for name, rule in RULES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_stopped_stage_resumes_exactly(rule, tmp_path):
     expected, _ = run(tmp_path / "whole", stage(rule))
     stop = threading.Event()

@@ -29,6 +29,8 @@ INTERRUPTIONS = [
     ("saved", "model", 12),
     ("interrupted_outside", "model", 0),
 ]
+FEW = [each for each in INTERRUPTIONS if each[:2] in {("saving", "prompt"), ("saved", "prompt")}]
+FEW += [("step", "model", 3), ("interrupted", "model", 10), ("interrupted_outside", "model", 0)]
 STATUS = {
     "terminated": RESUME,
     "interrupted": RESUME,
@@ -52,14 +54,20 @@ def assert_refused(directory):
     assert before == {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folders of an uninterrupted run and of one that was interrupted everywhere."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(FEW, id="few"),
+        pytest.param(INTERRUPTIONS, id="everywhere", marks=pytest.mark.slow),
+    ],
+)
+def runs(tmp_path_factory, request):
+    """The folders of an uninterrupted run and of one that was interrupted."""
     folder = tmp_path_factory.mktemp("resume")
     whole = start("nowhere", "-", 0, folder / "whole")
     assert whole.returncode == 0, whole.stderr
     broken = folder / "broken"
-    for where, stage, step in INTERRUPTIONS:
+    for where, stage, step in request.param:
         ended = start(where, stage, step, broken)
         wanted = STATUS.get(where, -signal.SIGKILL)
         assert ended.returncode == wanted, (where, stage, step, ended.stdout, ended.stderr)

@@ -196,9 +196,9 @@ def test_partials_keep_what_literals_say():
 @pytest.mark.parametrize(
     ("task", "eos_on_inputs", "eos_on_targets"),
     [
-        ("c_ranked", True, True),
+        pytest.param("c_ranked", True, True, marks=pytest.mark.slow),
         ("c_ranked_no_eos", False, True),
-        ("c_ranked_no_end", False, False),
+        pytest.param("c_ranked_no_end", False, False, marks=pytest.mark.slow),
     ],
 )
 def test_ranking_reads_the_tokens_that_are_trained_on(

@@ -31,6 +31,7 @@ def exam():
     return rows
 
 
+@pytest.mark.slow
 def test_choices_of_each_row_are_ranked(tmp_path):
     rows = exam()
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "exam.parquet")

@@ -191,6 +191,7 @@ def test_every_division_into_microbatches_is_the_same(name):
     assert not tree_equal(gradient, others[-1][0]), "dropout depends on the step's key"
 
 
+@pytest.mark.slow
 def test_without_inner_steps_fomaml_is_backpropagation():
     model = model_of("shallow")
     batch, ((query,),) = meta_batch(1, tasks=1)
