@@ -14,6 +14,7 @@ pandas = pytest.importorskip("pandas")
 datasets = pytest.importorskip("datasets")
 
 datasets.disable_progress_bars()
+pytestmark = pytest.mark.parity
 
 ROWS = [
     {
