@@ -132,7 +132,9 @@ def _train(
                     evaluator(stage.final_evaluations, params, step, pretrained=True)
                 if step:
                     save(score)
-            if stage.is_over(step, checkpoints.best_step()):
+            # Only where it may end early: the best step is known when all writing has ended.
+            waits = stage.patience is not None and step % stage.eval_period == 0
+            if stage.is_over(step, checkpoints.best_step() if waits else None):
                 return state
             if run.stop.is_set():
                 log.flush(step)
