@@ -75,6 +75,7 @@ def test_the_same_process_goes_on_with_the_same_arguments(tmp_path):
     assert f"{TRIM}=" in after and after.endswith(f" {FLAGS}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 def test_steps_use_the_memory_of_the_steps_before(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

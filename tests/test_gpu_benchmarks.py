@@ -30,6 +30,7 @@ def sizes(leaves):
     return sum(leaf.size for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_they_need_nothing_but_jax_flax_and_optax():
     code = (
         FORBID.replace("('tensorflow'", f"({', '.join(map(repr, NOT_NEEDED))}, 'tensorflow'")

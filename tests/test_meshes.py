@@ -133,6 +133,7 @@ def check_restores(folder, kinds, processes=1):
     sharded_checkpoints.read(folder, [ONE])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_8_devices_on_2_and_on_1(tmp_path):
     check_restores(tmp_path, ["fully sharded", "tensor"])
 

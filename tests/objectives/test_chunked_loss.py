@@ -275,6 +275,7 @@ def test_at_mt5s_size_memory_is_less_than_a_seventh():
     assert len(shares) == 2 and max(shares) <= 15, process.stdout
 
 
+@pytest.mark.slow
 def test_devices_that_split_the_vocabulary_or_the_weights_find_the_same():
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
