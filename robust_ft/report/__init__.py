@@ -1,9 +1,9 @@
 """Reports from finished runs: a table, a picture and a page that needs nothing else.
 
-`runs` reads run folders, `groups` tells runs of one name apart that differ in more than their seed,
-`members` splits a run into its models, `results`, `verdicts`, `samples`, `comparisons` and
-`tradeoff` compute from their rows (pure functions), and `table`, `figure`, `tradeoff_figure` and
-`page` draw.
+`runs` reads run folders and `few_shot` their few-shot evaluations, `groups` tells runs of one name
+apart that differ in more than their seed, `members` splits a run into its models, `results`,
+`verdicts`, `samples`, `comparisons`, `tradeoff` and `promptability` compute from their rows (pure
+functions), and `table`, `figure`, `page` and the modules called after those draw.
 `python -m robust_ft.report MODEL_DIR [MODEL_DIR ...] --output=DIR`.
 """
 
@@ -17,17 +17,26 @@ from robust_ft.files import check_local
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The files of a report; `tradeoff` is None if no OOD data was evaluated."""
+    """The files of a report.
+
+    Attributes:
+        html: The page.
+        markdown: Its tables.
+        png: Scores before and after, and curves; None if there are few-shot evaluations alone.
+        tradeoff: ID against OOD; None if no OOD data was evaluated.
+        promptability: Accuracy on each dataset; None if there are no few-shot evaluations.
+    """
 
     html: pathlib.Path
-    png: pathlib.Path
     markdown: pathlib.Path
+    png: pathlib.Path | None = None
     tradeoff: pathlib.Path | None = None
+    promptability: pathlib.Path | None = None
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         """All of them."""
-        paths = (self.html, self.png, self.tradeoff, self.markdown)
+        paths = (self.html, self.png, self.tradeoff, self.promptability, self.markdown)
         return tuple(path for path in paths if path is not None)
 
 
@@ -36,7 +45,9 @@ def write_report(
 ) -> Report:
     """Writes `report.html`, `report.png` and `report.md` into `output` and prints the table.
 
-    `tradeoff.png` is written as well if there is data that is out of distribution.
+    `tradeoff.png` is written as well if there is data that is out of distribution, and
+    `promptability.png` if there are few-shot evaluations. Where there is nothing else, there is no
+    `report.png`.
 
     Args:
         model_dirs: Folders of finished runs, or of the seeds of `run_seeds`. Runs of one name that
@@ -52,6 +63,9 @@ def write_report(
         groups,
         members,
         page,
+        promptability,
+        promptability_figure,
+        promptability_table,
         results,
         runs,
         table,
@@ -63,29 +77,37 @@ def write_report(
         check_local(path, "The report's folder")
     grouped = groups.by_settings(runs.load_runs(model_dirs))
     loaded = members.split_members(grouped.runs)
-    all_results = results.make_table(loaded)
-    id_and_ood = tradeoff.make_tradeoff(loaded)
-    compared = comparisons.make_comparisons(loaded)
+    evaluated = [run for run in loaded if run.rows]
+    all_results = results.make_table(evaluated)
+    id_and_ood = tradeoff.make_tradeoff(evaluated)
+    compared = comparisons.make_comparisons(evaluated)
+    prompted = promptability.make_promptability(grouped.runs)
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         folder / "report.html",
-        folder / "report.png",
         folder / "report.md",
+        folder / "report.png" if evaluated else None,
         folder / "tradeoff.png" if id_and_ood.columns else None,
+        folder / "promptability.png" if prompted else None,
     )
-    figure.save_picture(loaded, report.png)
+    if report.png is not None:
+        figure.save_picture(evaluated, report.png)
     if report.tradeoff is not None:
         tradeoff_figure.save(id_and_ood, figure.colors(loaded), report.tradeoff)
+    if report.promptability is not None and prompted is not None:
+        promptability_figure.save(prompted, report.promptability)
     report.html.write_text(
-        page.render(loaded, all_results, id_and_ood, compared, grouped), encoding="utf-8"
+        page.render(loaded, all_results, id_and_ood, compared, grouped, prompted), encoding="utf-8"
     )
     text = [
-        table.markdown(all_results),
+        table.markdown(all_results) if evaluated else "",
         table.settings_markdown(grouped),
         table.tradeoff_markdown(id_and_ood),
         table.comparisons_markdown(compared),
+        promptability_table.markdown(prompted),
     ]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
     table.show(all_results, compared, grouped)
+    promptability_table.show(prompted)
     return report

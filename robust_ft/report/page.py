@@ -3,12 +3,25 @@
 import html
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from robust_ft.report import figure, results, table, tradeoff, tradeoff_figure, verdicts
+from robust_ft.report import (
+    figure,
+    promptability_figure,
+    promptability_table,
+    results,
+    table,
+    tradeoff,
+    tradeoff_figure,
+    verdicts,
+)
 from robust_ft.report import samples as side_by_side
 from robust_ft.report.comparisons import Comparisons
 from robust_ft.report.groups import Groups
 from robust_ft.report.runs import Run
+
+if TYPE_CHECKING:
+    from robust_ft.report.promptability import Promptability
 
 _WORDS = {
     "loses": "loses the other tasks",
@@ -32,6 +45,7 @@ def render(
     id_and_ood: tradeoff.Tradeoff,
     compared: Comparisons,
     groups: Groups = Groups(()),
+    prompted: "Promptability | None" = None,
 ) -> str:
     """Returns the whole page.
 
@@ -41,24 +55,46 @@ def render(
         id_and_ood: Their ID and OOD results.
         compared: The differences of the methods, with their tests.
         groups: The settings in which runs of one name differ.
+        prompted: Their few-shot evaluations, if there are any. Runs that were evaluated in no other
+            way have no other sections.
     """
     style = (pathlib.Path(__file__).parents[1] / "assets" / "report.css").read_text("utf-8")
-    found = verdicts.verdicts(runs)
-    panels = figure.svg_panels(runs)
+    evaluated = [run for run in runs if run.rows]
+    trained = [run for run in runs if run.stages]
+    found = verdicts.verdicts(evaluated)
+    panels = figure.svg_panels(trained)
     targets = ", ".join(all_results.targets)
-    title = f"Finetuning on {targets}"
-    sentence = verdicts.headline(found, numbers=False)
+    if prompted is not None and not evaluated:
+        title = promptability_table.TITLE
+        sentence = promptability_table.headline(prompted)
+        lead = promptability_table.describe(prompted)
+    else:
+        title = f"Finetuning on {targets}"
+        sentence = verdicts.headline(found, numbers=False)
+        lead = _lead(evaluated, targets)
     body = [
         f"<header><p class='over'>robust_ft report</p><h1>{_text(sentence or title)}</h1>",
-        f"<p class='lead'>{_text(_lead(runs, targets))}</p></header>",
-        _cards(runs, found),
-        _section("Before and after", _before_after(runs, panels)),
-        _section("In and out of distribution", _tradeoff(runs, id_and_ood)),
-        _section("While it trained", _curves(runs, panels)),
-        _section("All results", _table(all_results) + _notes(groups)),
-        _section("Differences", _differences(compared)),
+        f"<p class='lead'>{_text(lead)}</p></header>",
+    ]
+    if evaluated:
+        body += [
+            _cards(evaluated, found),
+            _section("Before and after", _before_after(evaluated, panels)),
+            _section("In and out of distribution", _tradeoff(evaluated, id_and_ood)),
+        ]
+    else:
+        body.append(_notes(groups))
+    body.append(_section(promptability_table.TITLE, _promptability(prompted)))
+    if trained:
+        body.append(_section("While it trained", _curves(trained, panels)))
+    if evaluated:
+        body += [
+            _section("All results", _table(all_results) + _notes(groups)),
+            _section("Differences", _differences(compared)),
+        ]
+    body += [
         _section(table.DIFFERENT, _settings(groups)),
-        _samples(runs),
+        _samples(evaluated),
         _section("Configuration", _configs(runs)),
     ]
     return (
@@ -178,6 +214,28 @@ def _tradeoff(runs: Sequence[Run], id_and_ood: tradeoff.Tradeoff) -> str:
     )
     rows = _plain_table(table.tradeoff_rows(id_and_ood))
     return f"{rows}{drawing}"
+
+
+def _promptability(found: "Promptability | None") -> str:
+    if found is None:
+        return ""
+    drawing = _panel(
+        "Accuracy on each dataset",
+        promptability_figure.svg_panel(found),
+        "A dot is a template, a bar their mean; the dashed line is guessing.",
+    )
+    notes = "".join(f"<p class='note'>{_text(n)}</p>" for n in promptability_table.notes(found))
+    parts = [_plain_table(promptability_table.gain_rows(found)), notes, drawing]
+    if len(rows := promptability_table.difference_rows(found)) > 1:
+        tests = f"<p class='note'>{_text(promptability_table.TESTS)}</p>"
+        parts.append(f"<h3>Differences in ARG</h3>{_plain_table(rows)}{tests}")
+    for setting in found.settings:
+        rows = promptability_table.accuracy_rows(found, setting)
+        parts.append(
+            f"<details><summary>The templates one by one, {_text(setting.text)}</summary>"
+            f"{_plain_table(rows)}</details>"
+        )
+    return "".join(parts)
 
 
 def _differences(found: Comparisons) -> str:

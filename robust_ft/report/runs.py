@@ -16,6 +16,7 @@ from robust_ft.summary import Row, read_rows
 if TYPE_CHECKING:
     from robust_ft.run_record import RunRecord
 
+FEW_SHOT = "few_shot"  # the folder of few-shot tuning, and the stage of its rows
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
 
 
@@ -41,9 +42,9 @@ class Run:
         directory: The folder of the run.
         name: Name of the method; runs of one name differ by their seed (`report.groups`).
         seed: The seed.
-        target: The finetuned task.
+        target: The finetuned task, "" if the run has none.
         stages: Names of the stages, in the order they ran.
-        rows: The rows of `summary.json`.
+        rows: The rows of `summary.json`, without those of few-shot tuning (`report.promptability`).
         config: The text of `config.gin`, or "".
         train: The training metrics of each stage, from `metrics.jsonl`.
         samples: Files with predictions; read when needed.
@@ -103,8 +104,9 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     folder = pathlib.Path(directory)
     _check_folder(folder)
     about = read_json_object(folder / "run.json")
+    is_few_shot = (folder / FEW_SHOT).is_dir()
     for key in ("name", "target", "stages"):
-        if not about.get(key):
+        if not about.get(key) and not (is_few_shot and key in about):
             raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
     stages = tuple(s["name"] if isinstance(s, dict) else str(s) for s in about["stages"])
     selections = about.get("selections") or about.get("choices") or ()  # runs before version 0.2
@@ -114,9 +116,9 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         directory=folder,
         name=str(about["name"]),
         seed=int(about.get("seed", 0)),
-        target=str(about["target"]),
+        target=str(about["target"] or ""),
         stages=stages,
-        rows=_rows(folder / "summary.json", (*stages, *weights)),
+        rows=_rows(folder / "summary.json", (*stages, *weights), is_few_shot),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in sample_files(folder, stage)),
@@ -162,10 +164,12 @@ def _check_folder(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} has no summary.json: its run has not been evaluated yet.")
 
 
-def _rows(path: pathlib.Path, stages: Sequence[str]) -> tuple[Row, ...]:
+def _rows(path: pathlib.Path, stages: Sequence[str], is_few_shot: bool) -> tuple[Row, ...]:
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path} does not hold a list of results.")
+    if is_few_shot:
+        rows = [row for row in rows if row.stage != FEW_SHOT]
     for number, row in enumerate(rows, start=1):
         if row.stage not in stages:
             raise UserError(

@@ -1,10 +1,15 @@
 """The table of a report as text: for a terminal and as Markdown."""
 
+from typing import TYPE_CHECKING
+
 from robust_ft import console
 from robust_ft.report import results
 from robust_ft.report.comparisons import DRAWS, Comparison, Comparisons, by_pair
 from robust_ft.report.groups import Groups
 from robust_ft.report.tradeoff import Tradeoff
+
+if TYPE_CHECKING:
+    from robust_ft.metrics.significance import Bootstrap
 
 CAPTION = (
     "Scores from 0 to 100; ± is the sample standard deviation over seeds. Norm. Avg. is the plain "
@@ -61,7 +66,7 @@ def caption(table: results.Table) -> str:
 def markdown(table: results.Table) -> str:
     """Returns the table as Markdown, with its caption."""
     names = [f"{line.method}<br>{line.checkpoint}" for line in table.lines]
-    return f"{_markdown([['', *names], *_rows(table)])}\n\n{caption(table)}\n"
+    return f"{markdown_table([['', *names], *_rows(table)])}\n\n{caption(table)}\n"
 
 
 def settings_rows(groups: Groups) -> list[list[str]]:
@@ -87,7 +92,7 @@ def settings_markdown(groups: Groups) -> str:
     """Returns the notes and the settings that differ as Markdown, "" if there are none."""
     parts = [f"{note}\n" for note in notes(groups)]
     if groups.differences:
-        parts.append(f"## {DIFFERENT}\n\n{_markdown(settings_rows(groups))}\n")
+        parts.append(f"## {DIFFERENT}\n\n{markdown_table(settings_rows(groups))}\n")
     return "\n".join(parts)
 
 
@@ -136,11 +141,16 @@ def _pair(pair: tuple[str, str]) -> str:
 
 
 def _difference(c: Comparison) -> str:
-    parts = [f"{c.difference:+.1f}"]
-    if c.p_value is not None:
-        parts.append("p < 0.001" if c.p_value < 0.001 else f"p = {c.p_value:.3f}")
-    if c.bootstrap is not None:
-        parts.append(f"[{c.bootstrap.low:+.1f}, {c.bootstrap.high:+.1f}]")
+    return difference_text(c.difference, c.p_value, c.bootstrap)
+
+
+def difference_text(difference: float, p_value: float | None, bootstrap: "Bootstrap | None") -> str:
+    """Returns `+1.2, p = 0.030, [+0.1, +2.3]`, of the tests those that there are."""
+    parts = [f"{difference:+.1f}"]
+    if p_value is not None:
+        parts.append("p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}")
+    if bootstrap is not None:
+        parts.append(f"[{bootstrap.low:+.1f}, {bootstrap.high:+.1f}]")
     return ", ".join(parts).replace("-", "−")
 
 
@@ -148,9 +158,9 @@ def comparisons_markdown(found: Comparisons) -> str:
     """Returns the differences as Markdown, "" if nothing was compared."""
     if not found.all:
         return ""
-    parts = ["## Differences", _markdown(comparison_rows(found))]
+    parts = ["## Differences", markdown_table(comparison_rows(found))]
     if found.tasks:
-        parts.append(_markdown(task_comparison_rows(found)))
+        parts.append(markdown_table(task_comparison_rows(found)))
     return "\n\n".join([*parts, TESTS]) + "\n"
 
 
@@ -158,10 +168,11 @@ def tradeoff_markdown(tradeoff: Tradeoff) -> str:
     """Returns the table as Markdown, "" if no OOD data was evaluated."""
     if not tradeoff.columns:
         return ""
-    return f"## In and out of distribution\n\n{_markdown(tradeoff_rows(tradeoff))}\n"
+    return f"## In and out of distribution\n\n{markdown_table(tradeoff_rows(tradeoff))}\n"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Returns rows, heads first, as a table in Markdown."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
@@ -170,7 +181,8 @@ def _markdown(rows: list[list[str]]) -> str:
 def show(table: results.Table, found: Comparisons, groups: Groups) -> None:
     """Prints the table, the differences, and what is to be said of the runs."""
     names = [f"{line.method}\n{line.checkpoint}" for line in table.lines]
-    console.print_table("Results", ["", *names], _rows(table), caption(table))
+    if names:
+        console.print_table("Results", ["", *names], _rows(table), caption(table))
     if any(comparison.second != results.PRETRAINED for comparison in found.all):
         heads, *rows = comparison_rows(found)
         console.print_table("Differences", heads, rows, TESTS)

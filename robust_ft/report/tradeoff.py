@@ -48,7 +48,7 @@ def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
     Args:
         runs: Runs of one target, one for each model (`report.members`).
     """
-    columns = _columns(runs)
+    columns = _columns(runs) if runs else ()
     groups = results.methods(runs)
     if not columns:
         return Tradeoff((), (), {})
