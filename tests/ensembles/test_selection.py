@@ -138,7 +138,7 @@ def test_a_finished_choice_is_not_made_again(finished, monkeypatch):
 def test_other_weights_in_the_same_folder_are_refused(finished):
     directory, _ = finished
     other = dataclasses.replace(ENSEMBLE, weights=(0.0, 1.0))
-    with pytest.raises(UserError, match="selections.ensemble.weights"):
+    with pytest.raises(UserError, match=r"selections\.ensemble\.weights"):
         runner.run(made(directory, selections=(COCKTAIL, other)))
 
 
