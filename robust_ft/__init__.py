@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from robust_ft.evaluator import EvalContext as EvalContext
     from robust_ft.evaluator import Evaluator as Evaluator
     from robust_ft.evaluator import Result as Result
+    from robust_ft.few_shot import FewShot as FewShot
     from robust_ft.from_gin import load_recipe as load_recipe
     from robust_ft.loading import load as load
     from robust_ft.models.bart import BartConfig as BartConfig
@@ -80,6 +81,7 @@ _HOMES = {
     "errors": ["UserError"],
     "evaluate": ["Evaluation", "suite"],
     "evaluator": ["EvalContext", "Evaluator", "Result"],
+    "few_shot": ["FewShot"],
     "from_gin": ["load_recipe"],
     "loading": ["load"],
     "models.bart": ["BartConfig"],

@@ -6,6 +6,7 @@ from robust_ft import initial_checkpoint
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
+from robust_ft.few_shot import FewShot
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.objectives.meta_learning import MetaLearning
@@ -21,19 +22,19 @@ def check(recipe: Recipe) -> None:
 
     Raises:
         UserError: Patterns, tasks, batches, lengths or the teacher do not fit a stage's model or
-            the mesh, or the stages of a selection have different vocabularies.
+            the mesh, or the stages of a selection have different vocabularies; or few-shot
+            evaluation does not fit its model.
     """
     for stage in recipe.stages:
-        stage.model.check()
-        if stage.restore != SCRATCH and not stage.restore.startswith(STAGE):
-            initial_checkpoint.check(stage.model, stage.restore)
-        stage.trainable_paths()
+        _check_start(stage)
         _check_tasks(stage)
         _check_mesh(recipe, stage)
         _check_lengths(stage)
         _check_teacher(recipe, stage)
     for selection in recipe.selections:
         check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
+    if recipe.few_shot is not None:
+        _check_few_shot(recipe, recipe.few_shot)
 
 
 def untuned(recipe: Recipe) -> str | None:
@@ -42,7 +43,7 @@ def untuned(recipe: Recipe) -> str | None:
         return None
     sizes = {
         stage.name: sum(math.prod(leaf.shape) for leaf in flatten(stage.model.shapes()).values())
-        for stage in recipe.stages
+        for stage in recipe.parts
     }
     name = max(sizes, key=lambda name: sizes[name])
     if sizes[name] <= recipe.tuned_up_to:
@@ -52,6 +53,31 @@ def untuned(recipe: Recipe) -> str | None:
         f"stage '{name}' has one of {sizes[name]:,}: add --gin_file=gin_configs/scale/base.gin "
         "(base_t5.gin for a T5), or set Recipe.tuned_up_to=None if they are your own."
     )
+
+
+def _check_start(stage: Stage | FewShot) -> None:
+    stage.model.check()
+    if stage.restore != SCRATCH and not stage.restore.startswith(STAGE):
+        initial_checkpoint.check(stage.model, stage.restore)
+    stage.trainable_paths()
+
+
+def _check_few_shot(recipe: Recipe, few_shot: FewShot) -> None:
+    _check_start(few_shot)
+    _check_parameters(recipe, few_shot.model)
+    model, bare = few_shot.model, few_shot.model.without(*few_shot.zero_shot_without)
+    recipe.partitioner.check_batch("FewShot.examples", few_shot.examples, "Recipe.few_shot")
+    model.check_lengths(few_shot.data.inputs_length, few_shot.data.targets_length)
+    for evaluation in few_shot.evaluations:
+        data, owner = evaluation.data, f"the evaluation on '{evaluation.task}'"
+        recipe.partitioner.check_batch("Evaluation.batch_size", evaluation.batch_size, owner)
+        for each in (model, bare):
+            each.check_lengths(data.inputs_length, data.targets_length)
+        if not same_vocabulary(data.vocabulary, few_shot.data.vocabulary):
+            raise UserError(
+                f"The evaluation on '{evaluation.task}' in FewShot.evaluations has another "
+                "vocabulary than FewShot.data; a model has one, so give both the same."
+            )
 
 
 def _evaluations(stage: Stage) -> list[Evaluation]:
@@ -81,7 +107,7 @@ def _check_packing(stage: Stage, model: Model) -> None:
 
 
 def _check_mesh(recipe: Recipe, stage: Stage) -> None:
-    partitioner, config = recipe.partitioner, stage.model.config
+    partitioner = recipe.partitioner
     for evaluation in _evaluations(stage):
         owner = f"the evaluation on '{evaluation.task}'"
         partitioner.check_batch("Evaluation.batch_size", evaluation.batch_size, owner)
@@ -89,14 +115,19 @@ def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     # A meta-learning rule's microbatches divide tasks, of which all devices share each batch.
     microbatches = 1 if isinstance(stage.gradient, MetaLearning) else stage.microbatches
     partitioner.check_batch("Stage.batch_size", stage.batch_size, owner, microbatches)
+    _check_parameters(recipe, stage.model)
+
+
+def _check_parameters(recipe: Recipe, model: Model) -> None:
+    partitioner, config = recipe.partitioner, model.config
     if partitioner.mesh.size == 1:
         return
     # The shapes of parameters tell only heads times head_dim.
     for field in ("num_heads", "num_kv_heads"):
         if (heads := getattr(config, field, None)) is not None:
             partitioner.check_sizes(f"{type(config).__name__}.{field}", ("heads",), (heads,))
-    axes = flatten(stage.model.logical_axes())
-    for path, leaf in flatten(stage.model.shapes()).items():
+    axes = flatten(model.logical_axes())
+    for path, leaf in flatten(model.shapes()).items():
         partitioner.check_sizes(f"Parameter '{path}'", axes[path], leaf.shape)
 
 

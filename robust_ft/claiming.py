@@ -155,7 +155,7 @@ def _write(file: Path, fields: Mapping[str, Any]) -> None:
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     """Returns what readers of a run need without its settings."""
-    evaluations = of_tasks(recipe.stages[-1].final_evaluations)
+    evaluations = of_tasks(recipe.stages[-1].final_evaluations if recipe.stages else ())
     targets = [e.data.task for e in evaluations if e.role == TARGET]
     return {
         "name": recipe.name,

@@ -262,15 +262,18 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
             "targets_length": arguments.targets_length,
         }
         return [TaskData(task=arguments.task, **{**settings, **changes})]
-    stages = load_config(arguments).recipe.stages
+    recipe = load_config(arguments).recipe
     datasets: dict[TaskData, None] = {}
-    for stage in stages:
+    for stage in recipe.stages:
         evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
         datasets |= dict.fromkeys([stage.data, *(each.task_data for each in evaluations)])
+    if (few_shot := recipe.few_shot) is not None:
+        for each in few_shot.evaluations:
+            datasets |= dict.fromkeys([few_shot.training_data(each), each.data])
     if arguments.task:
         named = [data for data in datasets if data.task == arguments.task]
         if not named:
-            last = stages[-1].data
+            last = recipe.last.data
             module = _ALL_TASKS if (last.module or "").startswith("tasks.") else last.module
             named = [dataclasses.replace(last, task=arguments.task, module=module)]
         datasets = dict.fromkeys(named)

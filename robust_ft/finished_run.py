@@ -181,6 +181,8 @@ def _selected(run: Path, name: str | None) -> str:
         raise UserError(f"'{run}' is not a run: it holds no {RUN}.")
     about = read_json_object(run / RUN)
     stages, selections = (list(about.get(key, ())) for key in ("stages", "selections"))
+    if not stages:
+        raise UserError(f"'{run}' trained no model, it only evaluated one; load that.")
     name = name or [*stages, *selections][-1]
     if name in stages:
         return name

@@ -18,6 +18,7 @@ from robust_ft.ensembles.selection import (
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.evaluator import Evaluator
+from robust_ft.few_shot import FewShot
 from robust_ft.inference import Inference
 from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.config import ModelConfig
@@ -144,13 +145,25 @@ def _flat(groups: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(flat)
 
 
-# `**fields` written out, as those of `Stage`.
-stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        parameter.replace(annotation=_Evaluators) if "evaluations" in name else parameter
-        for name, parameter in inspect.signature(Stage).parameters.items()
-    ]
-)
+def _as_of(built: type[Stage] | type[FewShot]) -> inspect.Signature:
+    """Returns the signature of what is built, for a builder's `**fields` written out."""
+    return inspect.Signature(
+        [
+            parameter.replace(annotation=_Evaluators) if "evaluations" in name else parameter
+            for name, parameter in inspect.signature(built).parameters.items()
+        ]
+    )
+
+
+stage.__signature__ = _as_of(Stage)  # type: ignore[attr-defined]
+
+
+def few_shot(evaluations: _Evaluators, **fields: Any) -> FewShot:
+    """Builds a `FewShot`; a group of evaluations, as `suite` returns, counts as its evaluations."""
+    return FewShot(evaluations=_flat(evaluations), **fields)
+
+
+few_shot.__signature__ = _as_of(FewShot)  # type: ignore[attr-defined]
 
 
 def recipe(
@@ -160,6 +173,7 @@ def recipe(
     seed: Integer = 0,
     partitioner: Partitioner = Partitioner(),
     selections: Sequence[Selection] = (),
+    few_shot: FewShot | None = None,
     compile_effort: Annotated[float, Range(least=-1, most=1)] = 0.0,
     tuned_up_to: Count | None = None,
 ) -> Recipe:
@@ -171,6 +185,7 @@ def recipe(
         seed,
         partitioner,
         tuple(selections),
+        few_shot,
         compile_effort,
         tuned_up_to,
     )
@@ -189,6 +204,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Decoder": Decoder,
     "EnsembleSelection": EnsembleSelection,
     "Evaluation": Evaluation,
+    "FewShot": few_shot,
     "FileTask": FileTask,
     "Fomaml": meta_learning.Fomaml,
     "GPT2Config": gpt2.GPT2Config,

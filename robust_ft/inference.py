@@ -45,7 +45,7 @@ def load(recipe: Recipe, inference: Inference) -> BasePredictor:
     if inference.checkpoint is None:
         check_model(recipe)
         return final_predictor(recipe)
-    stage = recipe.stages[-1]
+    stage = recipe.last
     vocabulary = stage.data.vocabulary
     loaded = load_for_model(stage.model, inference.checkpoint, vocabulary)
     params = place(recipe, stage, loaded)
@@ -57,7 +57,7 @@ def evaluate_all(recipe: Recipe, inference: Inference) -> list[Row]:
     predictor = load(recipe, inference)
     results = [evaluate(evaluation, predictor) for evaluation in inference.evaluations]
     is_selection = recipe.selections and inference.checkpoint is None
-    name = (recipe.selections if is_selection else recipe.stages)[-1].name
+    name = recipe.selections[-1].name if is_selection else recipe.last.name
     rows = held_out_rows(results, name, OUTSIDE_TRAINING)
     return rows + [row for result in results for row in result.rows(name, OUTSIDE_TRAINING)]
 

@@ -24,6 +24,7 @@ from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import SPLITS, FileTask
 from robust_ft.evaluate import Evaluation
 from robust_ft.evaluator import Evaluator
+from robust_ft.few_shot import FewShot
 from robust_ft.models.config import ModelConfig
 from robust_ft.models.peft import Prompt
 from robust_ft.recipe import Recipe
@@ -39,11 +40,16 @@ Setting = str | int | float | bool | list[Any] | None
 LEFT_OUT: Mapping[type, Sequence[str]] = {
     Recipe: ("model_dir", "partitioner", "compile_effort", "tuned_up_to"),
     Stage: ("log_period", "final_kept"),
+    FewShot: ("side_by_side",),
     TaskData: ("cache_dir", "module"),
     ModelConfig: ("attention", "remat"),
 }
 # Fields that name files: their content counts, not their place.
-PLACES: Mapping[type, Sequence[str]] = {Stage: ("restore", "teacher"), Prompt: ("file",)}
+PLACES: Mapping[type, Sequence[str]] = {
+    Stage: ("restore", "teacher"),
+    FewShot: ("restore",),
+    Prompt: ("file",),
+}
 
 
 @dataclasses.dataclass
@@ -98,6 +104,9 @@ class Flattened:
         if isinstance(value, Evaluation):
             # The task's name says its shots. Where samples are drawn, each batch draws its own.
             own |= {"shots"} | ({"batch_size"} if value.decoder.temperature == 0 else set())
+        if isinstance(value, FewShot):  # the task of its data is a placeholder
+            drawn = {each.task: value.training_data(each) for each in value.evaluations}
+            parts = [(name, drawn if name == "data" else part) for name, part in parts]
         if isinstance(value, FileTask):  # a share of the training file is a setting, a file is not
             parts = [
                 (name, "file" if name in SPLITS and isinstance(part, str) else part)

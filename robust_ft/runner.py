@@ -136,7 +136,16 @@ def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:
 
 
 def final_predictor(recipe: Recipe) -> BasePredictor:
-    """Returns a finished recipe's result: its last selection, or its last stage's model."""
+    """Returns a finished recipe's result: its last selection, or its last stage's model.
+
+    Raises:
+        UserError: It has neither, or the selection has not been made.
+    """
+    if not recipe.stages:
+        raise UserError(
+            f"The run in {recipe.model_dir} trains no model, it only evaluates one; load "
+            f"'{recipe.few_shot and recipe.few_shot.restore}'."
+        )
     if not recipe.selections:
         return predictor(recipe, recipe.stages[-1].name)
     selection = recipe.selections[-1]

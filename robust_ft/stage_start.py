@@ -10,6 +10,7 @@ import jax
 from robust_ft import initial_checkpoint, loading, trainable
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.errors import UserError
+from robust_ft.few_shot import FewShot
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
 from robust_ft.outcome import Outcome
@@ -20,7 +21,7 @@ from robust_ft.stage import PRETRAINED, SCRATCH, STAGE, Stage, stage_key
 from robust_ft.types import Params
 
 
-def restore(recipe: Recipe, stage: Stage, in_memory: Params | None = None) -> Params:
+def restore(recipe: Recipe, stage: Stage | FewShot, in_memory: Params | None = None) -> Params:
     """Returns all parameters at a stage's start, placed on the mesh.
 
     What `Stage.restore` names is restored: a checkpoint, or the final parameters of an earlier
@@ -180,7 +181,7 @@ def origin(recipe: Recipe, stage: Stage) -> str:
     return f"{Path(recipe.model_dir) / earlier.name}"
 
 
-def place(recipe: Recipe, stage: Stage, restored: Mapping[str, Any]) -> Params:
+def place(recipe: Recipe, stage: Stage | FewShot, restored: Mapping[str, Any]) -> Params:
     """Places restored parameters on the mesh and initializes the stage's other parameters.
 
     Args:

@@ -15,6 +15,7 @@ from robust_ft import command_line, cpu_settings
 from robust_ft.files import write_atomically
 
 if TYPE_CHECKING:
+    from robust_ft.few_shot import FewShot
     from robust_ft.gin_config import Config
     from robust_ft.recipe import Recipe
     from robust_ft.run_context import Callback
@@ -96,15 +97,16 @@ def _banner(recipe: "Recipe") -> None:
 
     from robust_ft import console
 
-    stage = recipe.stages[-1]
-    sizes = [leaf.size for leaf in jax.tree.leaves(stage.model.shapes())]
+    part = recipe.parts[-1]
+    sizes = [leaf.size for leaf in jax.tree.leaves(part.model.shapes())]
+    data = recipe.last.data
     devices = jax.devices()
     console.banner(
         f"robust_ft: {recipe.name}",
         {
-            "model": f"{type(stage.model.config).__name__.removesuffix('Config')} with "
-            f"{sum(sizes):,} parameters from {recipe.stages[0].restore}",
-            "data": stage.data.task + (f" of {stage.data.module}" if stage.data.module else ""),
+            "model": f"{type(part.model.config).__name__.removesuffix('Config')} with "
+            f"{sum(sizes):,} parameters from {recipe.parts[0].restore}",
+            "data": data.task + (f" of {data.module}" if data.module else ""),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "output": recipe.model_dir,
         },
@@ -134,6 +136,27 @@ def _dry_run(config: "Config") -> None:
             detached = evaluation.detached(stage.model)
             removed = f" without {', '.join(detached)}" if detached else ""
             console.print_line(f"evaluate {evaluation.task} {evaluation.split}{removed}")
+    if config.recipe.few_shot is not None:
+        _dry_run_few_shot(config.recipe.few_shot)
+
+
+def _dry_run_few_shot(few_shot: "FewShot") -> None:
+    from robust_ft import console, model_info
+
+    model, paths = few_shot.model, few_shot.trainable_paths()
+    tasks = len(few_shot.evaluations)
+    console.print_line(
+        f"Few-shot from {few_shot.restore}: {tasks} task(s), each tuned on {few_shot.examples} "
+        f"examples for {few_shot.epochs} epochs, {few_shot.seeds} time(s), at most "
+        f"{min(few_shot.side_by_side, tasks * few_shot.seeds)} tunings side by side:"
+    )
+    console.print_line(model_info.report(model.shapes(), paths, model.peft, compact=True))
+    removed = f" (0 shots without {', '.join(few_shot.zero_shot_without)})"
+    for evaluation in few_shot.evaluations:
+        console.print_line(
+            f"rank {evaluation.task} {evaluation.split} of dataset "
+            f"{few_shot.dataset(evaluation.task)}{removed if few_shot.zero_shot_without else ''}"
+        )
 
 
 def _write_config(config: "Config") -> None:

@@ -29,7 +29,7 @@ LAYERS = [
         "stage_evaluator",
         "training_log",
     },
-    {"trainer", "ensembles"},
+    {"trainer", "ensembles", "few_shot"},
     {"recipe"},
     {"stage_start", "recorded_settings", "overlap_file"},
     {"recorded_content"},

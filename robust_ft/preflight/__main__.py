@@ -95,6 +95,8 @@ def _chosen(recipe: "Recipe", names: Sequence[str] | None) -> list["Stage"]:
     from robust_ft.errors import UserError, nearest
 
     known = [stage.name for stage in recipe.stages]
+    if not known:
+        raise UserError(f"'{recipe.name}' has no stage whose programs could be compiled.")
     for name in names or ():
         if name not in known:
             raise UserError(f"--stage={name} is not one of {known}." + nearest(name, known))

@@ -105,15 +105,15 @@ def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     """Yields gin bindings to try, those that cost least speed first; each adds to those before."""
     bindings: tuple[str, ...] = ()
     yield bindings
-    config: Any = recipe.stages[0].model.config
+    config: Any = recipe.parts[0].model.config
     if recipe.partitioner.fully_sharded == 1:
         bindings += ("FULLY_SHARDED=-1",)
         yield bindings
     if getattr(config, "remat", "full") != "full":
         bindings += (f"{type(config).__name__}.remat='full'",)
         yield bindings
-    microbatches = max(stage.microbatches for stage in recipe.stages)
-    while microbatches < min(8, *(stage.batch_size for stage in recipe.stages)):
+    microbatches = max((stage.microbatches for stage in recipe.stages), default=1)
+    while microbatches < min([8, *(stage.batch_size for stage in recipe.stages)]):
         microbatches *= 2
         yield (*bindings, f"MICROBATCHES={microbatches}")
     if config.param_dtype == "float32":
