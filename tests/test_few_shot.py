@@ -81,7 +81,7 @@ def test_a_task_belongs_to_the_longest_dataset():
 def test_a_recipe_needs_stages_or_few_shot(tmp_path):
     with pytest.raises(UserError, match="needs stages"):
         Recipe("toy", str(tmp_path), ())
-    with pytest.raises(UserError, match="FewShot.restore='stage:mtl', but the stages are"):
+    with pytest.raises(UserError, match=r"FewShot\.restore='stage:mtl', but the stages are"):
         recipe(tmp_path, restore="stage:mtl")
     with pytest.raises(UserError, match="give the stage or selection of that name another one"):
         recipe(tmp_path, [toy.stage("few_shot")])
