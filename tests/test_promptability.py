@@ -323,12 +323,18 @@ def test_runs_without_few_shot_files_have_no_section(tmp_path, folders):
     assert "Promptability" in both.html.read_text()
 
 
-def test_zero_shots_without_a_prompt_are_said_to_be(tmp_path):
+def test_how_0_shots_were_evaluated_and_the_best_epoch_was_chosen(tmp_path):
     def arm(name, off):
-        record = RunRecord({"few_shot.zero_shot_without": off})
-        lines = [line("rte", "rte", 0, "zero", None, [1, 0], 50.0)]
+        fields = {"few_shot.zero_shot_without": off, "few_shot.best_on": "split"}
+        record = RunRecord(fields)
+        lines = [
+            line("rte", "rte", 0, "zero", None, [1, 0], 50.0),
+            line("rte", "rte", 16, "best", 0, [1, 0], 50.0),
+        ]
         return arm_of(tmp_path / name, lines, name, record=record)
 
     found = make_promptability([arm("p3_none", ["prompt"]), arm("p3_mtl_tp", [])])
     (note,) = promptability_table.notes(found)
     assert "At 0 shots p3_none: without prompt. p3_mtl_tp: with all that was trained." in note
+    assert promptability_table.BEST["split"] in note
+    assert promptability_table.BEST["examples"] not in note

@@ -94,7 +94,8 @@ class Promptability:
         settings: 0 shots first, then the last epoch, then the best.
         templates: All that were evaluated, by dataset.
         cells: What was measured, by arm and setting.
-        without: PEFT modules that an arm's 0-shot evaluation was without, where it is recorded.
+        without: PEFT methods that an arm's 0-shot evaluation was without, where it is recorded.
+        best_on: How best epochs were chosen, where it is recorded: `FewShot.best_on`.
         notes: A sentence for each ARG that is left out, and why.
         seeds: The largest number of runs of an arm, and of draws of examples of a run.
     """
@@ -104,6 +105,7 @@ class Promptability:
     templates: tuple[Template, ...]
     cells: Mapping[Key, Cell]
     without: Mapping[str, tuple[str, ...]]
+    best_on: tuple[str, ...]
     notes: tuple[str, ...]
     seeds: tuple[int, int]
 
@@ -133,6 +135,7 @@ def make_promptability(runs: Sequence[Run]) -> Promptability | None:
     """
     arms: dict[str, list[list[Evaluated]]] = {}
     without: dict[str, tuple[str, ...]] = {}
+    best_on: dict[str, None] = {}
     for name, group in results.methods(runs).items():
         recorded = [run.record.settings if run.record else {} for run in group]
         found = [few_shot.read(r.directory, s) for r, s in zip(group, recorded, strict=True)]
@@ -140,6 +143,7 @@ def make_promptability(runs: Sequence[Run]) -> Promptability | None:
             arms[name] = found
             off = recorded[0].get("few_shot.zero_shot_without")
             without[name] = tuple(map(str, off)) if isinstance(off, list) else ()
+            best_on |= {str(settings.get("few_shot.best_on", "")): None for settings in recorded}
     if not arms:
         return None
     everything = [evaluated for group in arms.values() for run in group for evaluated in run]
@@ -159,6 +163,7 @@ def make_promptability(runs: Sequence[Run]) -> Promptability | None:
         templates,
         _cells(answers, templates),
         without,
+        tuple(best_on),
         _notes(answers, templates),
         (max(map(len, arms.values())), max(map(len, tunings))),
     )

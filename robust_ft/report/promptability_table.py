@@ -19,10 +19,15 @@ DEFINITION = (
     "examples."
 )
 TUNED = (
-    "At more shots the prompt alone is tuned on so many examples of the task. The last epoch is "
-    "the result; the best is that with the highest accuracy on the evaluated examples themselves, "
-    "which flatters."
+    "At more shots the prompt alone is tuned on so many examples of the task; the last epoch is "
+    "the result."
 )
+# By `FewShot.best_on`.
+BEST = {
+    "split": "The best epoch is that with the highest accuracy on the evaluated examples "
+    "themselves: an upper bound, not a result.",
+    "examples": "The best epoch is that with the lowest loss on the examples it was tuned on.",
+}
 TESTS = (
     "ARG (over templates) of the first minus that of the second. p is of Welch's two-sided t-test "
     "over the runs' seeds, not corrected for the number of comparisons; in brackets are the 2.5th "
@@ -61,7 +66,7 @@ def notes(found: "Promptability") -> list[str]:
     sentences = [DEFINITION]
     runs, draws = found.seeds
     if draws:
-        sentences.append(TUNED)
+        sentences += [TUNED, *(BEST[how] for how in found.best_on if how in BEST)]
     off: dict[tuple[str, ...], list[str]] = {}
     for arm, modules in found.without.items():
         off.setdefault(modules, []).append(arm)
