@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import make_run
 from scipy import stats
+from test_report import Page
 
 from robust_ft import console
 from robust_ft.errors import UserError
@@ -186,6 +187,49 @@ def test_bootstrap_and_welch_against_others(found, folders):
     assert again.differences(LAST) == found.differences(LAST)  # the draws are seeded
 
 
+def test_draws_are_arg_of_examples_that_are_drawn(found, folders):
+    """The draws of the bootstrap, each with its examples written out as often as it has them."""
+    correct, chance = measured(folders, "p3_mtl_t", LAST)
+    counts = [
+        promptability._counts(template, {})[:20] * SIZE for template in found.templates[::TEMPLATES]
+    ]
+    drawn = []
+    for draw in range(20):
+        gains = []
+        for number, (right, guess) in enumerate(zip(correct, chance, strict=True)):
+            often = np.rint(counts[number // TEMPLATES][draw]).astype(int)
+            assert often.sum() == SIZE
+            accuracy = 100 * np.repeat(right, often, axis=-1).mean()
+            gains.append(100 * (accuracy - guess) / guess)
+        drawn.append(np.mean(gains))
+    assert found.cells["p3_mtl_t", LAST].gain.draws[:20] == pytest.approx(drawn)
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 3))
+@settings(deadline=None, max_examples=25)
+def test_a_difference_is_minus_the_other_way_round(seed, runs, draws):
+    rng = np.random.default_rng(seed)
+    templates = [Template(str(i), "ab"[i % 2], "test", 5, 50.0 - 10 * i) for i in range(3)]
+    answers = {
+        (arm, LAST): {t: rng.random((runs, draws, 5)) < 0.5 for t in templates} for arm in "xy"
+    }
+    cells = promptability._cells(answers, templates)
+    for field in ("gain", "gain_by_dataset"):
+        one, two = (getattr(cells[arm, LAST], field) for arm in "xy")
+        there, back = promptability.difference(one, two), promptability.difference(two, one)
+        assert there.difference == pytest.approx(-back.difference)
+        assert there.bootstrap.low == pytest.approx(-back.bootstrap.high, abs=1e-9)
+        assert there.p_value == (None if runs == 1 else pytest.approx(back.p_value))
+        accuracies = [100 * answers["x", LAST][t].mean() for t in templates]
+        by_hand = [
+            100 * (a - t.random_accuracy) / t.random_accuracy
+            for a, t in zip(accuracies, templates, strict=True)
+        ]
+        if field == "gain_by_dataset":
+            by_hand = [(by_hand[0] + by_hand[2]) / 2, by_hand[1]]
+        assert one.mean == pytest.approx(np.mean(by_hand), abs=1e-9)
+
+
 def test_an_arm_is_no_different_from_itself(found):
     gain = found.cells["p3_mtl_t", LAST].gain
     same = promptability.difference(gain, gain)
@@ -304,6 +348,9 @@ def test_report(tmp_path, folders):
     assert "<h1>p3_mtl_t+deep_prompt is the easiest to prompt: ARG " in html
     assert html.count("<svg") == 1 and "Before and after" not in html
     assert html.count("The templates one by one") == 3
+    parsed = Page(html)
+    assert parsed.loads == [] and parsed.open == []
+    assert len(parsed.ids) == len(set(parsed.ids))
     assert report.promptability.stat().st_size > 10_000
 
 
@@ -321,6 +368,19 @@ def test_runs_without_few_shot_files_have_no_section(tmp_path, folders):
     assert report.png.read_bytes() == both.png.read_bytes()
     assert both.markdown.read_text().startswith(report.markdown.read_text().partition("\n\n")[0])
     assert "Promptability" in both.html.read_text()
+
+
+def test_a_run_without_a_target_that_was_evaluated_in_training_too(tmp_path):
+    folder = make_few_shot_run(tmp_path / "run", "p3_mtl_t", 0, 0.2)
+    rows = json.loads((folder / "summary.json").read_text())
+    rows.append(rows[0] | {"stage": "mtl", "role": "held_out", "split": "test", "shots": 0})
+    (folder / "summary.json").write_text(json.dumps(rows))
+    before = console.get()
+    console.configure(enabled=False)
+    report = write_report([folder], tmp_path / "report")
+    console._shared = before
+    assert report.png is not None and "<h1>Promptability</h1>" in report.html.read_text()
+    assert "## Promptability" in report.markdown.read_text()
 
 
 def test_how_0_shots_were_evaluated_and_the_best_epoch_was_chosen(tmp_path):

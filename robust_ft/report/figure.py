@@ -258,10 +258,11 @@ def _titles(figure: "Figure", runs: Sequence[Run]) -> None:
     size = 16 if len(headline) <= 105 else 12.5
     figure.text(0.02, 0.955, _wrapped(headline), fontsize=size,
                 fontweight="bold", color=LIGHT.ink, va="center")  # fmt: skip
-    targets = ", ".join(dict.fromkeys(run.target for run in runs))
+    targets = ", ".join(dict.fromkeys(run.target for run in runs if run.target))
+    finetuned = f"Finetuned on {targets}. " if targets else ""
     seeds = max(len(group) for group in results.methods(runs).values())
     spread = f"Mean of {seeds} seeds ± sd." if seeds > 1 else "One seed."
-    figure.text(0.02, 0.91, f"Finetuned on {targets}. {spread} Bars: test split, selected "
+    figure.text(0.02, 0.91, f"{finetuned}{spread} Bars: test split, selected "
                 "checkpoints, in brackets the change from pretrained. Curves: validation split, "
                 "a dot at the selected step.", fontsize=9.5, color=LIGHT.muted,
                 va="center")  # fmt: skip

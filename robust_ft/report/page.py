@@ -64,7 +64,7 @@ def render(
     found = verdicts.verdicts(evaluated)
     panels = figure.svg_panels(trained)
     targets = ", ".join(all_results.targets)
-    if prompted is not None and not evaluated:
+    if prompted is not None and not any(run.target for run in evaluated):
         title = promptability_table.TITLE
         sentence = promptability_table.headline(prompted)
         lead = promptability_table.describe(prompted)
