@@ -23,9 +23,9 @@ from robust_ft.summary import KEPT, Row
 if TYPE_CHECKING:
     from robust_ft.stage import Stage
 
-# What a task is to the run: the finetuned task, the same task on out-of-distribution data, another
-# task, or no task at all.
-TARGET, OOD, HELD_OUT, ANALYSIS = "target", "ood", "held_out", "analysis"
+# What a task is to the run: the finetuned task, the same task on out-of-distribution data, or
+# another task. What is no task has the role ANALYSIS.
+TARGET, OOD, HELD_OUT = "target", "ood", "held_out"
 OUTSIDE_TRAINING = -1  # the step of what is evaluated after the run
 
 

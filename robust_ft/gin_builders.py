@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from robust_ft import objectives, optim, task_names, trainable, vocabulary
+from robust_ft.analysis import Drift, GradientAlignment, PromptNeighbors
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
 from robust_ft.decoding import Decoder
@@ -166,6 +167,13 @@ def few_shot(evaluations: _Evaluators, **fields: Any) -> FewShot:
 few_shot.__signature__ = _as_of(FewShot)  # type: ignore[attr-defined]
 
 
+def drift(
+    evaluations: Sequence[Evaluation | Sequence[Evaluation]], batch_size: Count = 32
+) -> Drift:
+    """Builds a `Drift`; a group of evaluations, as `suite` returns, counts as its evaluations."""
+    return Drift(_flat(evaluations), batch_size)
+
+
 def recipe(
     name: str,
     model_dir: str,
@@ -202,17 +210,20 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "CocktailSelection": CocktailSelection,
     "CrossEntropy": objectives.CrossEntropy,
     "Decoder": Decoder,
+    "Drift": drift,
     "EnsembleSelection": EnsembleSelection,
     "Evaluation": Evaluation,
     "FewShot": few_shot,
     "FileTask": FileTask,
     "Fomaml": meta_learning.Fomaml,
     "GPT2Config": gpt2.GPT2Config,
+    "GradientAlignment": GradientAlignment,
     "Inference": Inference,
     "LlamaConfig": llama.LlamaConfig,
     "Model": model,
     "ModelConfig": ModelConfig,
     "Partitioner": Partitioner,
+    "PromptNeighbors": PromptNeighbors,
     "Recipe": recipe,
     "Reptile": meta_learning.Reptile,
     "Schedule": optim.Schedule,

@@ -10,6 +10,7 @@ from typing import Any
 from robust_ft.errors import UserError
 from robust_ft.files import read_json, write_json
 
+ANALYSIS = "analysis"  # the role of what is no task's score
 KEPT = "kept"  # the role of a held-out task that is evaluated with methods that it is else without
 
 

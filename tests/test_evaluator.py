@@ -10,9 +10,10 @@ import pytest
 import toy
 
 from robust_ft import runner
-from robust_ft.evaluator import ANALYSIS, Evaluator, Result
+from robust_ft.evaluator import Evaluator, Result
 from robust_ft.run_context import Callback
 from robust_ft.stage_step import train_batches
+from robust_ft.summary import ANALYSIS
 from robust_ft.trainable import flatten, merge, split
 
 

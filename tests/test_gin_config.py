@@ -166,6 +166,19 @@ def test_a_method_can_be_put_behind_any_recipe(method, recipe):
     assert said(recipe) == said("full_rte")
 
 
+@pytest.mark.parametrize("recipe", ["full_rte", "promot_multitask", "table2_webnlg"])
+def test_analyses_can_be_put_behind_any_recipe(recipe):
+    plain = load(files=[f"gin_configs/{recipe}.gin"])
+    both = load(files=[f"gin_configs/{recipe}.gin", "gin_configs/analyses/drift_and_alignment.gin"])
+    for stage, before in zip(both.stages, plain.stages, strict=True):
+        *evaluations, drift, alignment = stage.evaluations
+        assert tuple(evaluations) == before.evaluations == drift.evaluations
+        assert alignment.split == drift.split == "validation"
+        assert alignment.evaluation.detach == () and alignment.batch_size == drift.batch_size
+        *evaluations, drift = stage.final_evaluations
+        assert tuple(evaluations) == before.final_evaluations == drift.evaluations
+
+
 def test_a_run_is_named_after_its_files(tmp_path):
     (tmp_path / "mine.gin").write_text("TRAIN_STEPS = 7\n")
     files = ["gin_configs/full_rte.gin", "gin_configs/methods/lora.gin", str(tmp_path / "mine.gin")]

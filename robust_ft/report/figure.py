@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from robust_ft.report import results, verdicts
 from robust_ft.report.runs import Run
+from robust_ft.summary import ANALYSIS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def describe(runs: Sequence[Run], quantity: str) -> str:
         if len({run.target for run in runs}) > 1:
             return "Target task of each method"
         return f"Target task: {column.task}, {column.metric.replace('_', ' ')}"
-    tasks = {r.task for r in run.rows if r.shots == column.shots and r.role != "analysis"}
+    tasks = {r.task for r in run.rows if r.shots == column.shots and r.role != ANALYSIS}
     count = len(tasks - {run.target, results.HELD_OUT})
     return f"Other tasks: mean of {count} held-out tasks, {column.shots}-shot"
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from robust_ft.report.runs import Run
-from robust_ft.summary import KEPT, Row
+from robust_ft.summary import ANALYSIS, KEPT, Row
 
 HELD_OUT = "held_out"  # the name under which aggregates over the held-out tasks are recorded
 NORM_AVG = "norm_avg"
@@ -44,18 +44,19 @@ class Column:
     """A task, its number of shots and its metric.
 
     `kept` tells the results with the PEFT methods that those of held-out tasks are else without;
-    the table has both in one column.
+    the table has both in one column. `analysis` tells values of an analysis, which are no scores.
     """
 
     task: str
     shots: int
     metric: str
     kept: bool = False
+    analysis: bool = False
 
     @classmethod
     def of(cls, row: Row) -> "Column":
         """Returns a row's column."""
-        return cls(row.task, row.shots, row.metric, row.role == KEPT)
+        return cls(row.task, row.shots, row.metric, row.role == KEPT, row.role == ANALYSIS)
 
     @property
     def percent(self) -> bool:
@@ -92,7 +93,8 @@ class Line:
         if column not in self.cells:
             return "–"
         kept = self.cells.get(dataclasses.replace(column, kept=True))
-        return self.cells[column].text() + (f" ({kept.text()})" if kept else "")
+        digits = 3 if column.analysis else 1
+        return self.cells[column].text(digits) + (f" ({kept.text()})" if kept else "")
 
     @property
     def checkpoint(self) -> str:
@@ -107,7 +109,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Method by task; the target's columns first, aggregates next, then the held-out tasks."""
+    """Method by task: the target's columns, aggregates, the held-out tasks, then analyses."""
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
@@ -248,7 +250,7 @@ def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...
             return 0, targets.index(column.task), column.shots
         if column.task == HELD_OUT:
             return 1, column.shots, int(column.percent)
-        return 2, column.shots, 0
+        return (3 if column.analysis else 2), column.shots, 0
 
     return tuple(sorted(columns, key=place))  # stable: tasks stay in the order of the runs
 

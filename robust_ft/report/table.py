@@ -22,6 +22,8 @@ WITHOUT = (
 )
 DAGGER = "† measured on the validation split: this run has no test result there."
 
+ANALYSES = "Values of analyses, named with a colon, are no scores: see “Run the papers' analyses”."
+
 DIFFERENT = "Settings in which runs of one name differ; they are not averaged"
 TESTS = (
     "Differences are the first minus the second, on test splits, held-out tasks evaluated as in "
@@ -36,6 +38,8 @@ def head(column: results.Column) -> str:
     if column.task == results.HELD_OUT:
         names = {results.NORM_AVG: "Norm. Avg.", results.FORMAT_SHARE: "format share %"}
         return f"held-out {names.get(column.metric, column.metric)}, {column.shots}-shot"
+    if column.analysis:
+        return f"{column.task.replace('_', ' ')}: {column.metric}"
     shots = f", {column.shots}-shot" if column.shots else ""
     return f"{column.task} {column.metric.replace('_', ' ')}{shots}"
 
@@ -60,6 +64,8 @@ def caption(table: results.Table) -> str:
         notes.append(DAGGER)
     if any(line.without for line in table.lines):
         notes.append(WITHOUT)
+    if any(column.analysis for column in table.columns):
+        notes.append(ANALYSES)
     return " ".join(notes)
 
 
