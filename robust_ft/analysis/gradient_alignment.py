@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ft.analysis import examples
+from robust_ft.data.loader import EvalExample
 from robust_ft.errors import UserError
 from robust_ft.evaluate import ALL, Evaluation
 from robust_ft.evaluator import EvalContext, Result
@@ -116,7 +117,7 @@ class GradientAlignment:
         self,
         predictor: Predictor,
         evaluation: Evaluation,
-        inputs: list[examples.EvalExample],
+        inputs: list[EvalExample],
         targets: list[np.ndarray],
         paths: frozenset[str],
     ) -> Params:
@@ -151,7 +152,8 @@ def _gradient(model: Model, paths: frozenset[str], params: Params, batch: Batch)
         total, _, _ = CrossEntropy()(model, merge(chosen, rest), batch, None)
         return total
 
-    return jax.tree.map(lambda x: x.astype(jnp.float32), jax.grad(loss)(chosen))
+    gradient: Params = jax.tree.map(lambda x: x.astype(jnp.float32), jax.grad(loss)(chosen))
+    return gradient
 
 
 @jax.jit
