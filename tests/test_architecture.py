@@ -18,6 +18,7 @@ LAYERS = [
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator"}
     | {"scoring", "evaluate"},
     {
+        "analysis",
         "finished_run",
         "finite",
         "first_batch",
