@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from robust_ft import trainable as trainable_lib
 from robust_ft.models.model import Model
 from robust_ft.objectives import Objective, Teacher
-from robust_ft.objectives.gradients import GradientFn, backprop
+from robust_ft.objectives.gradients import GradientFn, backprop, cast
 from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.optim import Optimizer, apply_updates
 from robust_ft.types import Batch, Params, Sums
@@ -73,8 +73,8 @@ def make_train_step(
         optimizer: The optimizer; it computes in float32, whatever the gradient's dtype.
         gradient_fn: The gradient rule.
         microbatches: Number of microbatches over which gradients are accumulated.
-        gradient_dtype: Dtype of each microbatch's gradient; by default its parameter's. A
-            meta-gradient is summed in float32.
+        gradient_dtype: Dtype of each microbatch's gradient, or of each task's meta-gradient; by
+            default its parameter's.
     """
     tx = optimizer.build()
     meta = gradient_fn if isinstance(gradient_fn, MetaLearning) else None
@@ -95,15 +95,16 @@ def make_train_step(
 
         def gradient_of(microbatch: Batch, rng: jax.Array) -> tuple[Params, Sums]:
             gradient, sums = rule(loss_fn, state.trainable, microbatch, rng)
-            return _cast(gradient, gradient_dtype), sums
+            return cast(gradient, gradient_dtype), sums
 
         rng = jax.random.fold_in(rng, state.step)
         carried = state.gradient_state
         if meta is None:
             gradient, sums = accumulate(gradient_of, batch, rng, microbatches)
         else:
+            parts = state.trainable, inner_paths, carried
             gradient, sums, carried = meta(
-                loss_fn, state.trainable, inner_paths, carried, batch, rng, microbatches
+                loss_fn, *parts, batch, rng, microbatches, gradient_dtype
             )
         # The mean over target positions, or over tasks; without any that counts, the gradient is 0
         # and not NaN.
@@ -116,20 +117,6 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state, carried), sums
 
     return train_step
-
-
-def _cast(gradient: Params, dtype: str | None) -> Params:
-    if dtype is None:
-        return gradient
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        # Without a barrier XLA drops a cast to a narrower dtype and back. One barrier for each
-        # leaf, so that its update need not wait for the other gradients.
-        barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
-        return barrier(leaf.astype(dtype))
-
-    narrow: Params = jax.tree.map(cast, gradient)
-    return narrow
 
 
 def accumulate(

@@ -40,3 +40,18 @@ def backprop(
         trainable, batch, rng
     )
     return gradient, {"loss": loss, "weight": weight, **sums}
+
+
+def cast(gradient: Params, dtype: str | None) -> Params:
+    """Returns a gradient rounded to a dtype, None for its own."""
+    if dtype is None:
+        return gradient
+
+    def rounded(leaf: jax.Array) -> jax.Array:
+        # Without a barrier XLA drops a cast to a narrower dtype and back. One barrier for each
+        # leaf, so that its update need not wait for the other gradients.
+        barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
+        return barrier(leaf.astype(dtype))
+
+    narrow: Params = jax.tree.map(rounded, gradient)
+    return narrow

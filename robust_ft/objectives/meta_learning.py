@@ -14,20 +14,42 @@ the inner loop.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from robust_ft import optim
 from robust_ft.models.model import Model
-from robust_ft.objectives.gradients import LossFn
+from robust_ft.objectives.gradients import LossFn, cast
 from robust_ft.ranges import Count, Whole, check_ranges
 from robust_ft.trainable import flatten, merge, split, trainable_paths
 from robust_ft.types import Batch, Params, Sums
 
-# States of the inner optimizer: for what the inner loop tunes, and for all else that trains.
+# Parameters, or states of the inner optimizer: of what the inner loop tunes, and of all else that
+# trains.
+Parts = tuple[Params, Params]
 InnerState = tuple[Any, Any]
+
+
+class Task(NamedTuple):
+    """What a rule is given of one task of a meta-batch.
+
+    Attributes:
+        loss_fn: The stage's objective, of all parameters that train.
+        start: These parameters before the task: those that the inner loop tunes, and the others.
+        support: The inner loop's batches, arrays [inner steps, rows, ...], and their keys.
+        query: The batch after them, arrays [rows, ...], and its key.
+    """
+
+    loss_fn: LossFn
+    start: Parts
+    support: tuple[Batch, jax.Array]
+    query: tuple[Batch, jax.Array]
+
+    def query_gradient(self, parts: Parts) -> tuple[Params, Sums]:
+        """Returns the query's gradient of all parameters, and the means of its metrics."""
+        return _mean_gradient(self.loss_fn, merge(*parts), {}, *self.query)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +91,11 @@ class MetaLearning:
 
     def init(self, model: Model, trainable: Params) -> InnerState | None:
         """Returns the inner state before the first step, None if it is not carried."""
-        return self._fresh(trainable, self.paths(model)) if self.carries_state else None
+        return self._fresh(split(trainable, self.paths(model))) if self.carries_state else None
 
-    def _fresh(self, trainable: Params, paths: frozenset[str]) -> InnerState:
-        optimizer = self.inner_optimizer.build()
-        tuned, rest = split(trainable, paths)
-        return optimizer.init(tuned), optimizer.init(rest)
+    def of_task(self, task: Task, state: InnerState) -> tuple[Params, Sums, InnerState]:
+        """Returns a task's meta-gradient, the means of its query's metrics, and the inner state."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -85,6 +106,7 @@ class MetaLearning:
         batch: Batch,
         rng: jax.Array,
         microbatches: int = 1,
+        dtype: str | None = None,
     ) -> tuple[Params, Sums, InnerState | None]:
         """Returns the meta-gradient summed over tasks, metric sums, and the inner state after it.
 
@@ -99,36 +121,37 @@ class MetaLearning:
             microbatches: Groups of tasks that are computed one after the other. The tasks of a
                 group are computed side by side, each with its own copy of what changes, which a
                 state that is carried does not allow.
+            dtype: Of a task's meta-gradient; by default its own. The sum over tasks is in float32.
 
         Returns:
             Every task counts the same: "weight" is their number, and other sums are sums of the
             means over their queries' target tokens.
         """
-        first_state = self._fresh(trainable, paths) if state is None else state
+        start = split(trainable, paths)
+        first_state = self._fresh(start) if state is None else state
         # [tasks, batches, rows, ...]
         by_task = {name: jnp.moveaxis(x, 0, 2) for name, x in batch.items()}
         keys = jax.vmap(lambda number: jax.random.fold_in(rng, number))(jnp.arange(self.tasks))
 
         def of_task(state: InnerState, batches: Batch, key: jax.Array) -> Any:
+            key, query_key = jax.random.split(key)
             support = {name: x[:-1] for name, x in batches.items()}
             query = {name: x[-1] for name, x in batches.items()}
-            key, query_key = jax.random.split(key)
-            tuned, rest = split(trainable, paths)
-            tuned, tuned_state = self._tuned(loss_fn, tuned, rest, state[0], support, key)
-            state = tuned_state, state[1]
-            return self._outer(loss_fn, trainable, tuned, rest, state, query, query_key)
+            support_keys = jax.random.split(key, self.inner_steps)
+            task = Task(loss_fn, start, (support, support_keys), (query, query_key))
+            gradient, sums, state = self.of_task(task, state)
+            return cast(gradient, dtype), sums, state
 
         def of_group(carry: Any, group: Any) -> Any:
             total, state = carry
-            batches, keys = group
             if microbatches == self.tasks:
-                batches, keys = jax.tree.map(lambda x: x[0], (batches, keys))
-                *terms, after = of_task(state, batches, keys)
+                *terms, after = of_task(state, *jax.tree.map(lambda x: x[0], group))
                 state = after if self.carries_state else state
             else:
-                *terms, _ = jax.vmap(of_task, (None, 0, 0))(state, batches, keys)
+                *terms, _ = jax.vmap(of_task, (None, 0, 0))(state, *group)
                 terms = jax.tree.map(lambda x: x.astype(jnp.float32).sum(0), terms)
-            return (jax.tree.map(jnp.add, total, tuple(terms)), state), None
+            total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, tuple(terms))
+            return (total, state), None
 
         groups = jax.tree.map(
             lambda x: x.reshape(microbatches, self.tasks // microbatches, *x.shape[1:]),
@@ -140,41 +163,26 @@ class MetaLearning:
         ((gradient, sums), last), _ = jax.lax.scan(of_group, (zeros, first_state), groups)
         return gradient, sums, last if self.carries_state else None
 
-    def _tuned(
-        self,
-        loss_fn: LossFn,
-        tuned: Params,
-        rest: Params,
-        state: Any,
-        support: Batch,
-        key: jax.Array,
-    ) -> tuple[Params, Any]:
-        """The inner loop: returns what it tunes and its state, after a step on each batch."""
-        optimizer = self.inner_optimizer.build()
+    def _fresh(self, parts: Parts) -> InnerState:
+        tuned, rest = map(self.inner_optimizer.build().init, parts)
+        return tuned, rest
+
+    def _inner_loop(self, task: Task, state: InnerState) -> tuple[Parts, InnerState]:
+        """Tunes the prompt: a step on each support batch, in which all else stays."""
+        (tuned, rest), (tuned_state, rest_state) = task.start, state
 
         def step(carry: tuple[Params, Any], inputs: tuple[Batch, jax.Array]) -> Any:
             tuned, state = carry
-            gradient, _ = _mean_gradient(loss_fn, tuned, rest, *inputs)
-            updates, state = optimizer.update(gradient, state, tuned)
-            return (optim.apply_updates(tuned, updates), state), None
+            gradient, _ = _mean_gradient(task.loss_fn, tuned, rest, *inputs)
+            return self._stepped(tuned, gradient, state), None
 
-        keys = jax.random.split(key, self.inner_steps)
-        result: tuple[Params, Any]
-        result, _ = jax.lax.scan(step, (tuned, state), (support, keys))
-        return result
+        (tuned, tuned_state), _ = jax.lax.scan(step, (tuned, tuned_state), task.support)
+        return (tuned, rest), (tuned_state, rest_state)
 
-    def _outer(
-        self,
-        loss_fn: LossFn,
-        trainable: Params,
-        tuned: Params,
-        rest: Params,
-        state: InnerState,
-        query: Batch,
-        key: jax.Array,
-    ) -> tuple[Params, Sums, InnerState]:
-        """Returns a task's meta-gradient and metrics, given what the inner loop made of it."""
-        raise NotImplementedError
+    def _stepped(self, part: Params, gradient: Params, state: Any) -> tuple[Params, Any]:
+        """Returns parameters and their state after a step of the inner optimizer."""
+        updates, state = self.inner_optimizer.build().update(gradient, state, part)
+        return optim.apply_updates(part, updates), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +192,9 @@ class Fomaml(MetaLearning):
     Without inner steps it is backpropagation. Attributes: see `MetaLearning`.
     """
 
-    def _outer(
-        self,
-        loss_fn: LossFn,
-        trainable: Params,
-        tuned: Params,
-        rest: Params,
-        state: InnerState,
-        query: Batch,
-        key: jax.Array,
-    ) -> tuple[Params, Sums, InnerState]:
-        gradient, sums = _mean_gradient(loss_fn, merge(tuned, rest), {}, query, key)
+    def of_task(self, task: Task, state: InnerState) -> tuple[Params, Sums, InnerState]:
+        parts, state = self._inner_loop(task, state)
+        gradient, sums = task.query_gradient(parts)
         return gradient, sums, state
 
 
@@ -206,33 +206,17 @@ class Reptile(MetaLearning):
     sets its scale. Attributes: see `MetaLearning`.
     """
 
-    def _outer(
-        self,
-        loss_fn: LossFn,
-        trainable: Params,
-        tuned: Params,
-        rest: Params,
-        state: InnerState,
-        query: Batch,
-        key: jax.Array,
-    ) -> tuple[Params, Sums, InnerState]:
-        optimizer = self.inner_optimizer.build()
-        parts = tuned, rest
-        gradient, sums = _mean_gradient(loss_fn, merge(*parts), {}, query, key)
-        paths = frozenset(flatten(tuned))
-        ends, states = [], []
-        for part, part_gradient, part_state in zip(
-            parts, split(gradient, paths), state, strict=True
-        ):
-            updates, part_state = optimizer.update(part_gradient, part_state, part)
-            ends.append(optim.apply_updates(part, updates))
-            states.append(part_state)
+    def of_task(self, task: Task, state: InnerState) -> tuple[Params, Sums, InnerState]:
+        parts, state = self._inner_loop(task, state)
+        gradient, sums = task.query_gradient(parts)
+        gradients = split(gradient, frozenset(flatten(parts[0])))
+        (tuned, tuned_state), (rest, rest_state) = map(self._stepped, parts, gradients, state)
         difference: Params = jax.tree.map(
             lambda before, after: before.astype(jnp.float32) - after.astype(jnp.float32),
-            trainable,
-            merge(*ends),
+            merge(*task.start),
+            merge(tuned, rest),
         )
-        return difference, sums, (states[0], states[1])
+        return difference, sums, (tuned_state, rest_state)
 
 
 def _mean_gradient(

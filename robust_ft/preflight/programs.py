@@ -13,6 +13,7 @@ from robust_ft import predictor, trainable
 from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
+from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
@@ -29,7 +30,8 @@ class Program(NamedTuple):
             during training) or "infer_step" (the same without it).
         traced: The program, not compiled yet.
         parameter_bytes: Bytes per device of all parameters that it reads, a teacher's included.
-        optimizer_bytes: Bytes per device of the optimizer's state.
+        optimizer_bytes: Bytes per device of the optimizer's state, and of what a gradient rule
+            carries from step to step.
         trips: The most iterations of its while loops.
     """
 
@@ -58,9 +60,8 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
         traced: Any = compile_train_step(stage, state)
         traced = traced.trace(*arguments)
     read = [params, *([] if teacher is None else [teacher.params])]
-    return Program(
-        "train_step", traced, sum(map(bytes_a_device, read)), bytes_a_device(state.opt_state)
-    )
+    carried = bytes_a_device((state.opt_state, state.gradient_state))
+    return Program("train_step", traced, sum(map(bytes_a_device, read)), carried)
 
 
 def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
@@ -75,7 +76,8 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
     partitioner = recipe.partitioner
     params = _placed_params(partitioner, stage.model)
     paths = stage.trainable_paths()
-    state, shardings = state_shardings(stage, trainable.split(params, paths)[0], partitioner)
+    shapes, shardings = state_shardings(stage, trainable.split(params, paths)[0], partitioner)
+    state = _placed(shapes, shardings)
     model = stage.model.without(*largest.detached(stage.model)).exported()
     read = _placed_params(partitioner, model)
     inputs = (largest.batch_size, largest.data.inputs_length)
@@ -88,9 +90,9 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
     with partitioner.activate():
         traced: Any = predictor.decode
         traced = traced.trace(model, largest.decoder, read, batch, None)
-    optimizer = bytes_a_device(_placed(state.opt_state, shardings.opt_state))
+    carried = bytes_a_device((state.opt_state, state.gradient_state))
     trips = largest.decoder.max_decode_len
-    return Program("decode_step", traced, bytes_a_device(read), optimizer, trips)
+    return Program("decode_step", traced, bytes_a_device(read), carried, trips)
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -107,7 +109,9 @@ def _decoded_tokens(evaluation: Evaluation) -> int:
 
 
 def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
-    rows, data = stage.batch_size, stage.data
+    data, rows = stage.data, (stage.batch_size,)
+    if isinstance(stage.gradient, MetaLearning):
+        rows = (stage.batch_size, stage.gradient.tasks, stage.gradient.batches)
     names = {
         "encoder_input_tokens": data.inputs_length,
         "decoder_input_tokens": data.targets_length,
@@ -116,12 +120,12 @@ def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
     if stage.packing:
         names["encoder_segment_ids"] = data.inputs_length
         names["decoder_segment_ids"] = data.targets_length
-    batch = {name: _tokens(partitioner, np.int32, rows, length) for name, length in names.items()}
-    batch["decoder_loss_weights"] = _tokens(partitioner, np.float32, rows, data.targets_length)
+    batch = {name: _tokens(partitioner, np.int32, *rows, length) for name, length in names.items()}
+    batch["decoder_loss_weights"] = _tokens(partitioner, np.float32, *rows, data.targets_length)
     if not stage.packing:
-        batch["encoder_input_mask"] = _tokens(partitioner, np.bool_, rows, data.inputs_length)
+        batch["encoder_input_mask"] = _tokens(partitioner, np.bool_, *rows, data.inputs_length)
     if stage.model.tasks:
-        batch["task_index"] = _tokens(partitioner, np.int32, rows)
+        batch["task_index"] = _tokens(partitioner, np.int32, *rows)
     return batch
 
 
