@@ -3,6 +3,7 @@
 import math
 
 from robust_ft import initial_checkpoint
+from robust_ft.data import cache, meta_batches
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
@@ -10,6 +11,7 @@ from robust_ft.few_shot import FewShot
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
 from robust_ft.objectives.meta_learning import MetaLearning
+from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import SCRATCH, STAGE, Stage
 from robust_ft.stage_start import teacher_model
@@ -35,6 +37,18 @@ def check(recipe: Recipe) -> None:
         check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
     if recipe.few_shot is not None:
         _check_few_shot(recipe, recipe.few_shot)
+
+
+def check_examples(recipe: Recipe) -> None:
+    """Checks that all tasks of meta-batches have enough examples; builds missing caches.
+
+    Raises:
+        UserError: A task has too few.
+    """
+    for stage in recipe.stages:
+        if isinstance(stage.gradient, MetaLearning):
+            tasks = cache.ensure(stage.data)
+            meta_batches.check_sizes(tasks, stage.batch_size, stage.gradient.batches)
 
 
 def untuned(recipe: Recipe) -> str | None:
@@ -111,10 +125,11 @@ def _check_mesh(recipe: Recipe, stage: Stage) -> None:
     for evaluation in _evaluations(stage):
         owner = f"the evaluation on '{evaluation.task}'"
         partitioner.check_batch("Evaluation.batch_size", evaluation.batch_size, owner)
-    owner = f"stage '{stage.name}'"
-    # A meta-learning rule's microbatches divide tasks, of which all devices share each batch.
-    microbatches = 1 if isinstance(stage.gradient, MetaLearning) else stage.microbatches
-    partitioner.check_batch("Stage.batch_size", stage.batch_size, owner, microbatches)
+    if isinstance(stage.gradient, MetaLearning):
+        _check_meta_batch(partitioner, stage)
+    else:
+        owner, rows = f"stage '{stage.name}'", stage.batch_size
+        partitioner.check_batch("Stage.batch_size", rows, owner, stage.microbatches)
     _check_parameters(recipe, stage.model)
 
 
@@ -129,6 +144,23 @@ def _check_parameters(recipe: Recipe, model: Model) -> None:
     axes = flatten(model.logical_axes())
     for path, leaf in flatten(model.shapes()).items():
         partitioner.check_sizes(f"Parameter '{path}'", axes[path], leaf.shape)
+
+
+def _check_meta_batch(partitioner: Partitioner, stage: Stage) -> None:
+    """Checks the rows of a task's batches, which devices split; its tasks they share."""
+    rows, shards = stage.batch_size, partitioner.batch_shards
+    if rows % shards == 0:
+        return
+    below = rows // shards * shards
+    near = f"{below} or {below + shards}" if below else f"{shards}"
+    fitting = math.gcd(rows, shards)
+    parallel = partitioner.model_parallel * shards // fitting
+    raise UserError(
+        f"Stage.batch_size={rows} of stage '{stage.name}', the rows of one task's batch, does not "
+        f"divide over the {shards} devices that split it (a {type(stage.gradient).__name__} takes "
+        f"all of them to the same tasks): choose {near}, or let Partitioner.model_parallel="
+        f"{parallel} leave {fitting} of them."
+    )
 
 
 def _check_lengths(stage: Stage) -> None:

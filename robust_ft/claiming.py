@@ -10,7 +10,7 @@ from typing import Any
 
 from robust_ft import console, multihost
 from robust_ft.checkpoints_io.stage_record import RUN
-from robust_ft.checks import check
+from robust_ft.checks import check, check_examples
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import of_tasks
@@ -92,6 +92,7 @@ def claim(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
             _check_owner(recipe, owner)
         _check_writable(file.parent)  # before caches are built, which may take hours
         record = RunRecord.of(recipe, recorded)
+        check_examples(recipe)
         check_same_everywhere(record)
         if progress.is_begun:
             record = _continued(recipe, recorded, record, progress, allow_change)

@@ -134,6 +134,13 @@ class Stage:
                 f"{objective} learns nothing; choose one that does, such as a Cocktail."
             )
 
+    @property
+    def examples_per_step(self) -> int:
+        """Examples of an update, of all its tasks and batches with a meta-learning rule."""
+        rule = self.gradient
+        episodes = rule.tasks * rule.batches if isinstance(rule, MetaLearning) else 1
+        return self.batch_size * episodes
+
     def is_over(self, step: int, best: int | None) -> bool:
         """Returns whether the stage ends after a step, at which it may have been evaluated.
 
@@ -158,9 +165,12 @@ class Stage:
             return
         rule, tasks = type(self.gradient).__name__, self.gradient.tasks
         if tasks % self.microbatches:
+            divisors = [n for n in range(1, tasks + 1) if tasks % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.microbatches))[:2]
             raise UserError(
                 f"Stage.microbatches={self.microbatches} {where} are groups of a meta-batch's "
-                f"tasks, and {rule}.tasks={tasks} is no multiple of it."
+                f"tasks, and {rule}.tasks={tasks} is no multiple of it; choose "
+                f"{' or '.join(map(str, sorted(near)))}."
             )
         if self.gradient.carries_state and self.microbatches != tasks:
             raise UserError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robust_ft.gin_config import Config
     from robust_ft.recipe import Recipe
     from robust_ft.run_context import Callback
+    from robust_ft.stage import Stage
 
 
 def main(argv: Sequence[str], callbacks: Sequence["Callback"] = ()) -> int:
@@ -130,7 +131,7 @@ def _dry_run(config: "Config") -> None:
         console.print_line(
             f"batch: inputs [{stage.batch_size}, {data.inputs_length}], "
             f"targets [{stage.batch_size}, {data.targets_length}], "
-            f"in {stage.microbatches} microbatch(es)"
+            f"in {stage.microbatches} microbatch(es){_of_tasks(stage)}"
         )
         for evaluation in (*stage.evaluations, *stage.final_evaluations):
             detached = evaluation.detached(stage.model)
@@ -157,6 +158,15 @@ def _dry_run_few_shot(few_shot: "FewShot") -> None:
             f"rank {evaluation.task} {evaluation.split} of dataset "
             f"{few_shot.dataset(evaluation.task)}{removed if few_shot.zero_shot_without else ''}"
         )
+
+
+def _of_tasks(stage: "Stage") -> str:
+    from robust_ft.objectives.meta_learning import MetaLearning
+
+    rule = stage.gradient
+    if not isinstance(rule, MetaLearning):
+        return ""
+    return f" of {rule.tasks} tasks, {rule.batches} such batches each"
 
 
 def _write_config(config: "Config") -> None:

@@ -119,7 +119,8 @@ def _train(
             callback.on_checkpoint(stage, step)
 
     with console.progress(stage.name, stage.steps, step) as progress:
-        log = TrainingLog(evaluator.writer, progress, nonfinite, stage.log_period, stage.batch_size)
+        examples = stage.examples_per_step
+        log = TrainingLog(evaluator.writer, progress, nonfinite, stage.log_period, examples)
         while True:
             if (step == stage.steps or step % stage.eval_period == 0) and (
                 step > saved or step == 0

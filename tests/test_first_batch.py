@@ -12,6 +12,7 @@ from robust_ft.data.rendering import batch_lines
 from robust_ft.decoder_start import DecoderStart
 from robust_ft.models.gpt2 import GPT2Config
 from robust_ft.models.model import Model
+from robust_ft.objectives.meta_learning import Fomaml
 from robust_ft.recipe import Recipe
 from robust_ft.stage_start import restore
 from robust_ft.stage_step import train_batches
@@ -58,6 +59,23 @@ def test_inputs_targets_and_what_counts(name, tmp_path, capsys):
     assert ("a soft prompt, is put" in text) == (name == "prompt")
     printed = capsys.readouterr().out
     assert all(f"[{stage.name}] {line}" in printed for line in text.splitlines())
+
+
+@pytest.mark.parametrize("inner_steps", [2, 0])
+def test_of_a_meta_batch_support_and_query_of_two_tasks(inner_steps, tmp_path):
+    stage = toy.stage(trainable=[".*"], gradient=Fomaml(3, inner_steps), microbatches=1)
+    batch, examples, text = shown(stage, tmp_path)
+    shape = [4, 3, inner_steps + 1]
+    assert text.startswith(f"first batch [rows, tasks, batches, length]: inputs {[*shape, 12]}, ")
+    kinds = [(0, "support batch 0"), (2, "query")] if inner_steps else [(0, "query")]
+    positions = np.array([position for _, position in examples]).reshape(shape)
+    rows = re.findall(r"^(task .*): example (\d+) of 'toy'\n.*\n    is (\d+) odd$", text, re.M)
+    assert rows == [
+        (f"task {task}, {kind}, row 0", *[str(positions[0, task, number])] * 2)
+        for task in (0, 1)
+        for number, kind in kinds
+    ]
+    assert batch["decoder_target_tokens"].shape == (*shape, 4)
 
 
 def test_tokens_without_weight_are_not_marked_and_long_texts_are_cut():

@@ -6,10 +6,12 @@ import pytest
 import toy
 from test_trainer import run
 
+from robust_ft.claiming import claim
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Prompt
 from robust_ft.objectives.meta_learning import Fomaml, Reptile
 from robust_ft.optim import AdamW, Schedule
+from robust_ft.recipe import Recipe
 from robust_ft.trainer import Stopped
 
 SETTINGS = {"tasks": 2, "inner_steps": 2, "inner_optimizer": AdamW(Schedule(0.05))}
@@ -49,7 +51,7 @@ def test_a_stopped_stage_resumes_exactly(rule, tmp_path):
 REFUSED = {
     "packing": ({"packing": True}, "Stage.packing=True of stage 'model' mixes"),
     "by_length": ({"by_length": 2}, "Stage.by_length=2 of stage 'model' mixes"),
-    "microbatches": ({"microbatches": 4}, "Fomaml.tasks=2 is no multiple"),
+    "microbatches": ({"microbatches": 4}, "Fomaml.tasks=2 is no multiple of it; choose 1 or 2"),
     "carried": (
         {"gradient": RULES["fomaml, state carried"], "microbatches": 1},
         "set Stage.microbatches=2",
@@ -72,7 +74,11 @@ def test_what_is_tuned_must_train():
         only_base.trainable_paths()
 
 
-def test_a_task_that_is_too_small(tmp_path):
+def test_a_task_that_is_too_small_before_the_first_stage(tmp_path):
     """24 examples, 2 batches of 16."""
-    with pytest.raises(UserError, match=r"'toy' has 24 examples .* of 16 each need 32"):
-        run(tmp_path, stage(RULES["fomaml"], batch_size=16))
+    second = stage(RULES["fomaml"], batch_size=16, restore="stage:prompt")
+    recipe = Recipe("toy", str(tmp_path / "run"), (toy.prompt_stage(), second))
+    message = r"'toy' has 24 examples .* of 16 each need 32; .* lower Stage.batch_size to 12\."
+    with pytest.raises(UserError, match=message):
+        claim(recipe)
+    assert not (tmp_path / "run").exists()

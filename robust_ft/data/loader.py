@@ -219,6 +219,7 @@ def train_batches(
     }
     own_rows = slice(index * rows, (index + 1) * rows)
     if meta is not None:
+        meta_batches.check_sizes(tasks, batch_size, meta.batches)
         each = [
             meta_batches.episodes(task, numbers, batch_size, meta.batches)
             for task, numbers in zip(tasks, _shuffled(tasks, seed), strict=True)

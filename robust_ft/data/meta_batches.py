@@ -1,5 +1,6 @@
 """Meta-batches: for each of several tasks, support batches and a query batch of its examples."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -24,6 +25,33 @@ class MetaBatch(NamedTuple):
     batches: int
 
 
+def check_sizes(tasks: Sequence[CachedTask], rows: int, batches: int) -> None:
+    """Checks that a query batch need not be a support batch again.
+
+    Args:
+        tasks: Of the mixture.
+        rows: Examples in a batch.
+        batches: Batches of each task.
+
+    Raises:
+        UserError: A task has too few examples.
+    """
+    apart = min(batches, 2)  # support batches may repeat each other's examples
+    small = {task.task: task.info.num_examples for task in tasks}
+    small = {name: size for name, size in small.items() if size < rows * apart}
+    if not small:
+        return
+    name, size = min(small.items(), key=lambda item: item[1])
+    others = f" (the fewest of {len(small)} such tasks)" if len(small) > 1 else ""
+    what = "a query batch" if apart == 1 else "a support batch and another query batch"
+    most = size // apart
+    lower = f", or lower Stage.batch_size to {most}" if most else ""
+    raise UserError(
+        f"Task '{name}' has {size} examples in this split{others}, but {what} of {rows} each "
+        f"need {rows * apart}; leave it out of the mixture{lower}."
+    )
+
+
 def episodes(
     task: CachedTask, numbers: grain.MapDataset, rows: int, batches: int
 ) -> grain.MapDataset:
@@ -33,21 +61,12 @@ def episodes(
     their own, but the query has none of theirs.
 
     Args:
-        task: The task.
+        task: The task, which `check_sizes` accepts.
         numbers: Its examples' numbers, in another order in each epoch.
         rows: Examples in a batch.
         batches: Batches in an episode.
-
-    Raises:
-        UserError: The task has too few examples for one support and one query batch.
     """
-    size, needed = task.info.num_examples, rows * min(batches, 2)
-    if size < needed:
-        what = "a query batch" if batches == 1 else "a support batch and another query batch"
-        raise UserError(
-            f"Task '{task.task}' has {size} examples in this split, but {what} of {rows} each need "
-            f"{needed}; leave it out of the mixture, or lower Stage.batch_size."
-        )
+    size = task.info.num_examples
     if size >= rows * batches:
         return numbers.batch(rows * batches, drop_remainder=True).repeat()
 

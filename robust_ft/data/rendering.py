@@ -13,6 +13,7 @@ from robust_ft.vocabulary import Vocabulary
 _TOKENS = 40
 _CHARACTERS = 300
 _ROWS = 2
+_TASKS = 2  # of a meta-batch
 _EXAMPLES = 2  # of a packed row
 
 
@@ -68,18 +69,22 @@ def batch_lines(
         vocabulary: The model's.
         start: Says whether the decoder's first token belongs to the input.
     """
-    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim > 1}
-    weights = flat["decoder_loss_weights"]  # [rows, target]
-    shapes = [list(flat[f"{name}_tokens"].shape) for name in ("encoder_input", "decoder_target")]
+    places = _places(batch)
+    weights = batch["decoder_loss_weights"]
+    shapes = [list(batch[f"{name}_tokens"].shape) for name in ("encoder_input", "decoder_target")]
+    axes = " [rows, tasks, batches, length]" if weights.ndim > 2 else ""
     yield Line(
-        f"first batch: inputs {shapes[0]}, targets {shapes[1]}, of which "
+        f"first batch{axes}: inputs {shapes[0]}, targets {shapes[1]}, of which "
         f"{np.count_nonzero(weights)} tokens count for the loss, marked «so»"
     )
+    # Without axes of tasks and of batches: [rows, length]
+    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim > 1}
     number = 0  # of the examples in the rows above
-    for row in range(min(_ROWS, len(weights))):
+    for row, place in places.items():
+        number = max(number, row)  # a row of a meta-batch is one example
         parts = _parts({name: x[row] for name, x in flat.items()})
         for part, (task, position) in zip(parts[:_EXAMPLES], examples[number:], strict=False):
-            yield Line(f"row {row}: example {position} of '{task}'", "bold")
+            yield Line(f"{place}: example {position} of '{task}'", "bold")
             # What a decoder-only model reads as the decoder's first token is the input's last.
             read = [*part.inputs, *([part.first] if start.continues else [])]
             inputs = np.array(read, np.int32)
@@ -93,8 +98,26 @@ def batch_lines(
                 part.counts,
             )
         if len(parts) > _EXAMPLES:
-            yield Line(f"row {row}: {len(parts) - _EXAMPLES} more examples are packed behind them")
+            yield Line(f"{place}: {len(parts) - _EXAMPLES} more examples are packed behind them")
         number += len(parts)
+
+
+def _places(batch: Arrays) -> dict[int, str]:
+    """Returns the rows to show, and what each is called.
+
+    Of a meta-batch these are rows 0 of some tasks, of their first support batch and their query,
+    counted with axes of tasks and batches flattened.
+    """
+    shape = batch["decoder_loss_weights"].shape
+    if len(shape) == 2:
+        return {row: f"row {row}" for row in range(min(_ROWS, shape[0]))}
+    _, tasks, batches, _ = shape
+    places = {}
+    for task in range(min(_TASKS, tasks)):
+        for number in sorted({0, batches - 1}):
+            kind = "query" if number == batches - 1 else f"support batch {number}"
+            places[task * batches + number] = f"task {task}, {kind}, row 0"
+    return places
 
 
 class _Part(NamedTuple):

@@ -109,9 +109,9 @@ def _decoded_tokens(evaluation: Evaluation) -> int:
 
 
 def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
-    data, rows = stage.data, (stage.batch_size,)
+    data, rows = stage.data, [stage.batch_size]
     if isinstance(stage.gradient, MetaLearning):
-        rows = (stage.batch_size, stage.gradient.tasks, stage.gradient.batches)
+        rows += [stage.gradient.tasks, stage.gradient.batches]
     names = {
         "encoder_input_tokens": data.inputs_length,
         "decoder_input_tokens": data.targets_length,

@@ -8,6 +8,8 @@ import jax
 
 from robust_ft import console
 from robust_ft.errors import UserError
+from robust_ft.objectives.meta_learning import MetaLearning
+from robust_ft.partitioning import Partitioner
 from robust_ft.preflight import flops, programs
 from robust_ft.preflight.compiled import Compiled, compile_for
 from robust_ft.preflight.topology import GIB, Topology
@@ -113,7 +115,7 @@ def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
         bindings += (f"{type(config).__name__}.remat='full'",)
         yield bindings
     microbatches = max((stage.microbatches for stage in recipe.stages), default=1)
-    while microbatches < min([8, *(stage.batch_size for stage in recipe.stages)]):
+    while microbatches < min(map(_most_microbatches, recipe.stages), default=0):
         microbatches *= 2
         yield (*bindings, f"MICROBATCHES={microbatches}")
     if config.param_dtype == "float32":
@@ -122,6 +124,12 @@ def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
             f"MICROBATCHES={microbatches}",
             f"{type(config).__name__}.param_dtype='bfloat16'",
         )
+
+
+def _most_microbatches(stage: Stage) -> int:
+    """Returns how many are worth trying: with a meta-learning rule one for each task."""
+    rule = stage.gradient
+    return rule.tasks if isinstance(rule, MetaLearning) else min(8, stage.batch_size)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -213,12 +221,16 @@ def _advice(recipe: Recipe, stage: Stage, row: Row) -> Iterator[str]:
     else:
         if getattr(config, "remat", "full") != "full":
             yield f"Keep no activations inside layers with {name}.remat='full'."
-        rows = stage.batch_size // (partitioner.batch_shards * stage.microbatches)
-        if rows > 1:
-            yield (
-                f"Split a chip's {rows} examples into microbatches with "
-                f"MICROBATCHES={2 * stage.microbatches}."
-            )
+        yield from _advice_on_microbatches(partitioner, stage)
     if config.param_dtype == "float32":
         yield f"Keep parameters in bfloat16 with {name}.param_dtype='bfloat16': half as large."
     yield "Take a larger slice; --find looks for the smallest."
+
+
+def _advice_on_microbatches(partitioner: Partitioner, stage: Stage) -> Iterator[str]:
+    more = f"MICROBATCHES={2 * stage.microbatches}"
+    if isinstance(stage.gradient, MetaLearning):
+        if (tasks := stage.gradient.tasks // stage.microbatches) > 1:
+            yield f"Compute fewer than {tasks} tasks side by side with {more}."
+    elif (rows := stage.batch_size // (partitioner.batch_shards * stage.microbatches)) > 1:
+        yield f"Split a chip's {rows} examples into microbatches with {more}."

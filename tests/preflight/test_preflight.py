@@ -11,18 +11,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import toy
 from jax.sharding import PartitionSpec
 
 from robust_ft import checks, command_line, gin_config
 from robust_ft.errors import UserError
+from robust_ft.objectives.meta_learning import Fomaml
+from robust_ft.optim import AdamW, Schedule
 from robust_ft.partitioning import Partitioner
 from robust_ft.preflight import __main__ as preflight
 from robust_ft.preflight import programs, report, topology
 from robust_ft.preflight.compiled import collective_bytes, needed
 from robust_ft.preflight.report import Row
+from robust_ft.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
+META = ("prompt/Stage.gradient=@Fomaml()", "prompt/Stage.trainable=['peft', 'base']")
 
 
 def run_preflight(*flags, timeout=600):
@@ -76,6 +81,17 @@ def test_bytes_a_device():
     split = jax.sharding.NamedSharding(abstract, PartitionSpec("model", "data"))
     struct = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=split)
     assert programs.bytes_a_device(struct) == 2 * 2 * 4
+
+
+def test_what_a_meta_learning_rule_reads_and_carries():
+    rule = Fomaml(2, 3, AdamW(Schedule(1.0)), carries_state=True)
+    stage = toy.stage(trainable=[".*"], gradient=rule)
+    program = programs.train_step(Recipe("toy", "unused", (stage,)), stage)
+    _, _, batch, _ = program.traced.args_info[0][1:]
+    assert batch["encoder_input_mask"].shape == (4, 2, 4, 12)
+    # Two moments of each parameter for each of two optimizers, and steps done: one of Adam and one
+    # of its schedule, and these for both parts in the inner loop.
+    assert program.optimizer_bytes == 4 * program.parameter_bytes + 6 * 4
 
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -273,6 +289,28 @@ def test_batches_that_the_mesh_does_not_divide():
         UserError, match=r"batch_size=64 of .* does not divide over the 128 devices"
     ):
         checks.check(recipe_on(128))
+
+
+@pytest.mark.parametrize(
+    ("rows", "chips", "message"),
+    [
+        (16, 32, r"=16 .* 32 devices .* choose 32, or .*model_parallel=2 leave 16 of them"),
+        (18, 4, r"=18 .* 4 devices .* choose 16 or 20, or .*model_parallel=2 leave 2 of them"),
+    ],
+)
+def test_rows_of_meta_batches_that_the_mesh_does_not_divide(rows, chips, message):
+    with pytest.raises(UserError, match="Stage.batch_size" + message):
+        checks.check(recipe_on(chips, *META, f"BATCH_SIZE={rows}"))
+
+
+def test_a_meta_batch_is_divided_into_its_tasks():
+    recipe = recipe_on(4, *META, "T5Config.remat='full'", "MICROBATCHES=32", fully_sharded=-1)
+    recipe = dataclasses.replace(recipe, stages=recipe.stages[:1])
+    tried = [bindings[-1] for bindings in report.settings(recipe) if bindings]
+    assert tried[:2] == ["MICROBATCHES=64", "MICROBATCHES=128"]
+    row = dataclasses.replace(row_of("prompt", "v5e:2x2", 9), chips=4)
+    (advice,) = [each for each in report._advice(recipe, recipe.stages[0], row) if "task" in each]
+    assert advice == "Compute fewer than 4 tasks side by side with MICROBATCHES=64."
 
 
 class FakeDevice(types.SimpleNamespace):
