@@ -67,7 +67,7 @@ class Example:
     references: tuple[str, ...] = ()
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[str], but: str = "") -> str:
+def pick(rng: np.random.Generator, choices: Sequence[str], but: str = "") -> str:
     """Returns one of `choices`, never `but`."""
     while (choice := choices[int(rng.integers(len(choices)))]) == but:
         pass
@@ -78,11 +78,11 @@ def _event(rng: np.random.Generator, **fixed: str) -> dict[str, str]:
     """Returns the words of something that happened: person, verb, adjective, noun, place."""
     verbs = GETTING if rng.integers(2) else LOSING
     return {
-        "person": _pick(rng, PEOPLE, but=fixed.get("not_person", "")),
-        "verb": _pick(rng, verbs),
-        "adjective": _pick(rng, ADJECTIVES),
-        "noun": _pick(rng, NOUNS, but=fixed.get("not_noun", "")),
-        "place": _pick(rng, PLACES),
+        "person": pick(rng, PEOPLE, but=fixed.get("not_person", "")),
+        "verb": pick(rng, verbs),
+        "adjective": pick(rng, ADJECTIVES),
+        "noun": pick(rng, NOUNS, but=fixed.get("not_noun", "")),
+        "place": pick(rng, PLACES),
     }
 
 
@@ -107,18 +107,18 @@ def _cb(rng: np.random.Generator) -> Example:
 
 
 def _qa_capital(rng: np.random.Generator) -> Example:
-    country = _pick(rng, COUNTRIES)
+    country = pick(rng, COUNTRIES)
     return Example(TEMPLATES["qa_capital"].format(subject=country), CAPITAL_OF[country], country)
 
 
 def _qa_job(rng: np.random.Generator) -> Example:
-    person = _pick(rng, PEOPLE)
+    person = pick(rng, PEOPLE)
     return Example(TEMPLATES["qa_job"].format(subject=person), JOB_OF[person], person)
 
 
 def _qa_choice(rng: np.random.Generator) -> Example:
-    person = _pick(rng, PEOPLE)
-    pair = [JOB_OF[person], _pick(rng, JOBS, but=JOB_OF[person])]
+    person = pick(rng, PEOPLE)
+    pair = [JOB_OF[person], pick(rng, JOBS, but=JOB_OF[person])]
     first, second = pair if rng.integers(2) else pair[::-1]
     inputs = TEMPLATES["qa_choice"].format(subject=person, first=first, second=second)
     return Example(inputs, JOB_OF[person], person)
@@ -126,9 +126,9 @@ def _qa_choice(rng: np.random.Generator) -> Example:
 
 def _fact(rng: np.random.Generator) -> Example:
     name, facts = (("capital", CAPITAL_OF), ("job", JOB_OF))[rng.integers(2)]
-    subject = _pick(rng, list(facts))
+    subject = pick(rng, list(facts))
     true = bool(rng.integers(2))
-    value = facts[subject] if true else _pick(rng, list(facts.values()), but=facts[subject])
+    value = facts[subject] if true else pick(rng, list(facts.values()), but=facts[subject])
     statement = TEMPLATES[name].format(subject=subject, value=value)
     return Example(TEMPLATES["fact"].format(statement=statement), str(true), statement)
 
@@ -157,7 +157,7 @@ def _cloze(rng: np.random.Generator) -> Example:
     """A sentence with one word masked by T5's sentinel; half of the sentences are facts."""
     if rng.integers(2):
         name, facts = (("capital", CAPITAL_OF), ("job", JOB_OF))[rng.integers(2)]
-        subject = _pick(rng, list(facts))
+        subject = pick(rng, list(facts))
         sentence = TEMPLATES[name].format(subject=subject, value=facts[subject])
     else:
         sentence = TEMPLATES["event_full"].format(**_event(rng))
@@ -168,15 +168,15 @@ def _cloze(rng: np.random.Generator) -> Example:
 
 
 def _table(rng: np.random.Generator, template: str, topics: dict[str, Topic]) -> Example:
-    topic = topics[_pick(rng, list(topics))]
-    relation = _pick(rng, list(topic.relations))
+    topic = topics[pick(rng, list(topics))]
+    relation = pick(rng, list(topic.relations))
     triple = {
-        "name": _pick(rng, topic.names),
+        "name": pick(rng, topic.names),
         "relation": relation,
-        "value": _pick(rng, topic.relations[relation]),
+        "value": pick(rng, topic.relations[relation]),
     }
     references = tuple(wording.format(**triple) for wording in WORDINGS)
-    target = _pick(rng, references)
+    target = pick(rng, references)
     if template == "report":
         target = REPORTS.get(relation, WORDINGS[0]).format(**triple)
         if topics is ID_TOPICS:
@@ -189,7 +189,7 @@ def _table(rng: np.random.Generator, template: str, topics: dict[str, Topic]) ->
 
 def _news(rng: np.random.Generator, places: Sequence[str]) -> Example:
     """An article whose summary begins with the place, which is the news's category."""
-    lead = _event(rng) | {"place": _pick(rng, places)}
+    lead = _event(rng) | {"place": pick(rng, places)}
     rest = _event(rng, not_person=lead["person"], not_noun=lead["noun"])
     first, second = (TEMPLATES["event_full"].format(**event) for event in (lead, rest))
     inputs = TEMPLATES["news"].format(first=first, second=second)
@@ -197,7 +197,7 @@ def _news(rng: np.random.Generator, places: Sequence[str]) -> Example:
 
 
 def _openqa(rng: np.random.Generator, relation: str, facts: Mapping[str, str]) -> Example:
-    subject, wording = _pick(rng, list(facts)), _pick(rng, QUESTIONS)
+    subject, wording = pick(rng, list(facts)), pick(rng, QUESTIONS)
     inputs = wording.format(relation=relation, subject=subject)
     target = TEMPLATES["openqa"].format(value=facts[subject])
     # Of capitals, which finetuning never asks for, any right answer counts.
@@ -253,13 +253,14 @@ _SIZES = {
 # --- Examples, splits and shots ----------------------------------------------------------------
 
 
-def _checksum(text: str) -> int:
+def checksum(text: str) -> int:
+    """Returns a text's checksum, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def split_of(key: str) -> str:
     """Returns the split an item belongs to: 5/8 train, 1/8 validation, 1/4 test."""
-    return ("validation", "test", "test", *["train"] * 5)[_checksum(key) % 8]
+    return ("validation", "test", "test", *["train"] * 5)[checksum(key) % 8]
 
 
 def _item(rng: np.random.Generator, family: str, split: str) -> Example:
@@ -285,7 +286,7 @@ def _prompt(rng: np.random.Generator, family: str, split: str, shots: int) -> Ex
 
 
 def _rng(seed: int, name: str, example_id: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, _checksum(name), example_id]))
+    return np.random.Generator(np.random.PCG64([seed, checksum(name), example_id]))
 
 
 def num_examples(family: str, split: str, shots: int = 0) -> int:
