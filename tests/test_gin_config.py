@@ -29,12 +29,21 @@ FOR = {
     "cocktails_webnlg": "table2_webnlg",
     "cocktails_xsum": "cocktail_xsum",
     "cocktails_openqa": "cocktail_adapters_openqa",
+    "deep_prompt": "p3_mtl_tp",
+    "mini_p3": "p3_mtl_t",
+    "p3_paper": "p3_reptile",
+    "t5_large_p3": "p3_mtl_p",
+    "t5_xl_p3": "p3_fomaml",
 }
 BUILT = RECIPES + [
     f"{FOR.get(name, 'promot_rte')}+{folder}/{name}" for folder in ADDED for name in ADDED[folder]
 ]
 # One stage, stages that continue each other, selections, and what scale files add.
 GOLDENS = ["pretrain_mini", "promot_rte", "promot_rte+scale/mt5_xxl", "table2_webnlg"]
+# Few-shot tuning, and meta-learning at the paper's size.
+GOLDENS += ["p3_none", "p3_mtl_t", "p3_fomaml+scale/t5_xl_p3", "p3_mtl_p+scale/t5_large_p3"]
+# Not a method, but another form of a recipe's soft prompt.
+METHOD_FILES = [name for name in ADDED["methods"] if name != "deep_prompt"]
 
 PROMOT = "gin_configs/promot_rte.gin"
 PEFT, BASE, ALL, SOME_OF_BASE = "peft", "base", "all", "some of base"
@@ -49,6 +58,14 @@ TRAINS = {
     "norm_only": SOME_OF_BASE,
     "pretrain": ALL,
     "top_layers": SOME_OF_BASE,
+}
+# Where methods have stages of the same name.
+TRAINS_IN = {
+    "fomaml": ALL,
+    "joint": ALL,
+    "mtl_t": BASE,
+    "mtl_tp": ALL,
+    "reptile": ALL,
 }
 
 
@@ -96,7 +113,7 @@ def test_a_file_says_what_it_is_for_and_the_command(name):
     command = comment[comment.index("python -m robust_ft.train ") :].split("--dry_run")[0]
     files = re.findall(r"--gin_file=(\S+)", command)
     assert files[-1] == f"gin_configs/{name}.gin"
-    assert load("DROPOUT_RATE=0.1", files=files).stages
+    assert load("DROPOUT_RATE=0.1", files=files).parts
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -140,7 +157,7 @@ def test_what_trains_is_what_methods_own_or_all_but_that(method, renamed):
     for stage in load(*renamed, files=files).stages:
         owned, base = paths_of(stage)
         name = re.sub(r"_[\d.]+$", "", stage.name)  # of students
-        expected = ALL if method == "joint" else TRAINS.get(name, PEFT)
+        expected = TRAINS_IN.get(method) or TRAINS.get(name, PEFT)
         if expected == SOME_OF_BASE:
             assert trains(stage) < base
         else:
@@ -154,7 +171,7 @@ def test_a_renamed_prompt_that_is_fixed_does_not_train():
 
 
 @pytest.mark.parametrize("recipe", ["promot_rte", "table2_webnlg"])
-@pytest.mark.parametrize("method", ADDED["methods"])
+@pytest.mark.parametrize("method", METHOD_FILES)
 def test_a_method_can_be_put_behind_any_recipe(method, recipe):
     file = f"gin_configs/methods/{method}.gin"
 
