@@ -2,7 +2,7 @@
 
 import math
 
-from robust_ft import initial_checkpoint
+from robust_ft import few_shot_tasks, initial_checkpoint
 from robust_ft.data import cache, meta_batches
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
@@ -40,15 +40,17 @@ def check(recipe: Recipe) -> None:
 
 
 def check_examples(recipe: Recipe) -> None:
-    """Checks that all tasks of meta-batches have enough examples; builds missing caches.
+    """Checks the examples of meta-batches and few-shot evaluation; builds missing caches.
 
     Raises:
-        UserError: A task has too few.
+        UserError: A task has too few, or its answers cannot be ranked.
     """
     for stage in recipe.stages:
         if isinstance(stage.gradient, MetaLearning):
             tasks = cache.ensure(stage.data)
             meta_batches.check_sizes(tasks, stage.batch_size, stage.gradient.batches)
+    if recipe.few_shot is not None:
+        few_shot_tasks.check(recipe.few_shot, recipe.seed)
 
 
 def untuned(recipe: Recipe) -> str | None:
@@ -78,6 +80,9 @@ def _check_start(stage: Stage | FewShot) -> None:
 
 def _check_few_shot(recipe: Recipe, few_shot: FewShot) -> None:
     _check_start(few_shot)
+    if few_shot.restore.startswith(STAGE):
+        held = flatten(recipe.stage(few_shot.restore.removeprefix(STAGE)).model.shapes())
+        few_shot.check_zero_shot(flatten(few_shot.model.shapes()).keys() - held.keys())
     _check_parameters(recipe, few_shot.model)
     model, bare = few_shot.model, few_shot.model.without(*few_shot.zero_shot_without)
     recipe.partitioner.check_batch("FewShot.examples", few_shot.examples, "Recipe.few_shot")

@@ -15,6 +15,8 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import of_tasks
 from robust_ft.evaluator import TARGET
+from robust_ft.few_shot import FEW_SHOT
+from robust_ft.few_shot_results import Results
 from robust_ft.files import read_json_object, write_json
 from robust_ft.initial_checkpoint import is_free
 from robust_ft.outcome import Outcome
@@ -36,8 +38,8 @@ class Progress:
     """How far the run in a MODEL_DIR has come.
 
     Attributes:
-        finished: The names of the stages that have finished.
-        stage: The stage, or selection, that is next; None if the whole run has finished.
+        finished: The names of the stages that have finished, and "few_shot" once it has results.
+        stage: The stage, selection or "few_shot" that is next; None if the whole run has finished.
         step: The step of its newest checkpoint, or 0.
         is_begun: Whether there is any result yet.
     """
@@ -54,8 +56,13 @@ class Progress:
         finished = [name for name in names if Outcome.read(folder / name) is not None]
         left = [name for name in names if name not in finished]
         left += [s.name for s in recipe.selections if SelectedWeight.read(folder / s.name) is None]
+        few_shot = recipe.few_shot and Results(folder, recipe.few_shot)
+        if few_shot and few_shot.missing():
+            left.append(FEW_SHOT)
         steps = [step for name in left[:1] for step in _checkpoints(folder / name)]
-        is_begun = bool(finished or steps) or (folder / "summary.json").exists()
+        is_begun = bool(finished or steps or few_shot) or (folder / "summary.json").exists()
+        if few_shot:  # its evaluations must not be of several settings
+            finished.append(FEW_SHOT)
         return cls(frozenset(finished), next(iter(left), None), max(steps, default=0), is_begun)
 
     @property
@@ -202,7 +209,8 @@ def _continued(
         return dataclasses.replace(now, changes=(change,))
     _check_names(allow_change, recorded, now)
     differences = recorded.differences(now)
-    frozen = tuple(f"stages.{name}." for name in progress.finished)
+    frozen = tuple(f"stages.{name}." for name in progress.finished - {FEW_SHOT})
+    frozen += (FEW_SHOT,) if FEW_SHOT in progress.finished else ()
     refused = [
         each
         for each in differences
@@ -252,6 +260,8 @@ def _refusal(
     if progress.stage is None:
         if all(_OF_EVALUATIONS.match(each.field) for each in refused):
             advice += "; python -m robust_ft.eval evaluates a finished run on more"
+    elif any(each.field.startswith(FEW_SHOT) for each in refused) and FEW_SHOT in progress.finished:
+        advice += "; its few-shot evaluation has begun"
     elif done:
         advice += f"; stage '{done[0]}' has finished"
     else:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from robust_ft import metrics, task_names
+from robust_ft import metrics, ranking, task_names
 from robust_ft.data import cache, loader
 from robust_ft.data.cache import TaskData
 from robust_ft.decoding import Decoder, NotANumber
@@ -102,6 +102,11 @@ class Evaluation:
         """The data of the task with its shots."""
         return dataclasses.replace(self.data, task=self.task)
 
+    def read(self) -> tuple[Sequence[loader.EvalExample], Scoring]:
+        """Returns the examples, from the task's cache, and how outputs are scored."""
+        examples, info = _examples(self.task_data, self.limit)
+        return examples, Scoring(info, examples)
+
     def __call__(self, context: EvalContext) -> Result:
         """Decodes or ranks all examples and computes the task's metrics.
 
@@ -109,13 +114,12 @@ class Evaluation:
             UserError: The task names no metric that can select checkpoints, only some examples
                 have answer choices, or the model has no such prompt.
         """
-        examples, info = _examples(self.task_data, self.limit)
-        scoring = Scoring(info, examples)
+        examples, scoring = self.read()
         numbers = range(len(examples))
         # Of each example an output, and a vote, for each prompt.
         outputs: list[list[str]] = []
         if scoring.needs_outputs or self.target_format is not None:
-            outputs = self._outputs(context.predictor, examples)
+            outputs = self.outputs(context.predictor, examples)
         votes = [[scoring.prediction(i, text) for text in outputs[i]] for i in range(len(outputs))]
         # Of equally frequent votes `max` takes the first.
         predictions = [max(each, key=each.count) for each in votes]
@@ -163,7 +167,7 @@ class Evaluation:
             raise self._broken(error.row, examples[error.row], ()) from None
         return ranked.scores[:, 0]
 
-    def _outputs(
+    def outputs(
         self, predictor: BasePredictor, examples: Sequence[loader.EvalExample]
     ) -> list[list[str]]:
         """Returns each example's outputs, one for each prompt."""
@@ -192,7 +196,7 @@ class Evaluation:
         prompts: Sequence[str],
     ) -> list[list[str]]:
         """Returns each example's likeliest answer choice under each prompt."""
-        choices = [self._choices(predictor, i, example) for i, example in enumerate(examples)]
+        choices = [self.choice_ids(i, example) for i, example in enumerate(examples)]
         copies = [example for example in examples for _ in prompts or [""]]
         try:
             ranked = predictor.rank_tokens(
@@ -209,12 +213,10 @@ class Evaluation:
         per_example = len(copies) // len(examples)
         return [answers[i : i + per_example] for i in range(0, len(answers), per_example)]
 
-    def _choices(
-        self, predictor: BasePredictor, index: int, example: loader.EvalExample
-    ) -> list[list[int]]:
+    def choice_ids(self, index: int, example: loader.EvalExample) -> list[list[int]]:
         """Returns the tokens of an example's choices, which end as its target does in the cache."""
         length, vocabulary = self.data.targets_length, self.data.vocabulary
-        choices = predictor.encoded_choices(index, example.answer_choices, length)
+        choices = ranking.encoded_choices(vocabulary, index, example.answer_choices, length)
         targets = example.targets.tolist()
         if targets[-1:] != [vocabulary.eos_id] and len(targets) < length:
             return [ids[:-1] if ids[-1:] == [vocabulary.eos_id] else ids for ids in choices]

@@ -1,7 +1,7 @@
 """Few-shot prompt tuning: how promptable a model is, at 0 shots and with a few examples a task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from robust_ft import optim, trainable
 from robust_ft.data.cache import TaskData
@@ -127,6 +127,21 @@ class FewShot:
             return trainable.trainable_paths(shapes, self.trainable, owns)
         except UserError as error:
             raise UserError(f"FewShot.trainable={list(self.trainable)}: {error}") from None
+
+    def check_zero_shot(self, fresh: Iterable[str]) -> None:
+        """Raises a UserError if 0 shots would be evaluated with values drawn at random.
+
+        Args:
+            fresh: Paths of the parameters that nothing restores.
+        """
+        for path in sorted(fresh):
+            for method in self.model.without(*self.zero_shot_without).peft:
+                if method.owns(path):
+                    raise UserError(
+                        f"FewShot.zero_shot_without lacks '{method.name}', whose '{path}' no stage "
+                        f"has trained and FewShot.restore='{self.restore}' does not hold: 0 shots "
+                        "would be evaluated with random values."
+                    )
 
     def _check_model(self) -> None:
         names = [method.name for method in self.model.peft]

@@ -4,36 +4,24 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Float, Int, Int32
 
-from robust_ft import multihost, text_batches
-from robust_ft.decoding import Decoded, Decoder, NotANumber, repeat_rows
+from robust_ft import multihost, ranking, text_batches
+from robust_ft.decoding import Decoded, Decoder, NotANumber
 from robust_ft.errors import UserError, nearest
 from robust_ft.models.model import LanguageModel, Model
 from robust_ft.partitioning import Partitioner
-from robust_ft.text_batches import CHUNK, filled
+from robust_ft.ranking import Ranked, compiled_log_likelihoods
+from robust_ft.text_batches import check_texts, filled
 from robust_ft.trainable import flatten, merge, split
 from robust_ft.types import Batch, Params
-from robust_ft.vocabulary import Vocabulary, encode_inputs, encode_targets
+from robust_ft.vocabulary import Vocabulary, encode_inputs
 
 DECODE_LENGTH = 64
-
-
-class Ranked(NamedTuple):
-    """The result of rank classification.
-
-    Attributes:
-        best: The index of each input's most likely choice; ties go to the first.
-        scores: Log-likelihoods in nats; -inf where an input has fewer choices than others.
-    """
-
-    best: Int[np.ndarray, "inputs"]
-    scores: Float[np.ndarray, "inputs choices"]
 
 
 class BasePredictor(abc.ABC):
@@ -123,7 +111,7 @@ class BasePredictor(abc.ABC):
             UserError: The model has no positions for inputs of this length, or an argument is
                 wrong.
         """
-        _check_texts("texts", texts)
+        check_texts("texts", texts)
         batch_size = self._divisible(batch_size)
         decoder = _decoder(decoder, settings)
         tasks = self._task_indices(task, len(texts))
@@ -182,7 +170,7 @@ class BasePredictor(abc.ABC):
             UserError: There is not one target for each input, a target is too long, or the model
                 has no positions for texts of this length.
         """
-        _check_texts("targets", targets)
+        check_texts("targets", targets)
         ranked = self.rank(
             inputs,
             [[target] for target in targets],
@@ -222,16 +210,17 @@ class BasePredictor(abc.ABC):
             UserError: There is not one list of choices for each input, an input has no choice, a
                 choice is too long, or the model has no positions for texts of this length.
         """
-        _check_texts("inputs", inputs)
+        check_texts("inputs", inputs)
         self._divisible(batch_size)
         if len(inputs) != len(choices):
             raise UserError(
                 f"Each input needs targets of its own, not {len(inputs)} inputs and "
                 f"{len(choices)} targets."
             )
+        encode = functools.partial(ranking.encoded_choices, self.vocabulary)
         return self.rank_tokens(
             [encode_inputs(self.vocabulary, text, inputs_length) for text in inputs],
-            [self.encoded_choices(i, texts, targets_length) for i, texts in enumerate(choices)],
+            [encode(i, texts, targets_length) for i, texts in enumerate(choices)],
             per_token,
             inputs_length,
             batch_size,
@@ -251,17 +240,12 @@ class BasePredictor(abc.ABC):
         tasks = self._task_indices(task, len(input_ids))
         counts = [len(of_input) for of_input in choice_ids]
         scores = np.full((len(counts), max(counts, default=1)), -np.inf, np.float32)
-        lengths = [len(input_ids[n]) + max(map(len, choice_ids[n])) for n in range(len(counts))]
-        # Inputs with as many choices, of similar length, share a batch.
-        remaining = sorted(range(len(counts)), key=lambda n: (-counts[n], -lengths[n]))
-        while remaining:
-            rows = self._divisible(max(batch_size // counts[remaining[0]], 1))
-            indices, remaining = remaining[:rows], remaining[rows:]
+        shards = self.partitioner.batch_shards
+        for indices, batch_rows in ranking.groups(input_ids, choice_ids, batch_size, shards):
             self.model.check_lengths(
                 max(len(input_ids[n]) for n in indices),
                 max(len(ids) for n in indices for ids in choice_ids[n]),
             )
-            batch_rows = filled(indices, rows, self.partitioner.batch_shards)
             batch = text_batches.ranking_batch(
                 [input_ids[n] for n in batch_rows],
                 [choice_ids[n] for n in batch_rows],
@@ -272,7 +256,7 @@ class BasePredictor(abc.ABC):
             with self.partitioner.activate():
                 sharded = self.partitioner.share_batch(batch)
                 log_likelihoods = np.asarray(
-                    multihost.whole(_log_likelihoods(self.model, self.params, sharded))
+                    multihost.whole(compiled_log_likelihoods(self.model, self.params, sharded))
                 )  # [batch, choices]
             for index, row in zip(indices, log_likelihoods, strict=False):
                 scores[index, : counts[index]] = row[: counts[index]]
@@ -280,23 +264,9 @@ class BasePredictor(abc.ABC):
                 if not np.max(row[: counts[index]]) > -np.inf:
                     text = self.vocabulary.decode(list(input_ids[index]))
                     raise NotANumber(index, _input(index, text, task))
-                if per_token:
-                    scores[index, : counts[index]] /= [len(ids) for ids in choice_ids[index]]
+        if per_token:
+            scores = ranking.per_token(scores, choice_ids)
         return Ranked(np.argmax(scores, axis=1), scores)
-
-    def encoded_choices(self, index: int, choices: Sequence[str], most: int) -> list[list[int]]:
-        """Returns the tokens of an input's choices, none of which may have more than `most`."""
-        _check_texts("Each input's choices", choices)
-        if not choices:
-            raise UserError(f"Input {index} has no choices.")
-        encoded = [list(encode_targets(self.vocabulary, text)) for text in choices]
-        for text, ids in zip(choices, encoded, strict=True):
-            if len(ids) > most:
-                raise UserError(
-                    f"Target '{text[:40]}...' of input {index} has {len(ids)} tokens, more "
-                    f"than targets_length={most}."
-                )
-        return encoded
 
     def _task_indices(
         self, task: str | Sequence[str] | None, count: int
@@ -385,38 +355,6 @@ def decode(
     return decoder(step_fn, cache, start, model.eos_ids, model.pad_id, rng, history)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_likelihoods(
-    model: LanguageModel, params: Any, batch: Batch
-) -> Float[Array, "batch choices"]:
-    """Sums log-probabilities in chunks of the targets, so that all logits are never in memory."""
-    inputs, targets = (
-        text_batches.input_features(batch),
-        batch["decoder_target_tokens"],
-    )  # [batch * choices, length]
-    rows = inputs["encoder_input_tokens"].shape[0]
-    # One prefill for all choices of an input.
-    start, cache = repeat_rows(
-        model.prefill(params, inputs, targets.shape[1]), targets.shape[0] // rows
-    )
-    shifted = jnp.concatenate([start[:, None], targets[:, :-1]], axis=1)
-    hidden, _ = model.extend(params, cache, shifted)
-
-    def chunked(x: jax.Array) -> jax.Array:
-        """[batch * choices, length, ...] -> [chunks, batch * choices, CHUNK, ...]"""
-        shape = (x.shape[0], x.shape[1] // CHUNK, CHUNK, *x.shape[2:])
-        return jnp.swapaxes(x.reshape(shape), 0, 1)
-
-    def score(chunk: tuple[Any, jax.Array, jax.Array]) -> Float[Array, "targets"]:
-        states, tokens, weights = chunk
-        log_probs = jax.nn.log_softmax(model.head(params, states))
-        target_log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-        return jnp.sum(target_log_probs * weights, axis=1)
-
-    chunks = jax.tree.map(chunked, (hidden, targets, batch["decoder_loss_weights"]))
-    return jnp.sum(jax.lax.map(score, chunks), axis=0).reshape(rows, -1)
-
-
 def _task_rows(
     tasks: Int32[np.ndarray, "texts"] | None, rows: Sequence[int]
 ) -> dict[str, np.ndarray]:
@@ -437,8 +375,3 @@ def _input(index: int, text: str, task: str | Sequence[str] | None) -> str:
     prompt = task if isinstance(task, str) or task is None else task[index]
     under = f" under the prompt of '{prompt}'" if prompt else ""
     return f"input {index}, '{text[:40]}'{under}"
-
-
-def _check_texts(name: str, texts: Sequence[str]) -> None:
-    if isinstance(texts, str):
-        raise UserError(f"{name} must be a list of texts, not one text; write [{texts[:20]!r}].")

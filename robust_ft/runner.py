@@ -1,4 +1,4 @@
-"""Runs a recipe: its stages one after the other, finished ones skipped, then its selections."""
+"""Runs a recipe: its stages, finished ones skipped, its selections, its few-shot evaluation."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError
+from robust_ft.few_shot_run import run_few_shot
 from robust_ft.files import write_json
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
@@ -31,6 +32,8 @@ def run(
     recipe: Recipe, callbacks: Sequence[Callback] = (), allow_change: Sequence[str] = ()
 ) -> Summary:
     """Runs all stages; finished ones are skipped, an unfinished one resumes exactly.
+
+    Selections and few-shot evaluation follow, of which what is there is not done again.
 
     ```python
     recipe = robust_ft.load_recipe("gin_configs/promot_rte.gin", MODEL_DIR="/tmp/run")
@@ -110,9 +113,13 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
                 changed=record is not None and bool(record.changes),
             )
             params = fit(stage, params, context)
+        kept = params if recipe.few_shot and not recipe.selections else None
         params = None  # frees memory for the members of an ensemble
         for selection in recipe.selections:
             _select(recipe, selection, summary)
+        if recipe.few_shot is not None:
+            follows = bool(recipe.stages) and recipe.few_shot.restore == STAGE + recipe.last.name
+            run_few_shot(recipe, recipe.few_shot, summary, stop, kept if follows else None)
     return summary
 
 

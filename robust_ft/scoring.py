@@ -56,6 +56,11 @@ class Scoring:
         """Returns an example's output after the postprocessor."""
         return self._processed(self._examples[index], output, is_target=False)
 
+    def is_right(self, index: int, output: str) -> bool:
+        """Returns whether an example's output is its target, after the postprocessor."""
+        pair = [self.targets[index]], [self.prediction(index, output)]
+        return metrics.accuracy(*pair)["accuracy"] > 0
+
     def values(
         self,
         predictions: Sequence[Any] | None,

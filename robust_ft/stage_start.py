@@ -24,23 +24,35 @@ from robust_ft.types import Params
 def restore(recipe: Recipe, stage: Stage | FewShot, in_memory: Params | None = None) -> Params:
     """Returns all parameters at a stage's start, placed on the mesh.
 
-    What `Stage.restore` names is restored: a checkpoint, or the final parameters of an earlier
-    stage. The model's other parameters are initialized; those of PEFT methods may depend on the
-    restored ones.
+    The model's parameters that are not `restored` are initialized; those of PEFT methods may depend
+    on the restored ones.
 
     Args:
         recipe: The recipe that the stage belongs to; its earlier stages have finished.
         stage: The stage.
         in_memory: The earlier stage's final parameters, if they are in memory still.
     """
+    return place(recipe, stage, restored(recipe, stage, in_memory))
+
+
+def restored(
+    recipe: Recipe, stage: Stage | FewShot, in_memory: Params | None = None
+) -> dict[str, Any]:
+    """Returns what `Stage.restore` names, by path: a checkpoint's, or an earlier stage's.
+
+    Args:
+        recipe: As in `restore`.
+        stage: The stage.
+        in_memory: As in `restore`.
+    """
     if stage.restore == SCRATCH:
-        return place(recipe, stage, {})
+        return {}
     if not stage.restore.startswith(STAGE):
         loaded = load_for_model(stage.model, stage.restore, stage.data.vocabulary)
         # A name on the hub has been downloaded by now.
         source = sources.existing(sources.split(stage.restore)[0])
         initial_checkpoint.check(stage.model, source)
-        return place(recipe, stage, loaded)
+        return loaded
     earlier = recipe.stage(stage.restore.removeprefix(STAGE))
     dtype = _param_dtype(stage.model)
     if in_memory is None or _param_dtype(earlier.model) != dtype:
@@ -48,7 +60,7 @@ def restore(recipe: Recipe, stage: Stage | FewShot, in_memory: Params | None = N
         # did not train, is not rounded.
         wider = dataclasses.replace(earlier, model=_with_param_dtype(earlier.model, dtype))
         in_memory = _finished(recipe, wider)
-    restored = fit_to_model(
+    return fit_to_model(
         stage.model.shapes(),
         trainable.flatten(in_memory),
         stage.restore,
@@ -56,7 +68,6 @@ def restore(recipe: Recipe, stage: Stage | FewShot, in_memory: Params | None = N
         may_lack=lambda p: stage.model.peft_owns(p) and not earlier.model.peft_owns(p),
         may_drop=lambda p: earlier.model.peft_owns(p) and not stage.model.peft_owns(p),
     )
-    return place(recipe, stage, restored)
 
 
 def finished(recipe: Recipe, name: str) -> Params:

@@ -99,6 +99,12 @@ def padded(
     return tokens, mask
 
 
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Raises a UserError for one text in the place of a list of texts."""
+    if isinstance(texts, str):
+        raise UserError(f"{name} must be a list of texts, not one text; write [{texts[:20]!r}].")
+
+
 def bucket(length: int) -> int:
     """Returns the bucket of a length: a power of 2, above 64 a multiple of 64."""
     bucket = CHUNK

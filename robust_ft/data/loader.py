@@ -307,13 +307,16 @@ def _check(batch_size: int, index: int, count: int, by_length: int) -> None:
         raise UserError(f"by_length={by_length} is not a number of batches, or 0.")
 
 
-def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]:
+def eval_examples(
+    data: TaskData, limit: int | None = None, positions: Sequence[int] | None = None
+) -> list[EvalExample]:
     """Returns a task's examples in the order of its split, from its cache (built if missing).
 
     Args:
         data: What to read; one task, or a mixture of one.
         limit: Number of examples to take at most, always the same ones. They are spread evenly over
             the split, since many test files are sorted.
+        positions: Of the examples to take instead, in their order.
 
     Raises:
         UserError: See `cache.ensure`; or if `data` is a mixture of several tasks.
@@ -329,6 +332,8 @@ def eval_examples(data: TaskData, limit: int | None = None) -> list[EvalExample]
     numbers = np.arange(size)
     if limit is not None and limit < size:
         numbers = np.arange(limit) * size // limit
+    if positions is not None:
+        numbers = np.asarray(positions, np.int64)
     return [
         _eval_example(data, info, int(number), record)
         for number, record in zip(numbers, ExampleReader(tasks).read(numbers), strict=True)
