@@ -49,7 +49,7 @@ def draw(sweeps: dict[str, tuple[tuple[int, ...], list[dict]]], file: Path) -> N
         axes.set(xscale="log", xlabel=title, xticks=values, xticklabels=map(str, values))
         axes.minorticks_off()
     figure.axes[0].set_ylabel("accuracy on unseen classes, %")
-    figure.axes[-1].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     figure.savefig(file, dpi=150)
 
 

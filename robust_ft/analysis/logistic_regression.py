@@ -19,7 +19,7 @@ def probabilities(
 ) -> Float[np.ndarray, "examples classes"]:
     """Returns p(class | input) of a model without biases."""
     logits = inputs @ theta.T
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    exp: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exp / exp.sum(axis=1, keepdims=True)
 
 
