@@ -19,8 +19,9 @@ def probabilities(
 ) -> Float[np.ndarray, "examples classes"]:
     """Returns p(class | input) of a model without biases."""
     logits = inputs @ theta.T
-    exp: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: np.ndarray = exp / exp.sum(axis=1, keepdims=True)
+    return result
 
 
 def train(
