@@ -395,6 +395,6 @@ def test_how_0_shots_were_evaluated_and_the_best_epoch_was_chosen(tmp_path):
 
     found = make_promptability([arm("p3_none", ["prompt"]), arm("p3_mtl_tp", [])])
     (note,) = promptability_table.notes(found)
-    assert "At 0 shots p3_none: without prompt. p3_mtl_tp: with all that was trained." in note
+    assert "0-shot without prompt: p3_none. With all that was trained: p3_mtl_tp." in note
     assert promptability_table.BEST["split"] in note
     assert promptability_table.BEST["examples"] not in note

@@ -1,5 +1,6 @@
 """The paper's claims about promptability are told from the runs, whichever way they come out."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -59,4 +60,8 @@ def test_a_comparison_names_gin_files():
     assert mini_world.gin_files("p3_mtl_t+deep_prompt") == [
         "--gin_file=gin_configs/p3_mtl_t.gin", "--gin_file=gin_configs/methods/deep_prompt.gin",
     ]  # fmt: skip
+    root = Path(__file__).parent.parent
+    for names in mini_world.COMPARISONS.values():
+        for flag in itertools.chain(*map(mini_world.gin_files, names)):
+            assert (root / flag.removeprefix("--gin_file=")).exists(), flag
     assert mini_world.gin_files("full_rte") == ["--gin_file=gin_configs/full_rte.gin"]

@@ -72,9 +72,9 @@ def notes(found: "Promptability") -> list[str]:
         off.setdefault(modules, []).append(arm)
     with_all = off.pop((), [])
     for modules, arms in off.items():
-        sentences.append(f"At 0 shots {', '.join(arms)}: without {joined(modules)}.")
+        sentences.append(f"0-shot without {joined(modules)}: {', '.join(arms)}.")
     if off and with_all:
-        sentences.append(f"{', '.join(with_all)}: with all that was trained.")
+        sentences.append(f"With all that was trained: {', '.join(with_all)}.")
     if runs > 1:
         each = ", each of which is the mean over its draws of examples" if draws > 1 else ""
         sentences.append(f"± is the sample standard deviation over the runs' seeds{each}.")
