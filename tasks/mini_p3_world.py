@@ -306,6 +306,7 @@ TRAIN: Mapping[str, Family] = {
         {
             "table": Template("( {person} | {verb} | {noun} ) sentence :"),
             "describe": Template("Describe {person} {verb} {noun} in One sentence :"),
+            "when": Template("Describe when {person} {verb} the {noun} :"),
         },
         ranked=False,
     ),
@@ -314,6 +315,7 @@ TRAIN: Mapping[str, Family] = {
         {
             "about": Template("Article : {text} what was it about ?"),
             "answer": Template("{text} One sentence answer :"),
+            "report": Template("Text : {text} report in One sentence :"),
         },
         ranked=False,
     ),
@@ -367,7 +369,7 @@ FAMILIES = TRAIN | HELD_OUT  # type: ignore[operator]
 
 # --- Examples and splits -----------------------------------------------------------------------
 
-# Of every template. One epoch of the training families is 276 batches of 32.
+# Of every template. One epoch of the training families is 300 batches of 32.
 _TRAIN_SIZES = {"train": 384, "validation": 64}
 # From the training split come the examples of few-shot tuning.
 _HELD_OUT_SIZES = {"train": 64, "validation": 64, "test": 128}

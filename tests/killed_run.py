@@ -48,7 +48,7 @@ class Killer(Callback):
             self.stop(stage, step)
 
     def on_evaluation(self, stage, step, results):
-        if step > 0 and results[0].split == "test":
+        if step > 0 and results and results[0].split == "test":
             if WHERE == "evaluated":
                 self.stop(stage, int(STEP))
             if WHERE == "interrupted_outside":

@@ -32,5 +32,5 @@ def test_arms_of_continued_pretraining(arm, scale, deep):
         examples = stage.batch_size * stage.steps
         if isinstance(stage.gradient, MetaLearning):
             examples *= stage.gradient.tasks * stage.gradient.batches
-        size = 23 * 384 if mini else sum(rate for _, rate in p3._paper_rates)
+        size = 25 * 384 if mini else sum(rate for _, rate in p3._paper_rates)
         assert 0 <= size - examples < examples / stage.steps

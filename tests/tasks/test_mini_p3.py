@@ -75,7 +75,7 @@ def test_templates_are_different_and_several_a_family():
     texts = [t.inputs for family in FAMILIES.values() for t in family.templates.values()]
     assert len(set(texts)) == len(texts)
     for name, family in FAMILIES.items():
-        assert len(family.templates) >= (3 if family.ranked else 2), name
+        assert len(family.templates) >= 3, name
 
 
 def test_numbers_of_choices_and_labels():
