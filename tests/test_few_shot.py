@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import toy
 
+from robust_ft import train
 from robust_ft.checks import check
 from robust_ft.errors import UserError
 from robust_ft.few_shot import FewShot
@@ -94,3 +95,10 @@ def test_what_is_recorded(tmp_path):
     assert record["few_shot.data.toy_pair.task"] == "toy_pair"
     assert record["few_shot.data.toy_pair.split"] == "train"
     assert "few_shot.side_by_side" not in record
+
+
+def test_the_dry_run_shows_it(capsys):
+    assert train.main(["--gin_file=gin_configs/p3_none.gin", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "16 task(s), each tuned on 16 examples for 100 epochs" in shown
+    assert "rank mini_p3_nli_claim test of dataset mini_p3_nli (0 shots without" in shown

@@ -6,12 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+import sharded_training
 import toy
 import toy_few_shot
 
+import robust_ft
 from robust_ft import runner, stage_start
+from robust_ft.checks import check
 from robust_ft.data.in_memory import rows_task
 from robust_ft.errors import UserError
+from robust_ft.evaluator import evaluate
 from robust_ft.few_shot_results import Results
 from robust_ft.few_shot_tasks import drawn
 from robust_ft.few_shot_tuning import Tuner, divisor, training_batch
@@ -188,5 +192,50 @@ def test_a_task_without_choices_is_refused(tmp_path):
 
 
 def test_values_drawn_at_random_are_not_evaluated_at_0_shots(tmp_path):
+    plain = toy.stage("mtl", model=toy.Model(toy_few_shot.CONFIG), trainable=["base"])
+    few = toy_few_shot.few_shot(tmp_path / "data", restore="stage:mtl", zero_shot_without=())
+    with pytest.raises(UserError, match=r"lacks 'prompt', whose 'encoder/prompt' no stage has"):
+        check(Recipe("toy", str(tmp_path / "run"), [plain], few_shot=few))
     with pytest.raises(UserError, match=r"FewShot\.zero_shot_without lacks 'prompt'"):
         runner.run(toy_few_shot.recipe(tmp_path / "run", zero_shot_without=()))
+
+
+@pytest.mark.slow
+def test_a_prompt_that_a_stage_trained_is_where_tunings_start(tmp_path):
+    few = toy_few_shot.few_shot(tmp_path / "data", restore="stage:mtl", zero_shot_without=())
+    mtl = toy.stage(
+        "mtl",
+        model=few.model,
+        trainable=["base", "peft"],
+        data=few.training_data(few.evaluations[0]),
+        evaluations=(),
+        final_evaluations=(),
+    )
+    made = Recipe("toy_arm", str(tmp_path / "run"), [mtl], few_shot=few)
+    runner.run(made)
+    # The run's result is the stage's model, by which tasks are ranked at 0 shots.
+    loaded = robust_ft.load(made.model_dir, vocabulary=few.data.vocabulary)
+    for evaluation in few.evaluations:
+        zero, *tuned = lines(tmp_path / "run")[evaluation.task]
+        result = evaluate(evaluation, loaded)
+        assert zero["correct"] == [int(p["prediction"] == p["target"]) for p in result.predictions]
+        assert [line["which"] for line in tuned] == ["last", "best"] * 2
+    # Both draws start from the same prompt, and the finished run is left as it is.
+    before = lines(tmp_path / "run")
+    runner.run(made)
+    assert lines(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "processes"), [(8, 1), (4, 2)])
+def test_meshes_and_several_processes_give_the_same(finished, tmp_path, devices, processes):
+    directory, _ = finished
+    sharded_training.run(
+        "sharded_few_shot.py", tmp_path / "run", devices=devices, processes=processes
+    )
+    for name, of_task in lines(directory).items():
+        for one, other in zip(of_task, lines(tmp_path / "run")[name], strict=True):
+            assert one == other
+    assert [r.value for r in Summary(tmp_path / "run").rows] == [
+        r.value for r in Summary(directory).rows
+    ]
