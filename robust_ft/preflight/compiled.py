@@ -94,8 +94,8 @@ def collective_bytes(program: str) -> dict[str, int]:
     Transfers between slices are a kind of their own, `BETWEEN_SLICES`.
 
     Args:
-        program: The compiled program as HLO text. A loop's body counts `known_trip_count` times,
-            once where that is unknown.
+        program: The compiled program as HLO text. A loop's body counts as often as it runs, once
+            where that is unknown, see `_trips`.
     """
     computations, entry = _computations(program)
     if entry is None:
@@ -142,8 +142,7 @@ def _count(
     total: dict[tuple[str, str], int] = {}
     for line in computations.get(name, []):
         sizes: dict[tuple[str, str], int] = {}
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-        times = int(trips[1]) if trips else 1
+        times = _trips(line, computations)
         channel = re.search(r"channel_id=(\d+)", line) or re.match(r"\s*(?:ROOT )?(\S+) =", line)
         for kind in COLLECTIVES:
             if channel and (match := re.search(rf"= (.*?) {kind}(-start)?\(", line)):
@@ -158,6 +157,30 @@ def _count(
             total[key] = max(total.get(key, 0), size)
     known[name] = total
     return total
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """Returns how often an instruction's computations run: 1 unless it is a loop.
+
+    The TPU's compiler drops `known_trip_count`. The loops of scans count from 0, and their
+    condition compares with a constant.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(known[1])
+    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+    if condition is None:
+        return 1
+    lines = computations.get(condition[1], [])
+    constants = {
+        found[1]: int(found[2])
+        for each in lines
+        if (found := re.search(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", each))
+    }
+    for each in lines:
+        root = re.match(r"\s*ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", each)
+        if root and root[1] in constants:
+            return constants[root[1]]
+    return 1
 
 
 def _bytes(shapes: str, last: bool) -> int:

@@ -117,13 +117,24 @@ def settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     microbatches = max((stage.microbatches for stage in recipe.stages), default=1)
     while microbatches < min(map(_most_microbatches, recipe.stages), default=0):
         microbatches *= 2
-        yield (*bindings, f"MICROBATCHES={microbatches}")
+        yield (*bindings, *_microbatches(recipe.stages, microbatches))
     if config.param_dtype == "float32":
         yield (
             *bindings,
-            f"MICROBATCHES={microbatches}",
+            *_microbatches(recipe.stages, microbatches),
             f"{type(config).__name__}.param_dtype='bfloat16'",
         )
+
+
+def _microbatches(stages: Sequence[Stage], count: int) -> list[str]:
+    """Returns gin bindings; a macro of common.gin does not set groups of a meta-batch's tasks."""
+    names = [
+        f"{stage.name}/Stage.microbatches"
+        if isinstance(stage.gradient, MetaLearning)
+        else "MICROBATCHES"
+        for stage in stages
+    ]
+    return [f"{name}={count}" for name in dict.fromkeys(names)]
 
 
 def _most_microbatches(stage: Stage) -> int:
@@ -228,7 +239,7 @@ def _advice(recipe: Recipe, stage: Stage, row: Row) -> Iterator[str]:
 
 
 def _advice_on_microbatches(partitioner: Partitioner, stage: Stage) -> Iterator[str]:
-    more = f"MICROBATCHES={2 * stage.microbatches}"
+    *_, more = _microbatches([stage], 2 * stage.microbatches)
     if isinstance(stage.gradient, MetaLearning):
         if (tasks := stage.gradient.tasks // stage.microbatches) > 1:
             yield f"Compute fewer than {tasks} tasks side by side with {more}."

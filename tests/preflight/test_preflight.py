@@ -126,6 +126,54 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert collective_bytes("") == {}
 
 
+# As libtpu writes loops: of two scans one inside the other, and one until all is decoded.
+LOOPS = """HloModule jit_step, is_scheduled=true
+
+%inner_body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gathered = f32[8]{0:T(8)} all-gather(%x), channel_id=1, dimensions={0}
+}
+
+%inner_condition (state: (s32[], f32[8])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %seven), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %sum = f32[2]{0} all-reduce(%x), channel_id=2
+  %loop.1 = (s32[], f32[8]) while(%init), condition=%inner_condition, body=%inner_body
+}
+
+%condition (state: (s32[], f32[8])) -> pred[] {
+  %four = s32[]{:T(128)} constant(4)
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %four), direction=LT
+}
+
+%decoding (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %moved = f32[3]{0} collective-permute(%x), channel_id=3
+}
+
+%until (state: (s32[], f32[8])) -> pred[] {
+  %most = s32[]{:T(128)} constant(64)
+  %lt.3 = pred[]{:T(512)} compare(%i, %most), direction=LT
+  ROOT %and = pred[]{:T(512)} and(%lt.3, %open)
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %loop.2 = (s32[], f32[8]) while(%init), condition=%condition, body=%body
+  %loop.3 = (s32[], f32[8]) while(%init), condition=%until, body=%decoding
+}
+"""
+
+
+def test_loops_without_a_trip_count_are_counted_by_their_condition():
+    assert collective_bytes(LOOPS) == {
+        "all-gather": 4 * 7 * 8 * 4,
+        "all-reduce": 4 * 2 * 4,
+        "collective-permute": 3 * 4,
+    }
+
+
 # As libtpu writes them: one gathering that runs beside a product, and a sum over two slices.
 ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
 
@@ -307,10 +355,10 @@ def test_a_meta_batch_is_divided_into_its_tasks():
     recipe = recipe_on(4, *META, "T5Config.remat='full'", "MICROBATCHES=32", fully_sharded=-1)
     recipe = dataclasses.replace(recipe, stages=recipe.stages[:1])
     tried = [bindings[-1] for bindings in report.settings(recipe) if bindings]
-    assert tried[:2] == ["MICROBATCHES=64", "MICROBATCHES=128"]
+    assert tried[:2] == [f"prompt/Stage.microbatches={count}" for count in (64, 128)]
     row = dataclasses.replace(row_of("prompt", "v5e:2x2", 9), chips=4)
     (advice,) = [each for each in report._advice(recipe, recipe.stages[0], row) if "task" in each]
-    assert advice == "Compute fewer than 4 tasks side by side with MICROBATCHES=64."
+    assert advice == "Compute fewer than 4 tasks side by side with prompt/Stage.microbatches=64."
 
 
 class FakeDevice(types.SimpleNamespace):
