@@ -58,18 +58,17 @@ def mean_of(gradient):
     return {path: leaf / TASKS for path, leaf in flatten(gradient).items()}
 
 
+STEPS = [(2, "adafactor"), (0, "adam"), (1, "adam"), (7, "adam"), (7, "adafactor")]
+QUICK = [("fomaml", "shallow", *STEPS[0]), ("reptile", "deep", *STEPS[0])]
+
+
 @pytest.mark.parametrize(
-    ("inner_steps", "optimizer"),
+    ("name", "prompt", "inner_steps", "optimizer"),
     [
-        (2, "adafactor"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in [(0, "adam"), (1, "adam"), (7, "adam"), (7, "adafactor")]
-        ),
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in ((name, prompt, *how) for name in RULES for prompt in PROMPTS for how in STEPS)
     ],
 )
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("name", RULES)
 def test_the_papers_algorithms(name, prompt, inner_steps, optimizer, chunked):
     """With dropout, rematerialization and a chunked loss."""
     model = model_of(prompt)
