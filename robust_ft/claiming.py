@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_ft import console, multihost
+from robust_ft import buckets, console, multihost
 from robust_ft.checkpoints_io.stage_record import RUN
 from robust_ft.checks import check, check_examples
 from robust_ft.ensembles.mixture_weight import SelectedWeight
@@ -17,7 +17,7 @@ from robust_ft.evaluate import of_tasks
 from robust_ft.evaluator import TARGET
 from robust_ft.few_shot import FEW_SHOT
 from robust_ft.few_shot_results import Results
-from robust_ft.files import read_json_object, write_json
+from robust_ft.files import as_path, read_json_object, write_json
 from robust_ft.initial_checkpoint import is_free
 from robust_ft.outcome import Outcome
 from robust_ft.recipe import Recipe
@@ -28,6 +28,7 @@ from robust_ft.run_record import (
     check_same_everywhere,
     sentence,
 )
+from robust_ft.stage_checkpoints import saved_steps
 
 _NAMED = 4  # differences in a sentence
 _OF_EVALUATIONS = re.compile(r"stages\..+\.(final_)?evaluations\b")
@@ -51,7 +52,7 @@ class Progress:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Progress":
-        folder = Path(recipe.model_dir)
+        folder = as_path(recipe.model_dir)
         names = [stage.name for stage in recipe.stages]
         finished = [name for name in names if Outcome.read(folder / name) is not None]
         left = [name for name in names if name not in finished]
@@ -59,7 +60,7 @@ class Progress:
         few_shot = recipe.few_shot and Results(folder, recipe.few_shot)
         if few_shot and few_shot.missing():
             left.append(FEW_SHOT)
-        steps = [step for name in left[:1] for step in _checkpoints(folder / name)]
+        steps = [step for name in left[:1] for step in saved_steps(folder / name)]
         is_begun = bool(finished or steps or few_shot) or (folder / "summary.json").exists()
         if few_shot:  # its evaluations must not be of several settings
             finished.append(FEW_SHOT)
@@ -90,7 +91,7 @@ def claim(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
             with, or MODEL_DIR cannot be written. Nothing in it has been changed.
     """
     check(recipe)
-    file = Path(recipe.model_dir) / RUN
+    file = as_path(recipe.model_dir) / RUN
     try:
         owner = read_json_object(file, default={})
         progress = Progress.of(recipe)
@@ -108,7 +109,7 @@ def claim(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
             _write(file, {**_facts(recipe), **record.as_json()})
     except OSError as error:
         raise UserError(
-            f"Recipe.model_dir={recipe.model_dir} cannot be written: {error.strerror}."
+            f"Recipe.model_dir={recipe.model_dir} cannot be written: {error.strerror or error}."
         ) from None
     return progress.stage is not None
 
@@ -141,6 +142,10 @@ def check_model(recipe: Recipe) -> None:
 
 def _check_writable(directory: Path) -> None:
     """Raises an OSError if a folder is not there and cannot be made, or cannot be written to."""
+    if buckets.is_bucket(directory):
+        if multihost.is_first():
+            buckets.check_writable(directory)
+        return
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         code = errno.EEXIST if there == directory else errno.ENOTDIR
@@ -181,11 +186,6 @@ def _check_owner(recipe: Recipe, owner: Mapping[str, Any]) -> None:
                 f"Recipe.model_dir={recipe.model_dir} belongs to a run with {field} "
                 f"{owner.get(field)!r}, not {getattr(recipe, field)!r}; choose another."
             )
-
-
-def _checkpoints(stage: Path) -> list[int]:
-    steps = (re.fullmatch(r"checkpoint_(\d+)", path.name) for path in stage.glob("checkpoint_*"))
-    return [int(step[1]) for step in steps if step]
 
 
 def _continued(

@@ -80,5 +80,5 @@ def write(
     with outputs.replacing(folder, overwrite=True) as temporary:
         temporary.mkdir()
         adapters.write(adapter, temporary)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in temporary.iterdir())
     console.print_line(f"{len(tensors)} arrays ({adapter.kinds}), {size:,} bytes, in {folder}.")

@@ -3,16 +3,25 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from robust_ft import buckets
 from robust_ft.errors import UserError
 
 _REQUIRED = object()
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file or folder that may be in a bucket (`gs://bucket/run`).
+
+    Raises:
+        UserError: It is in a bucket that cannot be reached.
+    """
+    return buckets.reached(path) if buckets.is_bucket(path) else Path(path)
 
 
 def check_local(path: str | os.PathLike[str] | None, what: str) -> None:
@@ -20,13 +29,12 @@ def check_local(path: str | os.PathLike[str] | None, what: str) -> None:
 
     Args:
         path: The path, if there is one.
-        what: What it is, such as "Recipe.model_dir".
+        what: What it is, such as "FileTask.train".
     """
-    scheme, separator, rest = os.fspath(path or "").partition(":/")
-    if separator and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
+    if (parts := buckets.split(path)) is not None:
         raise UserError(
-            f"{what} '{scheme}://{rest.lstrip('/')}' is in a bucket, but robust_ft reads "
-            "and writes folders: mount it (gcsfuse, mountpoint-s3) and give the folder."
+            f"{what} '{parts[0]}://{parts[1]}' is in a bucket, but robust_ft reads it from a "
+            "folder: mount the bucket (gcsfuse, mountpoint-s3) or copy it, and give the folder."
         )
 
 
@@ -41,13 +49,13 @@ def read_json(path: str | os.PathLike[str], default: Any = _REQUIRED) -> Any:
         UserError: The file is missing, cannot be read, or is not JSON (it may be cut off).
     """
     try:
-        content = Path(path).read_bytes()
+        content = as_path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if default is not _REQUIRED:
             return default
         raise UserError(f"There is no file '{path}'.") from None
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}.") from None
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from None
     return parse_json(content, path)
 
 
@@ -97,9 +105,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or a folder to, which replaces `path` at the end.
 
     If anything goes wrong, what was written is removed and what was at `path` stays. Processes on
-    one or several machines may write the same path at the same time; the last one wins.
+    one or several machines may write the same path at the same time; the last one wins. In a
+    bucket, see `buckets.replacing`.
     """
-    path = Path(path).absolute()
+    path = as_path(path).absolute()
+    if buckets.is_bucket(path):
+        with buckets.replacing(path) as temporary:
+            yield temporary
+        return
     writer = f"{socket.gethostname()}.{os.getpid()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     earlier = path.with_name(f".{path.name}.{writer}.earlier")

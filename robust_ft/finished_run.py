@@ -19,7 +19,7 @@ from robust_ft.checkpoints_io.names import parameter_shapes
 from robust_ft.checkpoints_io.stage_record import FILE, RUN, StageRecord, is_run
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError, nearest
-from robust_ft.files import read_json_object
+from robust_ft.files import as_path, read_json_object
 from robust_ft.outcome import Outcome
 from robust_ft.partitioning import Partitioner
 from robust_ft.restore import place_params
@@ -58,7 +58,7 @@ class FinishedStage:
             UserError: There is no such stage, it has not finished, it has no record, or the run
                 ended with an ensemble, which is several models.
         """
-        folder = Path(run).expanduser()
+        folder = as_path(run).expanduser()
         name = _selected(folder, name)
         outcome, record = Outcome.read(folder / name), StageRecord.read(folder / name)
         if outcome is None:

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from robust_ft import multihost
+from robust_ft import buckets, multihost
 from robust_ft.claiming import check_model
 from robust_ft.evaluate import Evaluation
 from robust_ft.evaluator import OUTSIDE_TRAINING, evaluate, held_out_rows
-from robust_ft.files import check_local, write_json_lines
+from robust_ft.files import as_path, write_json_lines
 from robust_ft.predictor import BasePredictor, Predictor
 from robust_ft.recipe import Recipe
 from robust_ft.restore import load_for_model
@@ -32,7 +32,7 @@ class Inference:
     output_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_local(self.output_dir, "Inference.output_dir")
+        buckets.check(self.output_dir, "Inference.output_dir")
 
 
 def load(recipe: Recipe, inference: Inference) -> BasePredictor:
@@ -66,7 +66,7 @@ def infer(recipe: Recipe, inference: Inference) -> Path:
     """Predicts for the examples of the first evaluation; returns the JSONL file it wrote."""
     evaluation = inference.evaluations[0]
     result = evaluate(evaluation, load(recipe, inference))
-    folder = Path(inference.output_dir or recipe.model_dir)
+    folder = as_path(inference.output_dir or recipe.model_dir)
     file = folder / f"{evaluation.task}-predict.jsonl-00000-of-00001"
     if multihost.is_first():
         folder.mkdir(parents=True, exist_ok=True)

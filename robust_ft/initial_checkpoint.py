@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from robust_ft import assets
 from robust_ft.checkpoints_io import hf, native, orbax_params, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint
 from robust_ft.errors import UserError
+from robust_ft.files import as_path
 from robust_ft.models.config import COMPUTE_FIELDS, ModelConfig
 from robust_ft.models.model import Model
 from robust_ft.stage import SCRATCH
@@ -32,7 +32,7 @@ def read(restore: str, fields: Mapping[str, Any]) -> Checkpoint:
             "files in gin_configs/models/ do."
         )
     path = sources.split(restore)[0]
-    folder = Path(assets.resolve(path)).expanduser()
+    folder = as_path(assets.resolve(path)).expanduser()
     bare = folder.is_file() or orbax_params.is_directory(folder)
     if bare or sources.adapter(path) is not None:
         raise UserError(
@@ -95,7 +95,7 @@ def check(model: Model, restore: str) -> None:
         UserError: Something differs; the message has the field and both values.
     """
     path = sources.split(restore)[0]
-    folder = Path(assets.resolve(path)).expanduser()
+    folder = as_path(assets.resolve(path)).expanduser()
     if not (native.is_directory(folder) or hf.is_directory(folder)):
         return
     checkpoint = sources.read(path)

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.stage_record import StageRecord
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
+from robust_ft.files import as_path
 from robust_ft.finished_run import FinishedStage
 from robust_ft.models.model import Model
 from robust_ft.models.peft import Peft
@@ -94,7 +94,7 @@ def _opened(
     path: str, stage: str | None, config: Mapping[str, Any] | None
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Returns a base, and what a run laid over it."""
-    folder = Path(path).expanduser()
+    folder = as_path(path).expanduser()
     if stage_record.is_run(folder):
         finished = FinishedStage.read(path, stage)
         return sources.overridden(finished.base_checkpoint(), config or {}), [finished.adapter]
@@ -113,10 +113,10 @@ def _check_whole(source: str, known: Mapping[str, Any]) -> None:
 
     As in ProMoT's second stage, whose checkpoint does not hold the prompt that it trained under.
     """
-    record = stage_record.of_checkpoint(Path(source).expanduser())
+    record = stage_record.of_checkpoint(as_path(source).expanduser())
     for method in record.methods if record else ():
         if not any(map(method.owns, known)):
-            stage = Path(source).expanduser().parent
+            stage = as_path(source).expanduser().parent
             raise UserError(
                 f"'{source}' was trained with the {type(method).__name__} '{method.name}', which "
                 f"it does not hold; call robust_ft.load('{stage.parent}', stage='{stage.name}'), "

@@ -15,8 +15,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ft import buckets
 from robust_ft.errors import UserError
-from robust_ft.files import json_line, write_json_lines
+from robust_ft.files import as_path, json_line, write_json_lines
 
 NOT_FINITE = "not_finite"  # key of the note with the values that null stands for: {"loss": "nan"}
 EVALUATIONS = "inference_eval"
@@ -41,8 +42,10 @@ class _EventFile:
         directory.mkdir(parents=True, exist_ok=True)
         number = next(_file_numbers)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        path = directory / f"{name}.{os.getpid()}.{number}"
         # Stays open until close(), which closes the file below the records too.
-        file = open(directory / f"{name}.{os.getpid()}.{number}", "wb")  # noqa: SIM115
+        in_bucket = buckets.is_bucket(path)
+        file: Any = buckets.GrowingObject(path) if in_bucket else open(path, "wb")  # noqa: SIM115
         self._records = RecordWriter(file)
         self._new_event = event_pb2.Event
         self._flushed = time.monotonic()
@@ -82,7 +85,8 @@ class MetricWriter:
 
     Files: `metrics.jsonl` with every write; TensorBoard event files in `train/` and, for
     evaluations, `inference_eval/<task>/`; `inference_eval/<task>-metrics.jsonl` with the lines
-    of one task. JSON lines are on disk when `write` returns. Files are opened at the first
+    of one task. JSON lines are on disk when `write` returns; in a bucket, where files are written
+    whole, after `flush`, and at the latest half a minute later. Files are opened at the first
     write, so that a writer that is never used leaves no empty files.
 
     Args:
@@ -91,8 +95,10 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str], enabled: bool = True):
-        self.directory = pathlib.Path(directory)
+        self.directory = as_path(directory)
         self.enabled = enabled
+        self._lines: dict[pathlib.Path, buckets.GrowingObject] = {}  # of files in a bucket
+        self._flushed = time.monotonic()
         self._events: dict[str, _EventFile] = {}
         self._mended: set[pathlib.Path] = set()
         self._purge_from: int | None = None
@@ -142,6 +148,7 @@ class MetricWriter:
         """
         if not self.enabled:
             return
+        self._close_lines()
         paths = [self.directory / "metrics.jsonl"]
         paths += sorted((self.directory / EVALUATIONS).glob("*-metrics.jsonl"))
         for path in paths:
@@ -152,12 +159,16 @@ class MetricWriter:
             events.purge(self._purge_from)
 
     def flush(self) -> None:
-        """Writes buffered events to disk."""
+        """Writes to disk, or to the bucket, what is buffered."""
+        for lines in self._lines.values():
+            lines.flush()
         for events in self._events.values():
             events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Closes all files; a later write opens new ones."""
+        self._close_lines()
         for events in self._events.values():
             events.close()
         self._events.clear()
@@ -174,8 +185,24 @@ class MetricWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             _mend(path)
             self._mended.add(path)
+        if buckets.is_bucket(path):
+            self._append_in_bucket(path, json_line(record))
+            return
         with open(path, "a", encoding="utf-8") as file:
             file.write(json_line(record))
+
+    def _append_in_bucket(self, path: pathlib.Path, line: str) -> None:
+        if path not in self._lines:
+            content = path.read_bytes() if path.exists() else b""
+            self._lines[path] = buckets.GrowingObject(path, content)
+        self._lines[path].write(line.encode())
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def _close_lines(self) -> None:
+        for lines in self._lines.values():
+            lines.close()
+        self._lines.clear()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -186,7 +213,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: The file is missing, or a line in it is not a JSON object.
     """
-    return [_restore(record) for record in _parse(pathlib.Path(path))]
+    return [_restore(record) for record in _parse(as_path(path))]
 
 
 def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -195,7 +222,9 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"There is no metrics file {path}.") from None
     except OSError as error:
-        raise UserError(f"The metrics file {path} cannot be read: {error.strerror}.") from None
+        raise UserError(
+            f"The metrics file {path} cannot be read: {error.strerror or error}."
+        ) from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

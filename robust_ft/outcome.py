@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from robust_ft import multihost
-from robust_ft.files import read_json, write_json
+from robust_ft.files import as_path, read_json, write_json
 from robust_ft.restore import load_params
 from robust_ft.stage_checkpoints import checkpoint_folder
 from robust_ft.trainable import unflatten
@@ -33,13 +33,13 @@ class Outcome:
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Writes the file from the first process; on return all processes can read it."""
         if multihost.is_first():
-            write_json(Path(directory) / FILE, dataclasses.asdict(self))
+            write_json(as_path(directory) / FILE, dataclasses.asdict(self))
         multihost.barrier()
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> "Outcome | None":
         """Returns the outcome of a finished stage, None of an unfinished one."""
-        fields = read_json(Path(directory) / FILE, default=None)
+        fields = read_json(as_path(directory) / FILE, default=None)
         return fields and cls(**fields | {"paths": tuple(fields["paths"])})
 
     def checkpoint(self, directory: str | os.PathLike[str]) -> Path:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 from robust_ft import console, multihost
 from robust_ft.data import overlap
 from robust_ft.evaluate import of_tasks
-from robust_ft.files import write_json
+from robust_ft.files import as_path, write_json
 from robust_ft.stage import Stage
 
 FILE = "overlap.json"
@@ -19,7 +18,7 @@ def write(stage: Stage, directory: str | os.PathLike[str]) -> None:
 
     On the first process alone; a stage that goes on has the file already.
     """
-    file = Path(directory) / FILE
+    file = as_path(directory) / FILE
     evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
     if not multihost.is_first() or file.exists() or not evaluations:
         return

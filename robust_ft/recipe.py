@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Annotated
 
+from robust_ft import buckets
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError, nearest
 from robust_ft.few_shot import FEW_SHOT, FewShot
-from robust_ft.files import check_local
 from robust_ft.partitioning import Partitioner
 from robust_ft.ranges import Count, Integer, Range, check_ranges
 from robust_ft.stage import STAGE, Stage
@@ -46,7 +46,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "selections", tuple(self.selections))
-        check_local(self.model_dir, "Recipe.model_dir")
+        buckets.check(self.model_dir, "Recipe.model_dir")
         check_ranges(self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names) or not (names or self.few_shot):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robust_ft import buckets
 from robust_ft.checkpoints_io import sources
 from robust_ft.data import cache, fingerprints
 from robust_ft.models.peft import prompt_values
@@ -25,6 +26,8 @@ def times(place: str | Sequence[str]) -> str:
     """Returns a hash of what changes with files, "" if it might not or they are not local."""
     stats = []
     for path in sources.split(place) if isinstance(place, str) else place:
+        if buckets.is_bucket(path):
+            return ""
         top = Path(sources.existing(path)).expanduser()
         files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
         stats += [(str(file.relative_to(top)), fingerprints.times(file)) for file in files]

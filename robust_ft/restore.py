@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from robust_ft import assets, multihost
 from robust_ft.checkpoints_io import adapters, added_tokens, orbax_params, sources
 from robust_ft.errors import UserError
+from robust_ft.files import as_path
 from robust_ft.models.model import Model
 from robust_ft.partitioning import Partitioner
 from robust_ft.trainable import flatten, unflatten
@@ -33,7 +33,7 @@ def load_params(path: str) -> dict[str, np.ndarray]:
     Raises:
         UserError: There is nothing at this path, or it can't be read.
     """
-    checkpoint = Path(assets.resolve(path))
+    checkpoint = as_path(assets.resolve(path))
     if orbax_params.is_directory(checkpoint):
         return orbax_params.load(checkpoint)
     return {name: tensor.load() for name, tensor in sources.weights(path).items()}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from robust_ft import multihost, recorded_content
 from robust_ft.checkpoints_io.stage_record import RUN
 from robust_ft.errors import UserError
-from robust_ft.files import read_json_object
+from robust_ft.files import as_path, read_json_object
 from robust_ft.recipe import Recipe
 from robust_ft.recorded_content import DATA
 from robust_ft.recorded_settings import Flattened, Setting, digest
@@ -126,7 +126,7 @@ class RunRecord:
         Raises:
             UserError: Its file is broken.
         """
-        file = Path(directory) / RUN
+        file = as_path(directory) / RUN
         fields = read_json_object(file, default={})
         if "settings" not in fields:
             return None

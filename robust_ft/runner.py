@@ -15,7 +15,7 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError
 from robust_ft.few_shot_run import run_few_shot
-from robust_ft.files import write_json
+from robust_ft.files import as_path, write_json
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
 from robust_ft.recipe import Recipe
@@ -71,7 +71,7 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     compiling.use_effort(recipe.compile_effort)
     if note := untuned(recipe):
         console.print_line(note, style="yellow")
-    directory = Path(recipe.model_dir)
+    directory = as_path(recipe.model_dir)
     summary = Summary(directory, enabled=multihost.is_first())
     record = RunRecord.read(directory)
     params: Params | None = None
@@ -124,7 +124,7 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
 
 
 def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:
-    directory = Path(recipe.model_dir)
+    directory = as_path(recipe.model_dir)
     selected = SelectedWeight.read(directory / selection.name)
     if selected is None:
         selected = selection.run(directory, summary, functools.partial(predictor, recipe))
@@ -156,7 +156,7 @@ def final_predictor(recipe: Recipe) -> BasePredictor:
     if not recipe.selections:
         return predictor(recipe, recipe.stages[-1].name)
     selection = recipe.selections[-1]
-    selected = SelectedWeight.read(Path(recipe.model_dir) / selection.name)
+    selected = SelectedWeight.read(as_path(recipe.model_dir) / selection.name)
     if selected is None:
         raise UserError(f"'{selection.name}' has not been chosen yet in {recipe.model_dir}.")
     return selection.predictor(selected, functools.partial(predictor, recipe))

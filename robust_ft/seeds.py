@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from robust_ft import console, multihost, report
 from robust_ft.checkpoints_io.stage_record import RUN
 from robust_ft.errors import UserError
+from robust_ft.files import as_path
 from robust_ft.recipe import Recipe
 from robust_ft.run_context import Callback
 from robust_ft.runner import run
@@ -55,7 +55,7 @@ def seed_folders(recipe: Recipe, seeds: int) -> dict[int, str]:
     if seeds < 1:
         raise UserError(f"The number of seeds is {seeds}, but must be at least 1.")
     base = recipe.model_dir.rstrip("/")
-    if (Path(base) / RUN).exists():
+    if (as_path(base) / RUN).exists():
         raise UserError(
             f"Recipe.model_dir={recipe.model_dir} is the folder of a single run; choose another "
             "for the runs of several seeds, which go into folders below it."

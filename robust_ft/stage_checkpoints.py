@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from robust_ft import multihost
-from robust_ft.checkpoints_io import orbax_params
+from robust_ft import buckets, multihost
+from robust_ft.checkpoints_io import orbax_buckets, orbax_params
 from robust_ft.errors import UserError
+from robust_ft.files import as_path
 from robust_ft.train_step import TrainState
 from robust_ft.trainable import flatten
 from robust_ft.types import Params
@@ -24,7 +26,21 @@ _PROCESSES = "processes"
 
 def checkpoint_folder(directory: str | os.PathLike[str], step: int) -> Path:
     """Returns where the checkpoint of a step is, below the stage's directory."""
-    return Path(directory) / f"{_PREFIX}_{step}"
+    return as_path(directory) / f"{_PREFIX}_{step}"
+
+
+def saved_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """Returns the steps of the checkpoints below a stage's directory that are complete."""
+    found = _checkpoints(as_path(directory))
+    return [step for step, path in found.items() if orbax_buckets.is_complete(path)]
+
+
+def _checkpoints(directory: Path) -> dict[int, Path]:
+    return {
+        int(match[1]): path
+        for path in directory.glob(f"{_PREFIX}_*")
+        if (match := re.fullmatch(rf"{_PREFIX}_(\d+)", path.name))
+    }
 
 
 class StageCheckpoints:
@@ -39,11 +55,16 @@ class StageCheckpoints:
 
     def __init__(self, directory: str | os.PathLike[str]):
         policies = checkpoint_managers
+        folder = orbax_buckets.prepared(as_path(directory).absolute())
+        in_bucket = buckets.is_bucket(folder)
+        if in_bucket:
+            _remove_incomplete(folder)
         self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
+            folder,
             options=ocp.CheckpointManagerOptions(
                 step_prefix=_PREFIX,
-                cleanup_tmp_directories=True,
+                temporary_path_class=orbax_buckets.temporary_path_class(folder),
+                cleanup_tmp_directories=not in_bucket,
                 best_fn=_rank,  # Orbax saves metrics only if it has one
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
@@ -158,6 +179,19 @@ class StageCheckpoints:
             f"The checkpoint of step {step} in {self._manager.directory} was saved with {what}; "
             "go on with the config it was made with, or choose another Recipe.model_dir."
         )
+
+
+def _remove_incomplete(directory: Path) -> None:
+    """Removes what a killed run has left of a checkpoint in a bucket.
+
+    Orbax would take each folder beside the checkpoints for one, as none has its final name only
+    when it is complete.
+    """
+    if multihost.is_first():
+        for checkpoint in _checkpoints(directory).values():
+            if not orbax_buckets.is_complete(checkpoint):
+                buckets.remove(checkpoint)
+    multihost.barrier()
 
 
 def _rank(metrics: Mapping[str, Any]) -> tuple[float, int]:

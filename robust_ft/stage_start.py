@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from robust_ft import initial_checkpoint, loading, trainable
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.errors import UserError
 from robust_ft.few_shot import FewShot
+from robust_ft.files import as_path
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
 from robust_ft.outcome import Outcome
@@ -76,7 +76,7 @@ def finished(recipe: Recipe, name: str) -> Params:
 
 
 def _finished(recipe: Recipe, stage: Stage) -> Params:
-    directory = Path(recipe.model_dir) / stage.name
+    directory = as_path(recipe.model_dir) / stage.name
     outcome = Outcome.read(directory)
     if outcome is None:
         raise UserError(f"Stage '{stage.name}' has not finished in {recipe.model_dir}.")
@@ -189,7 +189,7 @@ def origin(recipe: Recipe, stage: Stage) -> str:
     trained = earlier.trainable_paths()
     if all(map(earlier.model.peft_owns, trained)):
         return origin(recipe, earlier)
-    return f"{Path(recipe.model_dir) / earlier.name}"
+    return f"{as_path(recipe.model_dir) / earlier.name}"
 
 
 def place(recipe: Recipe, stage: Stage | FewShot, restored: Mapping[str, Any]) -> Params:

@@ -4,11 +4,10 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from robust_ft.errors import UserError
-from robust_ft.files import read_json, write_json
+from robust_ft.files import as_path, read_json, write_json
 
 ANALYSIS = "analysis"  # the role of what is no task's score
 KEPT = "kept"  # the role of a held-out task that is evaluated with methods that it is else without
@@ -112,7 +111,7 @@ class Summary:
     """
 
     def __init__(self, directory: str | os.PathLike[str], enabled: bool = True):
-        self._file = Path(directory) / "summary.json"
+        self._file = as_path(directory) / "summary.json"
         self._enabled = enabled
         self._rows: dict[tuple[Any, ...], Row] = {}
         if self._file.exists():

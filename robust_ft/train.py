@@ -8,11 +8,10 @@ With --seeds=5 it runs with five seeds, each in a folder of its own, and reports
 import copy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust_ft import command_line, cpu_settings
-from robust_ft.files import write_atomically
+from robust_ft.files import as_path, write_atomically
 
 if TYPE_CHECKING:
     from robust_ft.few_shot import FewShot
@@ -56,7 +55,7 @@ def _train(config: "Config", callbacks: Sequence["Callback"], allow_change: Sequ
         return command_line.RESUME
     if multihost.is_first() and any(stage.final_evaluations for stage in recipe.stages):
         report.write_report([recipe.model_dir], recipe.model_dir)
-        console.print_line(f"Figure and samples: {Path(recipe.model_dir) / 'report.html'}")
+        console.print_line(f"Figure and samples: {as_path(recipe.model_dir) / 'report.html'}")
     return 0
 
 
@@ -173,7 +172,7 @@ def _write_config(config: "Config") -> None:
     from robust_ft import multihost
 
     if multihost.is_first():
-        write_atomically(Path(config.recipe.model_dir) / "config.gin", config.operative)
+        write_atomically(as_path(config.recipe.model_dir) / "config.gin", config.operative)
 
 
 if __name__ == "__main__":

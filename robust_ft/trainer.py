@@ -113,6 +113,7 @@ def _train(
 
     def save(score: float | None) -> None:
         nonlocal saved
+        evaluator.writer.flush()  # a run that goes on from here has all lines up to here
         checkpoints.save(state, batches.get_state(), score)
         saved = nonfinite.saved = step
         for callback in run.callbacks:

@@ -37,7 +37,11 @@ def pytest_addoption(parser):
     )
 
 
-NEEDS = {"parity": ("torch", "transformers"), "tpu": ("libtpu",)}
+NEEDS = {
+    "parity": ("torch", "transformers"),
+    "tpu": ("libtpu",),
+    "buckets": ("gcsfs", "s3fs", "moto", "gcp_storage_emulator"),
+}
 
 
 def pytest_collection_modifyitems(items):

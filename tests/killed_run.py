@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from robust_ft import command_line, train
+from robust_ft.files import as_path
 from robust_ft.run_context import Callback
+from robust_ft.stage_checkpoints import saved_steps
 
 WHERE, STAGE, STEP, MODEL_DIR, GIN_FILE = sys.argv[1:]
 # As in a terminal: what a shell starts in the background ignores Ctrl-C.
@@ -38,10 +39,10 @@ class Killer(Callback):
                 self.stop(stage, step, number)
 
     def on_checkpoint(self, stage, step):
-        folder = Path(MODEL_DIR) / stage.name
-        # Orbax renames it into place, and then removes all but the newest and the best.
+        folder = as_path(MODEL_DIR) / stage.name
+        # Orbax completes it, and then removes all but the newest and the best.
         while WHERE == "saved" and (
-            not (folder / f"checkpoint_{step}").exists() or len([*folder.glob("checkpoint_*")]) > 2
+            step not in saved_steps(folder) or len([*folder.glob("checkpoint_*")]) > 2
         ):
             time.sleep(0.01)
         if WHERE in ("saved", "saving"):
@@ -59,5 +60,5 @@ class Killer(Callback):
             os.kill(os.getpid(), number)
 
 
-flags = [f"--gin_file={GIN_FILE}", f"--gin.MODEL_DIR={MODEL_DIR}"]
+flags = [f"--gin_file={GIN_FILE}", f"--gin.MODEL_DIR={MODEL_DIR!r}"]
 command_line.run(functools.partial(train.main, callbacks=[Killer()]), flags)

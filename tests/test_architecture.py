@@ -10,7 +10,17 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module imports from its own layer and the ones below it.
 LAYERS = [
     {"errors", "types", "assets", "fingerprint", "multihost", "xla_flags", "cpu_settings"}
-    | {"files", "full_disk", "ranges", "task_names", "bundled", "compiling", "decoder_start"},
+    | {
+        "files",
+        "buckets",
+        "bucket_path",
+        "full_disk",
+        "ranges",
+        "task_names",
+        "bundled",
+        "compiling",
+        "decoder_start",
+    },
     {"console", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from robust_ft.checkpoints_io import orbax_buckets
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
 from robust_ft.trainable import flatten, unflatten
@@ -25,7 +26,7 @@ def metadata(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no checkpoint, or cannot be read.
     """
-    folder = (checkpoint / ITEM).absolute()
+    folder = orbax_buckets.prepared((checkpoint / ITEM).absolute())
     try:
         return flatten(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
     except Exception as error:  # Orbax raises whatever its storage raises
@@ -61,4 +62,5 @@ def _restore(checkpoint: Path, leaves: dict[str, Any], partial: bool) -> Any:
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=partial)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore((checkpoint / ITEM).absolute(), args=arguments)
+        folder = orbax_buckets.prepared((checkpoint / ITEM).absolute())
+        return checkpointer.restore(folder, args=arguments)

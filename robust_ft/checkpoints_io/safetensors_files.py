@@ -19,7 +19,7 @@ import numpy as np
 
 from robust_ft.checkpoints_io.tensors import Tensor
 from robust_ft.errors import UserError
-from robust_ft.files import read_json, write_json
+from robust_ft.files import as_path, read_json, write_json
 
 # In the package's order, which is also the order of tensors in a file: the widest dtype first.
 TYPES = {
@@ -51,10 +51,11 @@ def read(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UserError: It is not a safetensors file, is truncated, or has an unknown dtype.
     """
-    file = Path(file)
+    file = as_path(file)
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_LONGEST_HEADER, max(0, size - 8)):
                 raise UserError(f"'{file}' is no readable safetensors file: its header is cut off.")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust_ft import assets
+from robust_ft import assets, buckets
 from robust_ft.checkpoints_io import (
     added_tokens,
     hf,
@@ -21,7 +21,7 @@ from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
-from robust_ft.files import check_local
+from robust_ft.files import as_path, check_local
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
 from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
@@ -84,7 +84,7 @@ def vocabulary(checkpoint: Checkpoint, advice: str) -> Vocabulary:
 
 def detect(path: str) -> str:
     """Returns which of FORMATS a directory is in; "hf" for a path that may be a name on the hub."""
-    folder = Path(path).expanduser()
+    folder = _path(path)
     if native.is_directory(folder):
         return "robust_ft"
     if hf.is_directory(folder) or not folder.exists():
@@ -112,11 +112,11 @@ def weights(path: str) -> dict[str, Tensor]:
     """
     if len(paths := split(path)) > 1:
         return {name: tensor for each in paths for name, tensor in weights(each).items()}
-    file = Path(assets.resolve(path)).expanduser()
+    file = _path(path)
     if not file.exists() and (not hf.is_name(path) or file.suffix in (".npy", ".safetensors")):
         siblings = [str(sibling) for sibling in file.parent.glob("*")]
         raise UserError(f"There is no checkpoint at '{path}'." + nearest(str(file), siblings))
-    file = Path(existing(path)).expanduser()
+    file = _path(existing(path))
     if file.suffix == ".safetensors":
         return safetensors_files.read(file)
     if file.suffix == ".npy":
@@ -153,9 +153,12 @@ def existing(path: str) -> str:
     Raises:
         UserError: Nothing is there.
     """
-    check_local(path, "The checkpoint")
     path = assets.resolve(path)
-    file = Path(path).expanduser()
+    file = _path(path)
+    if buckets.is_bucket(path):
+        if not (stage_record.is_run(file) or orbax_params.is_directory(file)):
+            check_local(path, "The checkpoint")
+        return path
     if file.exists():
         return path
     try:
@@ -163,6 +166,10 @@ def existing(path: str) -> str:
     except UserError as error:
         names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"{error}{nearest(file.name, names)}") from None
+
+
+def _path(path: str) -> Path:
+    return as_path(assets.resolve(path)).expanduser()
 
 
 def split(path: str) -> list[str]:
@@ -174,7 +181,7 @@ def split(path: str) -> list[str]:
 
 def adapter(path: str) -> Adapter | None:
     """Returns the adapter at a path, None if there is no adapter."""
-    folder = Path(assets.resolve(path)).expanduser()
+    folder = _path(path)
     return peft.read(str(folder)) if peft.is_directory(folder) else None
 
 
@@ -192,7 +199,7 @@ def tokens(path: str) -> Tokens | None:
     opened = adapter(path)
     if opened is not None:
         return opened.tokens
-    record = stage_record.of_checkpoint(Path(path).expanduser())
+    record = stage_record.of_checkpoint(_path(path))
     return None if record is None else record.tokens
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import robust_ft.vocabulary
-from robust_ft import assets
+from robust_ft import assets, buckets
 from robust_ft.checkpoints_io import added_tokens, native
 from robust_ft.checkpoints_io.tensors import Checkpoint
 from robust_ft.errors import UserError
@@ -205,5 +205,7 @@ def is_ours(vocabulary: Vocabulary) -> bool:
 
 def located(path: str) -> str:
     """Returns a path that means the same in any folder; other names as they are."""
+    if buckets.is_bucket(path):
+        return path
     here = Path(path).expanduser().absolute()
     return assets.named(here) or (str(here) if here.exists() else path)

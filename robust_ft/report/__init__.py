@@ -12,7 +12,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from robust_ft.files import check_local
+from robust_ft import buckets
+from robust_ft.files import as_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_report(
     )
 
     for path in (*model_dirs, output):
-        check_local(path, "The report's folder")
+        buckets.check(path, "The report's folder")
     grouped = groups.by_settings(runs.load_runs(model_dirs))
     loaded = members.split_members(grouped.runs)
     evaluated = [run for run in loaded if run.rows]
@@ -82,7 +83,7 @@ def write_report(
     id_and_ood = tradeoff.make_tradeoff(evaluated)
     compared = comparisons.make_comparisons(evaluated)
     prompted = promptability.make_promptability(grouped.runs)
-    folder = pathlib.Path(output)
+    folder = as_path(output)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         folder / "report.html",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from robust_ft.files import replacing
 from robust_ft.report import results, verdicts
 from robust_ft.report.runs import Run
 from robust_ft.summary import ANALYSIS
@@ -97,7 +98,8 @@ def save_picture(runs: Sequence[Run], path: pathlib.Path) -> None:
         for index, quantity in enumerate(TITLES):
             draw_curves(bottom, spec[index], runs, quantity, LIGHT)
         _legend(bottom, runs, LIGHT)
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def svg_panels(runs: Sequence[Run]) -> dict[str, str]:

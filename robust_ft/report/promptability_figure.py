@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from robust_ft.files import replacing
 from robust_ft.report.figure import LIGHT, PALETTE, STAND_IN, Theme, style, svg
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ class _Look(NamedTuple):
 def save(found: "Promptability", path: pathlib.Path) -> None:
     """Writes the picture as PNG."""
     with style(LIGHT):
-        _draw(found, LIGHT).savefig(path)
+        figure = _draw(found, LIGHT)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def svg_panel(found: "Promptability") -> str:

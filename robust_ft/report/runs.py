@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
-from robust_ft.files import read_json, read_json_object
+from robust_ft.files import as_path, read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
 from robust_ft.summary import Row, read_rows
 
@@ -79,7 +79,7 @@ def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
     Raises:
         UserError: A folder is not a finished run.
     """
-    folders = [pathlib.Path(directory) for directory in directories]
+    folders = [as_path(directory) for directory in directories]
     return [load_run(each) for folder in folders for each in _seeds(folder) or [folder]]
 
 
@@ -101,7 +101,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     Raises:
         UserError: The folder is not a finished run, or a file in it is malformed.
     """
-    folder = pathlib.Path(directory)
+    folder = as_path(directory)
     _check_folder(folder)
     about = read_json_object(folder / "run.json")
     is_few_shot = (folder / FEW_SHOT).is_dir()

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from robust_ft.files import replacing
 from robust_ft.report import table
 from robust_ft.report.figure import LIGHT, STAND_IN, Theme, style, svg
 from robust_ft.report.tradeoff import Point, Tradeoff
@@ -19,7 +20,9 @@ MARKERS = "osD^vP*X"
 def save(tradeoff: Tradeoff, palette: Mapping[str, str], path: pathlib.Path) -> None:
     """Writes the picture as PNG."""
     with style(LIGHT):
-        _draw(tradeoff, palette, LIGHT).savefig(path)
+        figure = _draw(tradeoff, palette, LIGHT)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def svg_panel(tradeoff: Tradeoff, palette: Mapping[str, str]) -> str:
