@@ -22,7 +22,9 @@ setup(
     entry_points={"console_scripts": ["robust_ft = robust_ft.__main__:main"]},
     install_requires=[
         "array-record",
+        "etils[epath]",
         "flax~=0.12",
+        "fsspec",
         "gin-config",
         "grain",
         "huggingface-hub",
@@ -56,6 +58,19 @@ setup(
         "parity": ["datasets", "pandas", "peft", "torch==2.13.0", "transformers~=5.0"],
         # The site of docs/, and what runs examples/tour.ipynb.
         "docs": ["ipykernel", "mkdocs", "mkdocs-material", "mkdocstrings[python]", "nbclient"],
+        # MODEL_DIR=gs://BUCKET/FOLDER and s3://BUCKET/FOLDER.
+        "gcs": ["gcsfs", "google-cloud-storage"],
+        "s3": ["s3fs"],
+        # Both, and what serves buckets to the tests; without it those tests are skipped.
+        "buckets": [
+            "flask",
+            "flask-cors",
+            "gcp-storage-emulator",
+            "gcsfs",
+            "google-cloud-storage",
+            "moto[s3]",
+            "s3fs",
+        ],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

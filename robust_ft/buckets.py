@@ -176,6 +176,11 @@ def check_writable(folder: pathlib.Path) -> None:
     try:
         probe.write_bytes(b"")
         probe.unlink()
+        if str(folder).startswith("gs://"):
+            # Orbax asks for the bucket's kind, which needs a project and another permission.
+            from google.cloud import storage
+
+            storage.Client().get_bucket(str(folder).removeprefix("gs://").partition("/")[0])
     except Exception as error:  # each library has its own
         said = (str(error).splitlines() or [""])[0].rstrip(".")
         raise UserError(f"'{folder}' cannot be written ({said or type(error).__name__}).") from None

@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         name: Name of the run in reports.
-        model_dir: The folder of all outputs, MODEL_DIR.
+        model_dir: The folder of all outputs, MODEL_DIR; may be in a bucket (`gs://bucket/run`).
         stages: Stages, in the order they run; none only where all is few-shot evaluation.
         seed: All randomness comes from it.
         partitioner: The mesh and its partitioning rules.
