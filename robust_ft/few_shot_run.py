@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from robust_ft.few_shot import EXAMPLES, FEW_SHOT, FewShot
 from robust_ft.few_shot_results import BEST, LAST, ZERO, Line, Results, keys
 from robust_ft.few_shot_tasks import RankedTask, drawn, tuning_name
 from robust_ft.few_shot_tuning import DIVISORS, Tuner, divisor, kept_epochs, training_batch
-from robust_ft.files import write_json
+from robust_ft.files import as_path, write_json
 from robust_ft.predictor import Predictor
 from robust_ft.recipe import Recipe
 from robust_ft.restore import place_params
@@ -65,7 +64,7 @@ def run_few_shot(
         Stopped: `stop` was set.
         UserError: What is restored, or a tuned prompt, is not finite.
     """
-    results = Results(Path(recipe.model_dir), few_shot, enabled=multihost.is_first())
+    results = Results(as_path(recipe.model_dir), few_shot, enabled=multihost.is_first())
     multihost.barrier()  # all have read what the first one is about to replace
     if results.missing():
         job = _Job(recipe, few_shot, results, in_memory)
@@ -159,7 +158,7 @@ class _Job:
                 batch = training_batch(few_shot, examples, bucket)
                 buckets[bucket].append(Tuning(evaluation, seed, batch))
         if multihost.is_first():
-            write_json(Path(self._recipe.model_dir) / FEW_SHOT / "examples.json", ids)
+            write_json(as_path(self._recipe.model_dir) / FEW_SHOT / "examples.json", ids)
         for tunings in buckets.values():
             runs = -(-len(tunings) // few_shot.side_by_side)
             width = -(-len(tunings) // max(runs, 1))
