@@ -90,6 +90,11 @@ class Recipe:
         """The last stage, whose model is the recipe's; of a recipe without stages, what it has."""
         return (self.stages or self.parts)[-1]
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether a finished run has results to report."""
+        return bool(self.few_shot) or any(stage.final_evaluations for stage in self.stages)
+
     def _check_few_shot(self, names: list[str]) -> None:
         if self.few_shot is None:
             return

@@ -65,6 +65,6 @@ def seed_folders(recipe: Recipe, seeds: int) -> dict[int, str]:
 
 def write_report(recipe: Recipe, folders: Sequence[str]) -> None:
     """Writes the report on the runs into the recipe's MODEL_DIR, from the first process."""
-    if multihost.is_first() and any(stage.final_evaluations for stage in recipe.stages):
+    if multihost.is_first() and recipe.is_evaluated:
         written = report.write_report(folders, recipe.model_dir)
         console.print_line(f"Report on {len(folders)} seed(s): {written.html}")

@@ -53,7 +53,7 @@ def _train(config: "Config", callbacks: Sequence["Callback"], allow_change: Sequ
     except Stopped as stopped:
         console.print_line(f"{stopped} Run the same command to resume.")
         return command_line.RESUME
-    if multihost.is_first() and any(stage.final_evaluations for stage in recipe.stages):
+    if multihost.is_first() and recipe.is_evaluated:
         report.write_report([recipe.model_dir], recipe.model_dir)
         console.print_line(f"Figure and samples: {as_path(recipe.model_dir) / 'report.html'}")
     return 0

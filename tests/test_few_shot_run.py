@@ -21,6 +21,8 @@ from robust_ft.few_shot_tasks import drawn
 from robust_ft.few_shot_tuning import Tuner, divisor, training_batch
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
+from robust_ft.report.promptability import make_promptability
+from robust_ft.report.runs import load_run
 from robust_ft.summary import Summary
 from robust_ft.trainable import flatten, split
 from robust_ft.trainer import fit
@@ -63,6 +65,25 @@ def test_what_is_on_disk(finished):
         assert all(b["accuracy"] >= e["accuracy"] for b, e in zip(best, last, strict=True))
     ids = json.loads((directory / "few_shot" / "examples.json").read_text())
     assert [len(set(draw)) for draws in ids.values() for draw in draws] == [4] * 4
+
+
+def test_the_report_reads_what_a_run_writes(finished):
+    directory, made = finished
+    found = make_promptability([load_run(directory)])
+    random = (5 * 50 + 4 * 100 / 3) / 9
+    assert [(t.task, t.dataset, t.num_examples) for t in found.templates] == [
+        ("toy_one", "toy", 9), ("toy_two", "toy", 9)
+    ]  # fmt: skip
+    assert all(t.random_accuracy == pytest.approx(random) and t.examples for t in found.templates)
+    for setting in found.settings:
+        accuracies = [
+            line["accuracy"] for of_task in lines(directory).values() for line in of_task
+            if line["which"] == setting.which
+        ]  # fmt: skip
+        gain = found.cells[made.name, setting].gain
+        assert gain.mean == pytest.approx(100 * (np.mean(accuracies) - random) / random)
+    assert (found.best_on, found.notes, found.seeds) == (("split",), (), (1, 2))
+    assert made.is_evaluated
 
 
 def test_rows_of_the_summary_are_means_over_seeds(finished):
