@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -368,6 +369,13 @@ def test_runs_without_few_shot_files_have_no_section(tmp_path, folders):
     assert report.png.read_bytes() == both.png.read_bytes()
     assert both.markdown.read_text().startswith(report.markdown.read_text().partition("\n\n")[0])
     assert "Promptability" in both.html.read_text()
+
+
+def test_a_run_that_has_not_come_to_its_few_shot_evaluations(tmp_path):
+    folder = make_few_shot_run(tmp_path / "run", "p3_mtl_t", 0, 0.2)
+    shutil.rmtree(folder / "few_shot")
+    with pytest.raises(UserError, match=r"run has nothing to report: 'target' in its run\.json is"):
+        load_run(folder)
 
 
 def test_a_run_without_a_target_that_was_evaluated_in_training_too(tmp_path):

@@ -106,8 +106,10 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     about = read_json_object(folder / "run.json")
     is_few_shot = (folder / FEW_SHOT).is_dir()
     for key in ("name", "target", "stages"):
-        if not about.get(key) and not (is_few_shot and key in about):
+        if key not in about:
             raise UserError(f"{folder / 'run.json'} has no '{key}'.{nearest(key, about)}")
+        if not about[key] and not (is_few_shot and key != "name"):
+            raise UserError(f"{folder} has nothing to report: '{key}' in its run.json is empty.")
     stages = tuple(s["name"] if isinstance(s, dict) else str(s) for s in about["stages"])
     selections = about.get("selections") or about.get("choices") or ()  # runs before version 0.2
     weights = {name: SelectedWeight.read(folder / name) for name in selections}
