@@ -18,7 +18,7 @@ import re
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from robust_ft.errors import UserError
@@ -196,16 +196,23 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix="robust_ft-") as folder:
         temporary = pathlib.Path(folder) / path.name
         yield temporary
-        if not temporary.is_dir():
-            _put(temporary, path)
-            return
-        files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
-        for file in files:
-            _put(file, path / file.relative_to(temporary))
-        written = {str(path / file.relative_to(temporary)) for file in files}
-        for there in below(path):
-            if str(there) not in written:
-                there.unlink(missing_ok=True)
+        put(temporary, path)
+
+
+def put(local: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a local file, or the files of a folder in the order of their names, to a bucket.
+
+    Of a folder, what was there before is then removed.
+    """
+    system, place = _system(path)
+    if not local.is_dir():
+        system.put_file(str(local), place)
+        return
+    names = [str(file.relative_to(local)) for file in sorted(local.rglob("*")) if file.is_file()]
+    for name in names:
+        system.put_file(str(local / name), f"{place}/{name}")
+    for name in listed(path).keys() - {*names}:
+        (path / name).unlink(missing_ok=True)
 
 
 def remove(folder: pathlib.Path) -> None:
@@ -214,16 +221,39 @@ def remove(folder: pathlib.Path) -> None:
     system.rm(place, recursive=True)
 
 
-def below(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns all objects below a folder in a bucket."""
-    system, place = _system(folder)
-    scheme = place.partition("://")[0]
-    return [type(folder)(f"{scheme}://{name}") for name in system.find(place)]
+class Object(NamedTuple):
+    """What a bucket says of an object: bytes, and what changes with its content."""
+
+    size: int
+    version: str
 
 
-def _put(file: pathlib.Path, path: pathlib.Path) -> None:
+def listed(path: pathlib.Path) -> dict[str, Object]:
+    """Returns the objects below a folder by their names there; "" stands for `path` itself."""
     system, place = _system(path)
-    system.put_file(str(file), place)
+    prefix = place.partition("://")[2]
+    found = {}
+    for name, known in system.find(place, detail=True).items():
+        info = known or system.info(place)  # an object by itself
+        version = info.get("etag") or info.get("ETag") or info.get("created")
+        below = name.lstrip("/").removeprefix(prefix).lstrip("/")
+        found[below] = Object(info["size"] or 0, str(version))
+    return {name: each for name, each in found.items() if not name.endswith("/")}
+
+
+def get(path: pathlib.Path, names: Sequence[str], target: pathlib.Path) -> None:
+    """Copies objects to local files.
+
+    Args:
+        path: A folder in a bucket, or an object.
+        names: As `listed` gives them.
+        target: The local folder, or file.
+    """
+    system, place = _system(path)
+    local = [target / name if name else target for name in names]
+    for file in local:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    system.get([f"{place}/{name}" if name else place for name in names], [*map(str, local)])
 
 
 def _system(path: pathlib.Path) -> tuple[Any, str]:

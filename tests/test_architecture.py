@@ -21,7 +21,7 @@ LAYERS = [
         "compiling",
         "decoder_start",
     },
-    {"console", "vocabulary", "metrics", "metric_writer", "partitioning"},
+    {"console", "bucket_copies", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"train_step", "text_batches", "ranking", "predictor", "model_info"},

@@ -63,8 +63,7 @@ def assert_refused(place, state):
 def objects(place):
     """Returns the content of all objects below a place, by name."""
     folder = as_path(place)
-    names = [str(path).removeprefix(f"{place}/") for path in buckets.below(folder)]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: (folder / name).read_bytes() for name in buckets.listed(folder)}
 
 
 @pytest.fixture

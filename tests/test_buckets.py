@@ -3,7 +3,9 @@
 The bucket is in this process's memory; `test_bucket_runs` runs recipes in served ones.
 """
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +17,11 @@ import toy
 from fsspec.implementations.memory import MemoryFileSystem
 
 import robust_ft
-from robust_ft import buckets, train
+from robust_ft import assets, bucket_copies, buckets, train
+from robust_ft.checkpoints_io import sources
 from robust_ft.claiming import claim
 from robust_ft.convert import convert
-from robust_ft.data import cache
+from robust_ft.data import build, cache
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
 from robust_ft.files import as_path, check_local, read_json, replacing, write_json
@@ -34,17 +37,20 @@ REFUSED = {
     "convert input": lambda path: convert(os.fspath(path), "/tmp/out"),
     "convert output": lambda path: convert("asset:mini", os.fspath(path)),
     "data file": lambda path: FileTask(name="t", inputs="{a}", targets="{b}", train=str(path)),
-    "cache": lambda path: cache.root(os.fspath(path)),
 }
 TAKEN = {
     "model_dir": lambda path: Recipe("toy", os.fspath(path), (toy.stage(),)),
     "output_dir": lambda path: Inference((), output_dir=path),
     "report of": lambda path: write_report([path], "/tmp/report"),
     "report in": lambda path: write_report(["/tmp/run"], path),
+    "cache": lambda path: cache.root(os.fspath(path)),
+    "load": robust_ft.load,
 }
 ASKED = {
     "claim": lambda path: claim(Recipe("toy", os.fspath(path), (toy.stage(),))),
     "load": robust_ft.load,
+    "vocabulary": robust_ft.vocabulary.vocabulary_from_directory,
+    "cache": TAKEN["cache"],
     "report of": TAKEN["report of"],
     "train": lambda path: train.main(
         [f"--gin_file={TESTS / 'toy_promot.gin'}", f"--gin.MODEL_DIR={path}"]
@@ -160,7 +166,8 @@ def test_paths(system):
     assert (folder / "a" / "b.txt").is_file() and not (folder / "c").exists()
     (folder / "c").mkdir(parents=True)
     assert list((folder / "c").iterdir()) == [] and not (folder / "c").exists()
-    assert list(folder.glob("*/b.txt")) == [folder / "a" / "b.txt"] == buckets.below(folder)
+    assert list(folder.glob("*/b.txt")) == [folder / "a" / "b.txt"]
+    assert list(buckets.listed(folder)) == ["a/b.txt"]
     assert str(folder.parent / "x") == "s3://bucket/x"
 
 
@@ -180,7 +187,7 @@ def test_files_and_folders_are_put_whole(system):
     with pytest.raises(KeyboardInterrupt), replacing(folder) as temporary:
         temporary.mkdir()
         raise KeyboardInterrupt
-    assert sorted(path.name for path in buckets.below(folder)) == ["y", "z"]
+    assert sorted(buckets.listed(folder)) == ["y", "z"]
 
 
 def test_metrics_and_summary(system, tmp_path):
@@ -201,6 +208,51 @@ def test_metrics_and_summary(system, tmp_path):
     for name in ("metrics.jsonl", "inference_eval/toy-metrics.jsonl", "summary.json"):
         written = as_path(f"s3://bucket/run/stage/{name}").read_bytes()
         assert written == (tmp_path / "stage" / name).read_bytes(), name
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home of this test's own, for copies."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    bucket_copies._copied.cache_clear()
+    yield tmp_path / "home"
+    bucket_copies._copied.cache_clear()
+
+
+def test_models_are_copied_once(system, home, monkeypatch):
+    mini = Path(assets.resolve("asset:mini"))
+    for file in mini.iterdir():
+        system.pipe(f"/bucket/models/mini/{file.name}", file.read_bytes())
+    question = ["Q : what is the capital of Galdia ? A :"]
+    model = robust_ft.load("s3://bucket/models/mini")
+    assert model.predict(question) == robust_ft.load("asset:mini").predict(question)
+    weights = sources.weights("s3://bucket/models/mini/model.safetensors")
+    assert weights.keys() == sources.weights("asset:mini/model.safetensors").keys()
+    copies = sorted(path for path in home.rglob("*") if path.is_file())
+    bucket_copies._copied.cache_clear()
+    monkeypatch.setattr(system, "get", failing(AssertionError("copied again")))
+    sources.read("s3://bucket/models/mini")
+    assert copies == sorted(path for path in home.rglob("*") if path.is_file())
+    with pytest.raises(UserError, match="There is nothing at 's3://bucket/models/other'"):
+        robust_ft.load("s3://bucket/models/other")
+
+
+def test_caches_are_copied_and_put(system, home, monkeypatch):
+    local = cache.ensure(toy.DATA)
+    data = dataclasses.replace(toy.DATA, cache_dir="s3://bucket/caches")
+    (built,) = cache.ensure(data)
+    assert [built.info.content] == [task.info.content for task in local]
+    there = set(buckets.listed(as_path("s3://bucket/caches")))
+    name = Path(built.directory).name
+    assert there == {f"{name}/examples.array_record", f"{name}/info.json"}
+    assert Path(built.directory).is_relative_to(home)
+    shutil.rmtree(home)  # another host
+    monkeypatch.setattr(build, "build", failing(AssertionError("built again")))
+    assert cache.ensure(data) == [built]
+    # One that is about to be replaced is not taken.
+    shutil.rmtree(home)
+    system.rm(f"/bucket/caches/{name}/info.json")
+    assert cache.load(data) is None
 
 
 def test_local_paths_need_nothing_of_this(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust_ft import assets, buckets
+from robust_ft import assets, bucket_copies, buckets
 from robust_ft.checkpoints_io import (
     added_tokens,
     hf,
@@ -21,7 +21,7 @@ from robust_ft.checkpoints_io.names import misfit
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.errors import UserError, nearest
-from robust_ft.files import as_path, check_local
+from robust_ft.files import as_path
 from robust_ft.models.model import Model
 from robust_ft.models.peft import prompt_values
 from robust_ft.vocabulary import Vocabulary, vocabulary_from_directory
@@ -52,7 +52,7 @@ def read(
     Raises:
         UserError: Nothing is there, or it is broken; the message names file and tensor.
     """
-    path = assets.resolve(path)
+    path = existing(path) if buckets.is_bucket(path) else assets.resolve(path)
     file_format = file_format or detect(path)
     overrides = overrides or {}
     if file_format == "t5x":
@@ -156,9 +156,7 @@ def existing(path: str) -> str:
     path = assets.resolve(path)
     file = _path(path)
     if buckets.is_bucket(path):
-        if not (stage_record.is_run(file) or orbax_params.is_directory(file)):
-            check_local(path, "The checkpoint")
-        return path
+        return str(file)
     if file.exists():
         return path
     try:
@@ -169,7 +167,16 @@ def existing(path: str) -> str:
 
 
 def _path(path: str) -> Path:
-    return as_path(assets.resolve(path)).expanduser()
+    """Returns where to read what is at a path.
+
+    Runs and their checkpoints are read from buckets as they are, other models are copied.
+    """
+    file = as_path(assets.resolve(path)).expanduser()
+    if buckets.is_bucket(file):
+        if stage_record.is_run(file) or orbax_params.is_directory(file):
+            return file
+        return bucket_copies.local(file)
+    return file
 
 
 def split(path: str) -> list[str]:

@@ -25,6 +25,7 @@ from robust_ft.data import (
     cache,
     derived,
     fingerprints,
+    mirror,
     own_files,
     parts,
     publishing,
@@ -84,6 +85,7 @@ def _build_mixture(
     with publishing.new_folder(cache.directory(data, source)) as folder:
         fields = {"rates": rates, "content": content, "raw_files": raw_files}
         write_json(folder / cache.MIXTURE, {"mixture": data.task, **fields})
+    mirror.put(cache.directory(data, source))
 
 
 def _rate(mixture: seqio.Mixture, task: seqio.Task) -> float:
@@ -242,6 +244,7 @@ def _build_task(task: seqio.Task, data: cache.TaskData, source: str) -> None:
                 shutil.rmtree(parts_folder, ignore_errors=True)
                 raise
             write_json(folder / cache.INFO, dataclasses.asdict(info))
+        mirror.put(final)
         shutil.rmtree(parts_folder)
     _report(info, data)
 

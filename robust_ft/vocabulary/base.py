@@ -3,10 +3,10 @@
 import abc
 import hashlib
 from collections.abc import Container, Iterable, Sequence
-from pathlib import Path
 from typing import SupportsInt
 
 from robust_ft import assets
+from robust_ft.bucket_copies import local
 from robust_ft.errors import UserError, nearest
 
 
@@ -113,7 +113,7 @@ def until_eos(ids: Iterable[SupportsInt], eos_id: int, dropped: Container[int | 
 
 def read(path: str, kind: str) -> bytes:
     """Returns a file's content; `path` may be an `asset:`. Raises a UserError if it is missing."""
-    file = Path(assets.resolve(path)).expanduser()
+    file = local(assets.resolve(path)).expanduser()
     if not file.is_file():
         folder = file.parent
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from robust_ft import assets
+from robust_ft.bucket_copies import local
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import read_json_object
 from robust_ft.vocabulary import pipelines
@@ -72,7 +73,7 @@ def vocabulary_from_directory(
         UserError: If there is no vocabulary or more than one, a file is missing or corrupt, a
             special token is not in the vocabulary, or a declared id is another one's.
     """
-    folder = Path(directory).expanduser()
+    folder = local(directory).expanduser()
     if not folder.is_dir():
         names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(
@@ -98,7 +99,7 @@ def vocabulary_files(directory: str | Path) -> tuple[str, ...]:
     A copy of them (with config.json, if `tokenizer_class` stands there) gives the same vocabulary.
     """
     known = {name for kind in CLASSES.values() for files in kind.files for name in files}
-    present = {path.name for path in Path(directory).expanduser().iterdir() if path.is_file()}
+    present = {path.name for path in local(directory).expanduser().iterdir() if path.is_file()}
     return tuple(sorted(present & {*known, *_SETTINGS}))
 
 
@@ -113,7 +114,7 @@ def vocabulary_settings(vocabulary: Vocabulary) -> tuple[dict[str, Any], tuple[P
     for field in dataclasses.fields(cast(Any, vocabulary)):
         value = getattr(vocabulary, field.name)
         if field.name.endswith("path") and value is not None:
-            files.append(Path(assets.resolve(value)).expanduser())
+            files.append(local(assets.resolve(value)).expanduser())
             value = files[-1].name
         settings[field.name] = list(value) if isinstance(value, tuple) else value
     return settings, tuple(files)

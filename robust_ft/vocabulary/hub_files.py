@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_ft import assets
+from robust_ft.bucket_copies import local
 from robust_ft.errors import UserError
 from robust_ft.files import read_json_object, write_json
 from robust_ft.vocabulary.base import Vocabulary
@@ -38,7 +39,7 @@ def write_hub_files(vocabulary: Vocabulary, folder: Path) -> None:
         settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
     elif isinstance(vocabulary, SentencePieceVocabulary):
         name = "tokenizer.model" if vocabulary.decoder_only else "spiece.model"
-        source = Path(assets.resolve(vocabulary.path)).expanduser()
+        source = local(assets.resolve(vocabulary.path)).expanduser()
         if source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
         settings.setdefault(

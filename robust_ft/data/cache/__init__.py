@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from robust_ft.data import fingerprints, quiet
+from robust_ft import buckets
+from robust_ft.data import fingerprints, mirror, quiet
 from robust_ft.data.file_task import FileTask
 from robust_ft.errors import UserError
-from robust_ft.files import check_local, read_json
+from robust_ft.files import read_json
 from robust_ft.ranges import Range, check_ranges
 from robust_ft.vocabulary import Vocabulary
 
 # Incremented when records, info.json or the tokenization change: then no old cache is read.
 FORMAT = 4
 EXAMPLES = "examples.array_record"
-INFO = "info.json"
-MIXTURE = "mixture.json"
+INFO, MIXTURE = mirror.MARKERS
 BUILDS = 3  # attempts at a cache that is out of date as soon as it is built
 
 
@@ -47,7 +47,8 @@ class TaskData:
         inputs_length: Maximum number of input tokens, EOS included; longer inputs are truncated.
         targets_length: The same for targets.
         vocabulary: Turns the task's texts into ids.
-        cache_dir: Folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft.
+        cache_dir: Folder of all caches; default $ROBUST_FT_CACHE_DIR, else ~/.cache/robust_ft. If
+            it is in a bucket, each host has a copy.
         file_tasks: Tasks in a user's own files, known beside those of the module.
     """
 
@@ -164,7 +165,9 @@ def ensure(data: TaskData) -> list[CachedTask]:
 def load(data: TaskData) -> list[CachedTask] | None:
     """Returns the ready cache of `data`, None if it is missing, incomplete or out of date."""
     source = fingerprints.module_fingerprint(data.module)
-    mixture = read_json(directory(data, source) / MIXTURE, default=None)
+    folder = directory(data, source)
+    mirror.fetch(folder)
+    mixture = read_json(folder / MIXTURE, default=None)
     rates = mixture["rates"] if mixture else {data.task: 1.0}
     read = [fingerprints.RawFile(**raw) for raw in mixture["raw_files"]] if mixture else []
     if any(map(fingerprints.has_changed, read)):
@@ -172,6 +175,8 @@ def load(data: TaskData) -> list[CachedTask] | None:
     tasks = []
     for task, rate in rates.items():
         folder = directory(dataclasses.replace(data, task=task), source)
+        if mixture:
+            mirror.fetch(folder)
         info = read_info(folder)
         if info is None:
             return None
@@ -209,10 +214,12 @@ def directory(data: TaskData, source: str | None = None) -> Path:
 
 
 def root(cache_dir: str | None = None) -> Path:
-    """Returns the folder of all caches: `cache_dir`, or the default (see `TaskData`)."""
+    """Returns the folder of all caches on this host: `cache_dir`, or the default (see `TaskData`).
+
+    Of a folder in a bucket, that of its copies.
+    """
     folder = cache_dir or os.environ.get("ROBUST_FT_CACHE_DIR") or "~/.cache/robust_ft"
-    check_local(folder, "The cache ($ROBUST_FT_CACHE_DIR or TaskData.cache_dir)")
-    return Path(folder).expanduser()
+    return mirror.folder_of(folder) if buckets.is_bucket(folder) else Path(folder).expanduser()
 
 
 def read_info(folder: Path) -> CacheInfo | None:

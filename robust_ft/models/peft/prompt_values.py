@@ -4,7 +4,6 @@ Lester et al., 2021, section 3.2, "Prompt initialization".
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from robust_ft import assets
+from robust_ft.bucket_copies import local
 from robust_ft.errors import UserError, nearest
 
 
@@ -45,7 +45,7 @@ def read(path: str) -> Float[np.ndarray, "prompt embed"]:
     Raises:
         UserError: There is no such file, or it does not hold a soft prompt.
     """
-    file = Path(assets.resolve(path)).expanduser()
+    file = local(assets.resolve(path)).expanduser()
     if not file.is_file():
         siblings = [sibling.name for sibling in file.parent.glob("*")]
         raise UserError(f"There is no prompt file '{path}'." + nearest(file.name, siblings))
