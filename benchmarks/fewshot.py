@@ -6,8 +6,9 @@ Both tune a prompt of each task for as many steps on as many examples, and evalu
 often on the same split: once before, and every 10 steps. One job is the arm's few-shot evaluation.
 One process a task is how it is done without: `python -m robust_ft.train` of a recipe with a single
 stage of prompt tuning, on the task's training split, restored from what the arm restores. Each side
-has an empty compile cache, which its processes share; data caches are built before. CPU-seconds,
-user and system, are those of the child processes.
+has a compile cache of its own, which its processes share: empty for its first process ("cold"), and
+full for all of them ("warm"). Data caches are built before. CPU-seconds, user and system, are those
+of the child processes.
 """
 
 import argparse
@@ -82,20 +83,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cpu_seconds("robust_ft.data.cache", flags, folder, "building")
-        model_dir = [f"--gin.MODEL_DIR={folder / 'job'}"]
-        job = cpu_seconds("robust_ft.train", [*flags, *model_dir], folder, "job")
-        print(f"one job, {len(tasks)} tasks: {job:.1f} CPU-s", flush=True)
-        each = []
-        for task in tasks:
-            own = [f"--gin.{binding}" for binding in alone(recipe, task)]
-            model_dir = [f"--gin.MODEL_DIR={folder / task}"]
-            each.append(
-                cpu_seconds("robust_ft.train", [flags[0], *own, *model_dir], folder, "alone")
-            )
-            print(f"{task}: {each[-1]:.1f} CPU-s", flush=True)
-    print(f"one process a task: {sum(each):.1f} CPU-s, {sum(each) / job:.1f} times as many")
+
+        def train(run: str, side: str, bindings: Sequence[str]) -> float:
+            given = [f"--gin.{each}" for each in (*bindings, f"MODEL_DIR={folder / run}")]
+            gin_file = f"--gin_file={arguments.gin_file}"
+            took = cpu_seconds("robust_ft.train", [gin_file, *given], folder, side)
+            print(f"{run}: {took:.1f} CPU-s", flush=True)
+            return took
+
+        job = {
+            kind: train(f"job_{kind}", "job", [f"HELD_OUT_TASKS={ {0: tasks} }"])
+            for kind in ("cold", "warm")
+        }
+        each = [train(task, "alone", alone(recipe, task)) for task in tasks]
+        first = train(f"{tasks[0]}_warm", "alone", alone(recipe, tasks[0]))
+    processes = {"cold": sum(each), "warm": sum([first, *each[1:]])}
+    for kind in ("cold", "warm"):
+        print(
+            f"{len(tasks)} tasks, compile caches {kind}: one job {job[kind]:.1f} CPU-s, one "
+            f"process a task {processes[kind]:.1f}, {processes[kind] / job[kind]:.1f} times as many"
+        )
     if arguments.json:
-        write_json(arguments.json, {"job": job, "alone": dict(zip(tasks, each, strict=True))})
+        write_json(arguments.json, {"tasks": tasks, "job": job, "processes": processes})
 
 
 if __name__ == "__main__":
