@@ -23,6 +23,7 @@ from robust_ft.types import Batch, Params
 
 # Batches are padded to the full lengths divided by one of these: so many programs are compiled.
 DIVISORS = (4, 2, 1)
+SHORT = 4  # tokens of the bucket of short answers
 
 
 class Kept(NamedTuple):
@@ -131,6 +132,10 @@ class Tuner:
                 evaluation.data.inputs_length,
                 few_shot.data.vocabulary.pad_id,
             )
+            # Most answers are a word or two: a bucket of a few tokens saves most of decoding.
+            longest = max(len(ids) for n in indices for ids in choices[n])
+            if longest <= SHORT:
+                arrays |= {k: x[:, :SHORT] for k, x in arrays.items() if k.startswith("decoder")}
             with self._partitioner.activate():
                 placed = self._partitioner.share_batch(arrays)
                 for start, size, some in parts:

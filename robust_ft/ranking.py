@@ -94,10 +94,11 @@ def log_likelihoods(
     )
     shifted = jnp.concatenate([start[:, None], targets[:, :-1]], axis=1)
     hidden, _ = model.extend(params, cache, shifted)
+    size = min(CHUNK, targets.shape[1])
 
     def chunked(x: jax.Array) -> jax.Array:
-        """[batch * choices, length, ...] -> [chunks, batch * choices, CHUNK, ...]"""
-        shape = (x.shape[0], x.shape[1] // CHUNK, CHUNK, *x.shape[2:])
+        """[batch * choices, length, ...] -> [chunks, batch * choices, size, ...]"""
+        shape = (x.shape[0], x.shape[1] // size, size, *x.shape[2:])
         return jnp.swapaxes(x.reshape(shape), 0, 1)
 
     def score(chunk: tuple[Any, jax.Array, jax.Array]) -> Float[Array, "targets"]:
