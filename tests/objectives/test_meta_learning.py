@@ -59,6 +59,7 @@ def mean_of(gradient):
 
 
 STEPS = [(2, "adafactor"), (0, "adam"), (1, "adam"), (7, "adam"), (7, "adafactor")]
+ONE_QUICK = [n if n == "reptile" else pytest.param(n, marks=pytest.mark.slow) for n in RULES]
 QUICK = [("fomaml", "shallow", *STEPS[0]), ("reptile", "deep", *STEPS[0])]
 
 
@@ -82,7 +83,7 @@ def test_the_papers_algorithms(name, prompt, inner_steps, optimizer, chunked):
     assert_gradient(mean_of(gradient), expected)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ONE_QUICK)
 def test_a_carried_state_goes_from_task_to_task_and_from_step_to_step(name):
     model = model_of("shallow")
     batch, lists = meta_batch(3)
@@ -158,7 +159,7 @@ def test_reptile_with_sgd_has_a_closed_form():
     np.testing.assert_allclose(gradient["prompt"], p - (tuned - step), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ONE_QUICK)
 def test_only_what_trains_has_a_gradient(name):
     """A stage that trains a part of the base; the rest is the objective's."""
     model = model_of("shallow")
