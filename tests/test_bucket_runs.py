@@ -1,6 +1,7 @@
 """A run in a bucket that is killed and started again ends as an uninterrupted one in a folder."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -35,19 +36,31 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def run(request, tmp_path_factory):
-    """The place of a run in a bucket that was interrupted, while its bucket is served."""
+    """The place of a run in a bucket that was interrupted, while its bucket is served.
+
+    Its cached data are in the bucket, too. Before it ends it is on a host that has no copies.
+    """
     from emulators import BUCKET, served
 
-    with served(request.param, tmp_path_factory.mktemp("emulator") / "log.txt"):
-        place = f"{request.param}://{BUCKET}/runs/broken"
+    home = tmp_path_factory.mktemp("home")
+    log = tmp_path_factory.mktemp("emulator") / "log.txt"
+    with served(request.param, log), pytest.MonkeyPatch.context() as patch:
+        place, caches = (f"{request.param}://{BUCKET}/{name}" for name in ("runs/broken", "caches"))
+        patch.setenv("HOME", str(home))
+        patch.setenv("ROBUST_FT_CACHE_DIR", caches)
         for where, stage, step in INTERRUPTIONS:
             ended = start(where, stage, step, place)
             wanted = STATUS.get(where, -signal.SIGKILL)
             assert ended.returncode == wanted, (where, stage, step, ended.stdout, ended.stderr)
             if wanted == RESUME:
                 assert_refused(place, "an unfinished run")
+        cached = objects(caches)
+        assert any(name.endswith("examples.array_record") for name in cached)
+        copies = home / ".cache" / "robust_ft" / "caches"
+        shutil.rmtree(copies)
         last = start("nowhere", "-", 0, place)
         assert last.returncode == 0, last.stderr
+        assert list(copies.glob("*/*/examples.array_record")) and objects(caches) == cached
         assert "Traceback" not in last.stderr
         yield place
 
