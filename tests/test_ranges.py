@@ -29,13 +29,23 @@ NEEDED = {
     "Adafactor": {"learning_rate": Schedule(0.1)},
     "CocktailSelection": {"student": "s", "full": "stage:f"},
     "Decoder": {"max_decode_len": 8},
+    "Drift": {"evaluations": [toy.TARGET_EVALUATION]},
     "EnsembleSelection": {
         "light": "stage:l",
         "full": "stage:f",
         "evaluations": [toy.TARGET_EVALUATION],
     },
     "Evaluation": {"data": toy.DATA, "decoder": DECODER},
+    "FewShot": {
+        "model": toy.MODEL,
+        "restore": "scratch",
+        "evaluations": [toy.TARGET_EVALUATION],
+        "data": toy.DATA,
+        "datasets": ["toy"],
+        "optimizer": toy.stage().optimizer,
+    },
     "FileTask": {"name": "t", "inputs": "{a}", "targets": "{b}", "train": "a.csv"},
+    "GradientAlignment": {"evaluation": toy.TARGET_EVALUATION},
     "Model": {"config": toy.CONFIG},
     "Recipe": {"name": "r", "model_dir": "/tmp/r", "stages": [toy.stage()]},
     "Schedule": {"peak": 0.1},
@@ -66,7 +76,7 @@ NEEDED = {
 ABSTRACT = {"ModelConfig"}
 # Below 0 is meant: what it does stands in the docstring.
 NEGATIVE = {"Decoder.alpha", "Prompt.low", "Recipe.compile_effort", "Recipe.seed"}
-NEGATIVE |= {"FileTask.split_seed", "Partitioner.fully_sharded"}
+NEGATIVE |= {"FileTask.split_seed", "GradientAlignment.seed", "Partitioner.fully_sharded"}
 # Its own sentence tells what a lambda is, or which layers there are.
 OTHERWISE_NAMED = {"students.weights", "top_layers.count"}
 OTHERWISE_NAMED |= {"EnsembleSelection.weights", "CocktailSelection.weights"}
