@@ -78,6 +78,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_new_method_trains_and_is_exported(checkout):
     flags = [
         f"--gin_file={TOY}",

@@ -106,6 +106,7 @@ def test_analyses_are_evaluators():
         assert isinstance(evaluator, Evaluator)
 
 
+@pytest.mark.slow
 def test_analyses_are_rows_like_those_of_tasks(run):
     directory, rows, _ = run
     entries = json.loads((directory / "summary.json").read_text())
@@ -124,6 +125,7 @@ def test_analyses_are_rows_like_those_of_tasks(run):
     assert not list(outputs.glob("distance-0*.jsonl")) and list(outputs.glob("toy-0*.jsonl"))
 
 
+@pytest.mark.slow
 def test_analyses_see_the_pretrained_model_and_run_once_where_nothing_changes(run):
     _, rows, _ = run
     # Initialized in another program, which rounds differently in the last bit.
@@ -134,6 +136,7 @@ def test_analyses_see_the_pretrained_model_and_run_once_where_nothing_changes(ru
     assert distances[0] == pytest.approx(0, abs=1e-5) and 1e-3 < distances[2] < distances[4]
 
 
+@pytest.mark.slow
 def test_callbacks_follow_the_loop(run):
     *_, recorder = run
     per_stage = {
@@ -149,6 +152,7 @@ def test_callbacks_follow_the_loop(run):
     assert per_stage["model"] == [before, *loop, ("evaluation", 2, 1)]
 
 
+@pytest.mark.slow
 def test_callbacks_see_the_metrics_of_each_step(run):
     directory, _, recorder = run
     logged = [

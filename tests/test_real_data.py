@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_promot_on_rte_with_cb_held_out_over_bytes(tmp_path):
     lengths = "{'inputs': 96, 'targets': 8}"
     status = train.main(

@@ -58,6 +58,7 @@ def test_mistakes(tmp_path, capsys):
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_from_python_and_resumed(tmp_path, monkeypatch):
     recipe = toy.promot(tmp_path / "runs")
     toy.ScriptedEvaluate(monkeypatch, [float(i % 7) for i in range(200)])

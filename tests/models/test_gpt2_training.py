@@ -60,6 +60,7 @@ def losses(directory, stage):
     return [line["loss"] for line in lines if line["split"] == "train" and "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_to_what_the_targets_leave_unknown(run):
     ran, summary = run
     found = losses(Path(ran.model_dir), "model")
@@ -68,6 +69,7 @@ def test_the_loss_falls_to_what_the_targets_leave_unknown(run):
     assert max(final) > 70  # always "a"
 
 
+@pytest.mark.slow
 def test_only_the_prompt_trains_in_its_stage(run):
     ran, _ = run
     before, after = (toy.flat(stage_start.finished(ran, name)) for name in ("model", "prompt"))
@@ -75,6 +77,7 @@ def test_only_the_prompt_trains_in_its_stage(run):
     assert changed == [PROMPT]
 
 
+@pytest.mark.slow
 def test_the_predictor_gives_targets(run):
     ran, _ = run
     predictor = Predictor(MODEL, stage_start.finished(ran, "prompt"), toy.DATA.vocabulary)
@@ -86,6 +89,7 @@ def test_the_predictor_gives_targets(run):
     assert outputs == again
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_added_tokens_is_restored(run, tmp_path, caplog):
     ran, _ = run
     params = toy.flat(stage_start.finished(ran, "model"))
