@@ -203,6 +203,20 @@ def switched_off(tmp_path_factory):
     return [folder, make_run(base / "full_0", "full_rte", 0)]
 
 
+def test_what_an_analysis_is_without_says_nothing_of_held_out_tasks(tmp_path):
+    folder = make_run(tmp_path / "full_0", "full_rte", 0)
+    entries = json.loads((folder / "summary.json").read_text())
+    last = entries[-1]
+    analysis = {"task": "gradient_alignment_without_prompt", "role": "analysis", "shots": 0}
+    analysis |= {"metric": "cosine", "value": 0.25, "without": ["prompt"]}
+    (folder / "summary.json").write_text(json.dumps([*entries, last | analysis]))
+    made = results.make_table(load_runs([folder]))
+    assert made.columns[-1].analysis and made.lines[-1].text(made.columns[-1]).startswith("0.250")
+    assert not any(line.without for line in made.lines)
+    assert "held-out tasks evaluated" not in table.markdown(made)
+    assert "| gradient alignment without prompt: cosine |" in table.markdown(made)
+
+
 def test_a_method_that_is_switched_off_is_said_to_be_with_both_numbers(switched_off):
     runs = load_runs(switched_off)
     made = results.make_table(runs)

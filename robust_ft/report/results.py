@@ -81,7 +81,8 @@ class Line:
     @property
     def without(self) -> tuple[str, ...]:
         """The PEFT methods that held-out tasks were evaluated without."""
-        return tuple(dict.fromkeys(n for cell in self.cells.values() for n in cell.without))
+        tasks = [cell for column, cell in self.cells.items() if not column.analysis]
+        return tuple(dict.fromkeys(name for cell in tasks for name in cell.without))
 
     @property
     def has_both(self) -> bool:
