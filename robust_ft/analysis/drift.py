@@ -68,8 +68,8 @@ class Drift:
         """Measures the drift on each task.
 
         Raises:
-            UserError: The predictor is an ensemble, there is no pretrained model, or the batch
-                does not divide over the devices.
+            UserError: The predictor is an ensemble, there is no pretrained model, the batch does
+                not divide over the devices, or there is no target to measure at.
         """
         predictor = examples.predictor(context, "Drift")
         examples.check_batch_size(predictor, self.batch_size, "Drift")
@@ -91,7 +91,12 @@ class Drift:
                     nats, tokens = _divergence(own.model, own.params, batch, teacher)
                 total[0] += examples.scalar(nats)
                 total[1] += examples.scalar(tokens)
-        values = {role: nats / max(tokens, 1.0) for role, (nats, tokens) in totals.items()}
+        if empty := [role for role, (_, tokens) in totals.items() if not tokens]:
+            raise UserError(
+                f"Drift.evaluations: the tasks of the role '{empty[0]}' have no target in "
+                f"'{self.split}'; leave them out."
+            )
+        values = {role: nats / tokens for role, (nats, tokens) in totals.items()}
         return Result(self.task, self.split, self.role, values, num_examples)
 
 

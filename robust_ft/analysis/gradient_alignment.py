@@ -97,7 +97,7 @@ class GradientAlignment:
         order = np.random.default_rng(self.seed).permutation(len(targets))
         parts = _parts(predictor.model, self.all_layers)
         gradients = [
-            self._gradient(predictor, self.evaluation, inputs, each, frozenset(parts))
+            self._gradient(predictor, inputs, each, frozenset(parts))
             for each in (targets, [targets[i] for i in order])
         ]
         products = {
@@ -116,14 +116,13 @@ class GradientAlignment:
     def _gradient(
         self,
         predictor: Predictor,
-        evaluation: Evaluation,
         inputs: list[EvalExample],
         targets: list[np.ndarray],
         paths: frozenset[str],
     ) -> Params:
         """Returns the gradient summed over target tokens; their number is the same for both."""
         total: Params | None = None
-        for batch in examples.batches(evaluation, inputs, targets, predictor, self.batch_size):
+        for batch in examples.batches(self.evaluation, inputs, targets, predictor, self.batch_size):
             with predictor.partitioner.activate():
                 gradient = _gradient(predictor.model, paths, predictor.params, batch)
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)

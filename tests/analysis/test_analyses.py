@@ -114,6 +114,13 @@ def test_targets_that_are_all_the_same_are_format_alone(monkeypatch):
     assert values["format_norm"] == pytest.approx(1, abs=1e-6)
 
 
+def test_without_a_target_there_is_no_drift_of_0(monkeypatch):
+    monkeypatch.setattr(examples, "read", lambda evaluation: [])
+    model = predictor(of_family("t5"))
+    with pytest.raises(UserError, match="the tasks of the role 'target' have no target in 'valid"):
+        Drift((TARGET,))(EvalContext(model, pretrained=lambda: model))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5))
 def test_nearest_rows(seed, count):
