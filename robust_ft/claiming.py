@@ -15,7 +15,6 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import of_tasks
 from robust_ft.evaluator import TARGET
-from robust_ft.few_shot import FEW_SHOT
 from robust_ft.few_shot_results import Results
 from robust_ft.files import as_path, read_json_object, write_json
 from robust_ft.initial_checkpoint import is_free
@@ -29,6 +28,7 @@ from robust_ft.run_record import (
     sentence,
 )
 from robust_ft.stage_checkpoints import saved_steps
+from robust_ft.summary import FEW_SHOT
 
 _NAMED = 4  # differences in a sentence
 _OF_EVALUATIONS = re.compile(r"stages\..+\.(final_)?evaluations\b")

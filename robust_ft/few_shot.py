@@ -9,9 +9,8 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.evaluate import Evaluation
 from robust_ft.models.model import Model
 from robust_ft.ranges import Count, check_ranges
+from robust_ft.summary import FEW_SHOT
 
-# The folder in MODEL_DIR, and the stage of rows in `summary.json`.
-FEW_SHOT = "few_shot"
 # What `FewShot.best_on` may be.
 SPLIT, EXAMPLES = BEST_ON = ("split", "examples")
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation
-from robust_ft.few_shot import FEW_SHOT, FewShot
+from robust_ft.few_shot import FewShot
 from robust_ft.files import write_json_lines
 from robust_ft.metric_writer import read_metrics
-from robust_ft.summary import Row
+from robust_ft.summary import FEW_SHOT, Row
 
 ZERO, LAST, BEST = "zero", "last", "best"
 

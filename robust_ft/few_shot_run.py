@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from robust_ft import console, finite, multihost, trainable
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation
-from robust_ft.few_shot import EXAMPLES, FEW_SHOT, FewShot
+from robust_ft.few_shot import EXAMPLES, FewShot
 from robust_ft.few_shot_results import BEST, LAST, ZERO, Line, Results, keys
 from robust_ft.few_shot_tasks import RankedTask, drawn, tuning_name
 from robust_ft.few_shot_tuning import DIVISORS, Tuner, divisor, kept_epochs, training_batch
@@ -21,7 +21,7 @@ from robust_ft.recipe import Recipe
 from robust_ft.restore import place_params
 from robust_ft.stage import stage_key
 from robust_ft.stage_start import restored
-from robust_ft.summary import Summary
+from robust_ft.summary import FEW_SHOT, Summary
 from robust_ft.trainable import flatten
 from robust_ft.trainer import Stopped
 from robust_ft.types import Params

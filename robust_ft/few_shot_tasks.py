@@ -10,9 +10,10 @@ from robust_ft.data import cache, loader
 from robust_ft.data.loader import EvalExample
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation
-from robust_ft.few_shot import FEW_SHOT, FewShot
+from robust_ft.few_shot import FewShot
 from robust_ft.scoring import Scoring
 from robust_ft.stage import stage_seed
+from robust_ft.summary import FEW_SHOT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,10 +6,11 @@ from typing import Annotated
 from robust_ft import buckets
 from robust_ft.ensembles.selection import Selection
 from robust_ft.errors import UserError, nearest
-from robust_ft.few_shot import FEW_SHOT, FewShot
+from robust_ft.few_shot import FewShot
 from robust_ft.partitioning import Partitioner
 from robust_ft.ranges import Count, Integer, Range, check_ranges
 from robust_ft.stage import STAGE, Stage
+from robust_ft.summary import FEW_SHOT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from robust_ft.errors import UserError
 from robust_ft.files import as_path, read_json, write_json
 
+FEW_SHOT = "few_shot"  # the stage of few-shot tuning's rows, and its folder in MODEL_DIR
 ANALYSIS = "analysis"  # the role of what is no task's score
 KEPT = "kept"  # the role of a held-out task that is evaluated with methods that it is else without
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from robust_ft.errors import UserError, nearest
 from robust_ft.metric_writer import read_metrics
-from robust_ft.report.runs import FEW_SHOT
+from robust_ft.summary import FEW_SHOT
 
 WHICH = ("zero", "last", "best")
 _FIELDS = (

@@ -11,12 +11,11 @@ from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import as_path, read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
-from robust_ft.summary import Row, read_rows
+from robust_ft.summary import FEW_SHOT, Row, read_rows
 
 if TYPE_CHECKING:
     from robust_ft.run_record import RunRecord
 
-FEW_SHOT = "few_shot"  # the folder of few-shot tuning, and the stage of its rows
 _SAMPLES = re.compile(r"(?P<task>.+)-(?P<step>\d{6,})\.jsonl")
 
 
