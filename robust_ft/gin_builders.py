@@ -232,6 +232,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "T5Config": t5.T5Config,
     "TaskData": task_data,
     "TokenizersVocabulary": vocabulary.TokenizersVocabulary,
+    "above_bottom_layers": trainable.above_bottom_layers,
     "backprop": gradients.backprop,
     "bitfit": trainable.bitfit,
     "students": students,

@@ -37,7 +37,8 @@ class Stage:
         restore: Where parameters come from: a checkpoint's path, `"stage:<name>"` of an earlier
             stage, or "scratch".
         trainable: "peft" for the parameters of the model's PEFT methods, "base" for all others,
-            or regexes, which must match a parameter's path in full.
+            or regexes, which must match a parameter's path in full; behind "!", what is left out of
+            those before it.
         data: The training data.
         steps: Number of updates.
         batch_size: Examples per update; with packing, packed rows; with a meta-learning rule,

@@ -53,6 +53,7 @@ TRAINS = {
     "cocktail": BASE,
     "cocktail_adapters": BASE,
     "cocktail_prefix": BASE,
+    "freeze_bottom": SOME_OF_BASE,
     "full": BASE,
     "model": BASE,
     "norm_only": SOME_OF_BASE,

@@ -68,6 +68,7 @@ NEEDED = {
         "feature_lengths": {"inputs": 8, "targets": 8},
         "vocabulary": toy.DATA.vocabulary,
     },
+    "above_bottom_layers": {"model": toy.MODEL, "count": 1},
     "students": {"stage": toy.stage(objective=Cocktail(), teacher="pretrained")},
     "suite": {"split": "test", "target": toy.TARGET_EVALUATION},
     "top_layers": {"model": toy.MODEL, "count": 1},
@@ -78,7 +79,7 @@ ABSTRACT = {"ModelConfig"}
 NEGATIVE = {"Decoder.alpha", "Prompt.low", "Recipe.compile_effort", "Recipe.seed"}
 NEGATIVE |= {"FileTask.split_seed", "GradientAlignment.seed", "Partitioner.fully_sharded"}
 # Its own sentence tells what a lambda is, or which layers there are.
-OTHERWISE_NAMED = {"students.weights", "top_layers.count"}
+OTHERWISE_NAMED = {"students.weights", "top_layers.count", "above_bottom_layers.count"}
 OTHERWISE_NAMED |= {"EnsembleSelection.weights", "CocktailSelection.weights"}
 SHARE_OF_FILE = {"FileTask.validation", "FileTask.test"}
 # Its numbers are in a dictionary: lengths, which TaskData checks, and numbers of shots.

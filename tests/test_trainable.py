@@ -65,6 +65,13 @@ PARAMS = tiny_model((Prompt(length=3),)).shapes()
         (["(?!.*prompt).*"], lambda path: path != "encoder/prompt"),
         (["encoder/.*", ".*/scale"], lambda p: p.startswith("encoder/") or p.endswith("/scale")),
         ([".*/layers_1/.*"], lambda path: "/layers_1/" in path),
+        ([".*", "!encoder/.*"], lambda path: not path.startswith("encoder/")),
+        (
+            ["encoder/.*", "!.*/scale", ".*norm/scale"],
+            lambda p: (
+                (p.startswith("encoder/") and not p.endswith("/scale")) or p.endswith("norm/scale")
+            ),
+        ),
     ],
 )
 def test_patterns_match_whole_paths(patterns, expected):
@@ -80,6 +87,8 @@ def test_patterns_match_whole_paths(patterns, expected):
         ([".*", "encoder/promt"], "Did you mean 'encoder/prompt'"),
         (["encoder/(prompt"], "no valid regex"),
         ([], "at least one"),
+        ([".*", "!encoder/promt"], "'encoder/promt' matches none .* Did you mean 'encoder/prompt'"),
+        (["encoder/.*", "!.*"], "Nothing would train: the trainable patterns .* leave none"),
     ],
 )
 def test_patterns_that_are_mistakes(patterns, named):
@@ -164,7 +173,7 @@ NORMS_A_LAYER = {"t5": (2, 3), "bart": (2, 3), "gpt2": (0, 2), "llama": (0, 2)}
 
 
 def selected(model, patterns):
-    return trainable.trainable_paths(model.shapes(), patterns)
+    return trainable.trainable_paths(model.shapes(), patterns, model.peft_owns)
 
 
 @families
@@ -189,6 +198,11 @@ def test_top_layers_have_numbers_of_any_length():
     shapes = {f"layers_{i}": {"mlp": np.zeros(1)} for i in range(120)}
     found = trainable.trainable_paths({"decoder": shapes, "encoder": shapes}, [pattern])
     assert found == {f"decoder/layers_{i}/mlp" for i in (9, 10, 11)}
+    patterns = trainable.above_bottom_layers(tiny_model(num_decoder_layers=12), 2)
+    params = {"decoder": shapes, "encoder": shapes, "token_embedder": {"embedding": np.zeros(1)}}
+    found = trainable.trainable_paths(params, patterns)
+    stacks = ("decoder", "encoder")
+    assert found == {f"{stack}/layers_{i}/mlp" for stack in stacks for i in range(2, 120)}
 
 
 @families
@@ -203,6 +217,21 @@ def test_top_layers_of_the_encoder(family):
     assert selected(model, trainable.top_layers(model, 1, encoder=True)) == expected
     with pytest.raises(UserError, match=r"count=2 .* the encoder's 1 layers"):
         trainable.top_layers(model, 2, encoder=True)
+
+
+@families
+def test_above_bottom_layers(family):
+    model = model_of(family, Prompt(length=3), Lora(rank=2, target=".*"))
+    base = {path for path in trainable.flatten(model.shapes()) if not model.peft_owns(path)}
+    embeddings = {path for path in base if "embed" in path and "rel_embedding" not in path}
+    assert "token_embedder/embedding" in embeddings
+    bottom = {path for path in base if "/layers_0/" in path}
+    assert bottom
+    assert selected(model, trainable.above_bottom_layers(model, 0)) == base - embeddings
+    found = selected(model, trainable.above_bottom_layers(model, 1))
+    assert found == base - embeddings - bottom and any("/layers_1/" in path for path in found)
+    with pytest.raises(UserError, match=r"count=3 must be from 0 to the decoder's 2 layers"):
+        trainable.above_bottom_layers(model, 3)
 
 
 @families
