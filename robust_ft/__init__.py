@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from robust_ft.models.peft import IA3 as IA3
     from robust_ft.models.peft import Adapter as Adapter
     from robust_ft.models.peft import Lora as Lora
+    from robust_ft.models.peft import OPLora as OPLora
     from robust_ft.models.peft import Peft as Peft
     from robust_ft.models.peft import Prefix as Prefix
     from robust_ft.models.peft import Prompt as Prompt
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from robust_ft.stage import Stage as Stage
     from robust_ft.summary import Row as Row
     from robust_ft.summary import Summary as Summary
+    from robust_ft.trainable import above_bottom_layers as above_bottom_layers
     from robust_ft.trainable import bitfit as bitfit
     from robust_ft.trainable import top_layers as top_layers
     from robust_ft.trainer import Stopped as Stopped
@@ -88,7 +90,7 @@ _HOMES = {
     "models.gpt2": ["GPT2Config"],
     "models.llama": ["LlamaConfig"],
     "models.model": ["Model"],
-    "models.peft": ["IA3", "Adapter", "Lora", "Peft", "Prefix", "Prompt"],
+    "models.peft": ["IA3", "Adapter", "Lora", "OPLora", "Peft", "Prefix", "Prompt"],
     "models.t5": ["T5Config"],
     "objectives": ["Cocktail", "CrossEntropy", "Objective", "Teacher"],
     "optim": ["Adafactor", "AdamW", "Schedule"],
@@ -101,7 +103,7 @@ _HOMES = {
     "seeds": ["run_seeds"],
     "stage": ["Stage"],
     "summary": ["Row", "Summary"],
-    "trainable": ["bitfit", "top_layers"],
+    "trainable": ["above_bottom_layers", "bitfit", "top_layers"],
     "trainer": ["Stopped"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -123,9 +123,10 @@ class FewShot:
         """
         shapes, owns = self.model.shapes(), self.model.peft_owns
         try:
-            return trainable.trainable_paths(shapes, self.trainable, owns)
+            paths = trainable.trainable_paths(shapes, self.trainable, owns)
         except UserError as error:
             raise UserError(f"FewShot.trainable={list(self.trainable)}: {error}") from None
+        return self.model.without_fixed(paths)
 
     def check_zero_shot(self, fresh: Iterable[str]) -> None:
         """Raises a UserError if 0 shots would be evaluated with values drawn at random.

@@ -194,6 +194,7 @@ class Stage:
         """
         shapes, owns = self.model.shapes(), self.model.peft_owns
         paths = trainable.trainable_paths(shapes, self.trainable, owns)
+        paths = self.model.without_fixed(paths)
         if isinstance(self.gradient, MetaLearning):
             for path in sorted(self.gradient.paths(self.model) - paths):
                 raise UserError(

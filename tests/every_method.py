@@ -9,7 +9,7 @@ import numpy as np
 from tiny_families import batch_of, model_of
 
 from robust_ft.models.model import Model
-from robust_ft.models.peft import IA3, Adapter, Lora, Peft, Prefix, Prompt
+from robust_ft.models.peft import IA3, Adapter, Lora, OPLora, Peft, Prefix, Prompt
 from robust_ft.models.peft.adapter import PFEIFFER, SITES
 from robust_ft.objectives import CrossEntropy
 from robust_ft.optim import AdamW, Schedule
@@ -25,6 +25,7 @@ PATTERNS = {
     "adapter": ".*/adapter_.*",
     "lora": ".*/lora/.*",
     "ia3": ".*/ia3",
+    "oplora": ".*/oplora/(a|b)",
 }
 
 
@@ -60,6 +61,7 @@ PLUGGED = {
     "pfeiffer": Method((Adapter(size=4, sites=PFEIFFER),)),
     "lora": Method((Lora(rank=2, alpha=3.0),)),
     "ia3": Method((IA3(),)),
+    "oplora": Method((OPLora(rank=2, alpha=3.0, directions=5),)),
     "prompt and lora": Method((Prompt(length=3), Lora(rank=2))),
     "prefix and adapter": Method((Prefix(length=2, counted=True), Adapter(size=4, sites=SITES))),
     "prompt and ia3": Method((Prompt(length=3), IA3())),

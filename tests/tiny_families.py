@@ -1,5 +1,6 @@
 """A tiny model of every family, whose sizes differ from each other wherever they may."""
 
+import jax.numpy as jnp
 import numpy as np
 from tiny_models import random_batch, random_params
 
@@ -67,6 +68,8 @@ def params_of(model, seed=0):
     for path, value in flat.items():
         if path.endswith(("/a", "/b")):
             flat[path] = 0.4 * value / np.sqrt(value.shape[0])  # an update is smaller than kernels
+        elif path.endswith(("/u", "/v")):  # orthonormal, as OPLoRA computes them
+            flat[path] = jnp.linalg.qr(value)[0]
         elif path == "token_embedder/embedding" and "decoder/logits_dense/kernel" not in flat:
             flat[path] = value / np.sqrt(value.shape[1])
     return unflatten(flat)

@@ -221,7 +221,7 @@ def check_methods(adapter: Adapter, methods: Sequence[Peft]) -> None:
         adapter: The adapter.
         methods: The model's methods.
     """
-    own = {each.name: each for each in methods}
+    own = {each.name: each.exported() for each in methods}
     for each in adapter.methods:
         kind = type(each).__name__
         if each.name not in own:
@@ -234,7 +234,7 @@ def check_methods(adapter: Adapter, methods: Sequence[Peft]) -> None:
                 f"'{adapter.source}' holds a {kind} named '{each.name}', which is a "
                 f"{type(own[each.name]).__name__} in the model."
             )
-        trained, current = each.exported(), own[each.name].exported()
+        trained, current = each.exported(), own[each.name]
         for field in dataclasses.fields(trained):
             before, now = (getattr(settings, field.name) for settings in (trained, current))
             if field.name not in _PATTERNS and before != now:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -250,6 +250,10 @@ class Model:
     def peft_owns(self, path: str) -> bool:
         """Returns whether the parameter belongs to a PEFT method, not to the pretrained model."""
         return any(method.owns(path) for method in self.peft)
+
+    def without_fixed(self, paths: Iterable[str]) -> frozenset[str]:
+        """Returns the paths without those of parameters that no PEFT method lets train."""
+        return frozenset(p for p in paths if not any(m.is_fixed(p) for m in self.peft))
 
     def logits(
         self, params: Params, batch: Batch, rng: jax.Array | None = None

@@ -166,6 +166,10 @@ class Peft:
         """Returns whether the parameter at this path belongs to the method."""
         return re.search(rf"(^|/){re.escape(self.name)}(/|$)", path) is not None
 
+    def is_fixed(self, path: str) -> bool:
+        """Returns whether a parameter of the method never trains, whatever a pattern says."""
+        return False
+
 
 def decoder_slots(peft: Sequence[Peft]) -> int:
     """Returns how many positions the keys of all methods occupy before the decoder's tokens.
