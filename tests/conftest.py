@@ -1,5 +1,6 @@
 """Caches of compiled programs and of tokenized examples that only this test session sees."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -71,3 +72,11 @@ def session_caches(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(compiled))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_this_file():
+    """Frees what a file has compiled, which would add up to gigabytes a process."""
+    yield
+    jax.clear_caches()
+    gc.collect()

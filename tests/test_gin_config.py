@@ -406,13 +406,18 @@ def test_the_config_is_plain_data():
 
 
 def test_methods_are_plugged_in_by_name_and_always_in_the_same_order():
-    names = ["adapter", "ia3", "lora", "prefix", "prompt"]
-    kinds = ["Adapter", "IA3", "Lora", "Prefix", "Prompt"]
+    names = ["adapter", "ia3", "lora", "oplora", "prefix", "prompt"]
+    kinds = ["Adapter", "IA3", "Lora", "OPLora", "Prefix", "Prompt"]
     plugged = [f"Model.{name}=@{kind}()" for name, kind in zip(names, kinds, strict=True)]
     stage = load(*plugged, files=["gin_configs/full_rte.gin"]).stages[0]
     assert list(map(type, stage.model.peft)) == list(METHODS.values())
     (stage,) = load(
-        *plugged, "Model.lora=None", "Model.ia3=None", "Model.peft=None", files=files_of("full_rte")
+        *plugged,
+        "Model.lora=None",
+        "Model.oplora=None",
+        "Model.ia3=None",
+        "Model.peft=None",
+        files=files_of("full_rte"),
     ).stages
     assert [method.name for method in stage.model.peft] == ["prompt", "prefix", "adapter"]
     two = ["Model.peft=[@Lora(), @second/Lora()]", "second/Lora.name=second"]
