@@ -51,7 +51,7 @@ class RunContext(NamedTuple):
         stop: Set from outside (SIGTERM) to save a checkpoint and stop.
         baseline: Whether to evaluate the parameters before the first step as the pretrained model.
         origin: Where the parameters of the stage's base come from, recorded in its export.
-        teacher: The stage's teacher, with all parameters on the mesh.
+        teacher: The stage's teacher, its parameters on the mesh.
         pretrained: Loads the model that the recipe started from, for evaluators.
         callbacks: Called from the training loop.
         changed: Whether a setting was changed after the run had begun, so that a position in the

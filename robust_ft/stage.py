@@ -11,7 +11,7 @@ from robust_ft.data.cache import TaskData
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.models.model import Model
-from robust_ft.objectives import CrossEntropy, Objective
+from robust_ft.objectives import CrossEntropy, Objective, cross_entropy_of
 from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.ranges import Count, Whole, check_ranges
@@ -49,7 +49,8 @@ class Stage:
             "pretrained", the model that this stage or the first one before it restored, without
             PEFT methods; or a model directory, optionally with an adapter, such as
             "DIRECTORY,EXPORT".
-        teacher_dtype: Dtype of the teacher's parameters, "bfloat16" or "float32".
+        teacher_dtype: Dtype of the teacher's parameters, "bfloat16" or "float32". Those of the
+            pretrained model that this stage holds frozen are not kept again: they have its dtype.
         gradient: The gradient rule.
         gradient_dtype: Dtype of gradients until they are applied, such as "bfloat16" to save
             memory; by default each parameter's own.
@@ -133,6 +134,13 @@ class Stage:
             raise UserError(
                 f"Stage '{self.name}' has the teacher '{self.teacher}', from which its objective "
                 f"{objective} learns nothing; choose one that does, such as a Cocktail."
+            )
+        hard = cross_entropy_of(self.objective)
+        if hard is not None and hard.takes_teacher and (self.teacher or "").startswith(STAGE):
+            raise UserError(
+                f"{type(hard.token_weights).__name__} weighs tokens by the pretrained model's "
+                f"losses, but stage '{self.name}' has the teacher '{self.teacher}'; set "
+                "CrossEntropy.token_weights=None, or Stage.teacher='pretrained'."
             )
 
     @property

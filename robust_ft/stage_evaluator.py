@@ -109,8 +109,9 @@ class StageEvaluator:
         if key in self._constant:
             return self._constant[key]
         predictor = Predictor(stage.model, params, stage.data.vocabulary, run.partitioner)
+        teacher = None if run.teacher is None else run.teacher.with_shared(params)
         result = evaluator(
-            EvalContext(predictor.without(*detached), stage, step, run.teacher, run.pretrained)
+            EvalContext(predictor.without(*detached), stage, step, teacher, run.pretrained)
         )
         result = dataclasses.replace(result, without=detached)
         if all(any(methods[name].owns(path) for name in detached) for path in self._trained):

@@ -92,10 +92,11 @@ def predictor(recipe: Recipe, name: str) -> Predictor:
 
 
 def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
-    """Returns a stage's teacher, with all parameters on the mesh; None if it needs none.
+    """Returns a stage's teacher, its parameters on the mesh; None if it needs none.
 
-    Teacher and student share no arrays, although both often start from one model: the first step
-    donates the student's arrays, and the teacher's have another dtype.
+    Parameters of the student that train are no teacher's, although both often start from one
+    model: the first step donates them, and the teacher's have another dtype. What stays frozen is
+    shared with the pretrained model and not loaded again, see `shared_with_teacher`.
 
     Args:
         recipe: The recipe that the stage belongs to; its earlier stages have finished.
@@ -103,6 +104,10 @@ def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
     """
     if stage.teacher is None or not stage.objective.needs_teacher:
         return None
+    shared = shared_with_teacher(recipe, stage)
+    model = teacher_model(recipe, stage)
+    if model is not None and shared == trainable.flatten(model.shapes()).keys():
+        return Teacher(model, {}, shared)
     if stage.teacher == PRETRAINED:
         source = pretrained(recipe, stage, stage.teacher_dtype)
     elif stage.teacher.startswith(STAGE):
@@ -116,8 +121,32 @@ def teacher(recipe: Recipe, stage: Stage) -> Teacher | None:
             partitioner=recipe.partitioner,
         )
     model = _with_param_dtype(source.model, stage.teacher_dtype)
-    shapes = model.shapes()
-    return Teacher(model, jax.tree.map(lambda x, like: x.astype(like.dtype), source.params, shapes))
+    (_, own), (_, like) = (trainable.split(t, shared) for t in (source.params, model.shapes()))
+    own = jax.tree.map(lambda x, like: x.astype(like.dtype), own, like)
+    return Teacher(model, own, shared)
+
+
+def shared_with_teacher(recipe: Recipe, stage: Stage) -> frozenset[str]:
+    """Returns the paths of a teacher's parameters that are the stage's own, frozen ones.
+
+    The pretrained model has the parameters that no stage has trained up to this one's end: with
+    LoRA or a prompt all of them. They are kept in the student's dtype, unless that is narrower than
+    `Stage.teacher_dtype`: then nothing is shared.
+
+    Args:
+        recipe: The recipe that the stage belongs to.
+        stage: The stage.
+    """
+    if stage.teacher != PRETRAINED:
+        return frozenset()
+    if "bfloat16" == _param_dtype(stage.model) != stage.teacher_dtype:
+        return frozenset()
+    shared = frozenset(trainable.flatten(stage.model.without_peft().shapes()))
+    shared -= stage.trainable_paths()
+    while stage.restore.startswith(STAGE):
+        stage = recipe.stage(stage.restore.removeprefix(STAGE))
+        shared -= stage.trainable_paths()
+    return shared
 
 
 def pretrained(recipe: Recipe, stage: Stage, dtype: str | None = None) -> Predictor:

@@ -88,6 +88,9 @@ def make_train_step(
         batch: Batch,
         rng: jax.Array,
     ) -> tuple[TrainState, Sums]:
+        if teacher is not None:
+            teacher = teacher.with_shared(frozen)
+
         def loss_fn(trainable: Params, batch: Batch, rng: jax.Array) -> Any:
             params = trainable_lib.merge(trainable, frozen)
             loss, weight, sums = objective(model, params, batch, rng, teacher)

@@ -1,6 +1,6 @@
 """The training loop: `fit` trains one stage."""
 
-from robust_ft import console, export, finite, first_batch, multihost, trainable
+from robust_ft import console, export, finite, first_batch, flow_scale, multihost, trainable
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
@@ -36,6 +36,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         UserError: What is restored, a step's loss or the parameters after it are not finite.
     """
     finite.check_start(stage, params, run.teacher)
+    stage = flow_scale.measured(stage, params, run)
     # 1. What trains: only this half is differentiated, optimized, donated and saved.
     paths = stage.trainable_paths()
     base = export.base_of(stage.model, params, paths, run.origin)

@@ -26,7 +26,16 @@ from tiny_families import CONFIGS, START, params_of
 from tiny_models import random_batch
 
 from robust_ft import multihost
-from robust_ft.objectives import Cocktail, CrossEntropy, Objective, Teacher
+from robust_ft.objectives import (
+    Cocktail,
+    CrossEntropy,
+    Dft,
+    Eaft,
+    Flow,
+    KlAnchor,
+    Objective,
+    Teacher,
+)
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
 from robust_ft.restore import place_params
@@ -47,7 +56,7 @@ class Case(NamedTuple):
         family: Of the model.
         optimizer: Its state is sharded too.
         microbatches: Parts of a batch.
-        objective: If it is a cocktail, the teacher has a prefix.
+        objective: If it takes a teacher, this has a prefix.
         sizes: That differ from SIZES.
     """
 
@@ -66,6 +75,9 @@ CASES = {f"{family} {method}": Case(method, family) for family in CONFIGS for me
         "full", optimizer=ADAFACTOR, sizes={"vocab_size": 256, "emb_dim": 128, "mlp_dim": 136}
     ),
     "cocktail": Case("full", objective=Cocktail(0.5, 2.0)),
+    "asft": Case("full", "llama", objective=KlAnchor(0.3, CrossEntropy(token_weights=Dft()))),
+    "eaft": Case("full", objective=CrossEntropy(token_weights=Eaft(top=5))),
+    "flow": Case("full", "llama", objective=CrossEntropy(token_weights=Flow(tau=3.0))),
     "dropout": Case("all together", microbatches=2, sizes={"dropout_rate": 0.1}),
 }
 
@@ -87,7 +99,7 @@ def begun(case: Case, partitioner: Partitioner):
         trainable=METHODS[case.method].patterns(model.config),
         optimizer=case.optimizer,
         objective=case.objective,
-        teacher="stage:teacher" if isinstance(case.objective, Cocktail) else None,
+        teacher="stage:teacher" if case.objective.takes_teacher else None,
         batch_size=ROWS,
         microbatches=case.microbatches,
     )

@@ -40,6 +40,7 @@ LAYERS = [
         "stage_evaluator",
         "training_log",
     },
+    {"flow_scale"},
     {"trainer", "ensembles", "few_shot"},
     {"recipe", "few_shot_tasks", "few_shot_results"},
     {"few_shot_tuning"},

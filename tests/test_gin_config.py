@@ -3,6 +3,7 @@
 `pytest tests/test_gin_config.py --update-golden` writes tests/golden anew.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from robust_ft.gin_config import CONFIGS, ROOT
 from robust_ft.gin_types import fits
 from robust_ft.models.peft import METHODS
 from robust_ft.optim import Adafactor, AdamW, Schedule
+from robust_ft.stage import Stage
 from robust_ft.trainable import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,10 +44,13 @@ BUILT = RECIPES + [
 GOLDENS = ["pretrain_mini", "promot_rte", "promot_rte+scale/mt5_xxl", "table2_webnlg"]
 # Few-shot tuning, and meta-learning at the paper's size.
 GOLDENS += ["p3_none", "p3_mtl_t", "p3_fomaml+scale/t5_xl_p3", "p3_mtl_p+scale/t5_large_p3"]
+# These change how a recipe's stages train, which stay as they are.
+BESIDE = ["asft", "dft", "eaft", "flow", "kl_anchor", "stm"]
 # Not a method, but another form of a recipe's soft prompt.
-METHOD_FILES = [name for name in ADDED["methods"] if name != "deep_prompt"]
+METHOD_FILES = [name for name in ADDED["methods"] if name not in ("deep_prompt", *BESIDE)]
 
 PROMOT = "gin_configs/promot_rte.gin"
+FIELDS = [field.name for field in dataclasses.fields(Stage)]
 PEFT, BASE, ALL, SOME_OF_BASE = "peft", "base", "all", "some of base"
 # What trains in a stage, by its name; where it is not here, the parameters of PEFT methods.
 TRAINS = {
@@ -164,6 +169,24 @@ def test_what_trains_is_what_methods_own_or_all_but_that(method, renamed):
         else:
             own = stage.model.without_fixed(owned)
             assert trains(stage) == {PEFT: own, BASE: base, ALL: own | base}[expected]
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_a_remedy_leaves_a_recipes_stages_and_what_they_train(method):
+    for names in (["promot_rte"], ["full_rte", "methods/lora"]):
+        files = [f"gin_configs/{name}.gin" for name in names]
+        plain = load(files=files).stages
+        other = load(files=[*files, f"gin_configs/methods/{method}.gin"]).stages
+        for before, after in zip(plain, other, strict=True):
+            changed = {field for field in FIELDS if getattr(before, field) != getattr(after, field)}
+            assert changed and changed <= {"objective", "teacher"}
+
+
+def test_weights_by_the_pretrained_models_losses_are_not_another_teachers():
+    files = ["gin_configs/cocktail_webnlg.gin", "gin_configs/methods/flow.gin"]
+    with pytest.raises(UserError, match="Flow weighs .* 'cocktail' has the teacher 'stage:prefix'"):
+        load(files=files)
+    assert load(files=[files[0], "gin_configs/methods/dft.gin"]).stages
 
 
 def test_a_renamed_prompt_that_is_fixed_does_not_train():

@@ -3,23 +3,25 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from tiny_models import assert_trees_close, random_params
+from tiny_models import assert_trees_close, random_batch, random_params
 
-from robust_ft import checks, claiming, gin_config, runner, stage_start
+from robust_ft import checks, claiming, gin_config, runner, stage_start, stage_step
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.checkpoints_io.tensors import Checkpoint, Tensor
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
-from robust_ft.models.peft import Prefix, Prompt
-from robust_ft.objectives import Cocktail, CrossEntropy
+from robust_ft.models.peft import Lora, Prefix, Prompt
+from robust_ft.objectives import Cocktail, CrossEntropy, KlAnchor, Teacher
+from robust_ft.optim import AdamW, Schedule
 from robust_ft.outcome import Outcome
 from robust_ft.preflight import programs
 from robust_ft.recipe import Recipe
-from robust_ft.trainable import flatten
+from robust_ft.trainable import flatten, split, trainable_paths, unflatten
 
 CONFIG = str(Path(__file__).parent / "toy_cocktail.gin")
 LIGHT = dataclasses.replace(toy.PLAIN, peft=(Prefix(length=2, mid_dim=3),))
@@ -171,7 +173,93 @@ def test_the_pretrained_teacher_is_the_base_bit_for_bit(tmp_path, stage, dtype):
     assert teacher.model == stage_start.teacher_model(promot, student)
     assert not teacher.model.peft
     expected = {p: np.asarray(a).astype(dtype) for p, a in native_params(base).items()}
+    if stage == 0:  # only the prompt trains: the base is held once, as it is
+        assert teacher.params == {} and teacher.shared == expected.keys()
+        teacher = teacher.with_shared(stage_start.restore(promot, student))
+        expected = native_params(base)
     toy.assert_same(toy.flat(teacher.params), expected)
+
+
+def anchored(name, model, patterns, **changes):
+    settings = {"objective": KlAnchor(), "teacher": "pretrained", "microbatches": 1}
+    return toy.stage(name, model=model, trainable=patterns, **settings | changes)
+
+
+LORA = dataclasses.replace(toy.PLAIN, peft=(Lora(),))
+TOP = r"decoder/.*"
+BEHIND = {"restore": "stage:first"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "kept"),
+    [
+        ([anchored("last", LORA, ["peft"])], ()),
+        ([anchored("last", toy.PLAIN, [".*"])], [".*"]),
+        ([anchored("last", toy.PLAIN, [TOP])], [TOP]),
+        # What an earlier stage has trained is no longer the pretrained model's.
+        (
+            [
+                toy.stage("first", model=toy.PLAIN, trainable=[TOP]),
+                anchored("last", LORA, ["peft"], **BEHIND),
+            ],
+            [TOP],
+        ),
+        (
+            [
+                toy.stage("first", model=toy.MODEL, trainable=["peft"]),
+                anchored("last", toy.MODEL, ["peft"], **BEHIND),
+            ],
+            (),
+        ),
+    ],
+    ids=["lora", "full", "top", "lora behind top", "prompt twice"],
+)
+def test_what_stays_frozen_is_kept_once(tmp_path, stages, kept):
+    """The step's arguments hold each array once: counted in what a preflight traces."""
+    run = Recipe("toy", str(tmp_path), tuple(stages))
+    last = stages[-1]
+    alone = dataclasses.replace(last, objective=CrossEntropy(), teacher=None)
+    traced, without = (programs.train_step(run, stage) for stage in (last, alone))
+    shapes = flatten(toy.PLAIN.shapes())
+    paths = trainable_paths(toy.PLAIN.shapes(), kept) if kept else ()
+    added = sum(2 * shapes[path].size for path in paths)  # in bfloat16
+    assert traced.parameter_bytes - without.parameter_bytes == added
+    leaves = [len(jax.tree.leaves(each.traced.in_avals)) for each in (traced, without)]
+    assert leaves[0] - leaves[1] == len(paths)
+
+
+@pytest.mark.slow
+def test_a_shared_teacher_gives_the_steps_of_one_that_is_copied(tmp_path):
+    """LoRA's base as the teacher, shared and as a copy in float32."""
+    # With the usual epsilon, Adam would blow up what rounding leaves of gradients of 0.
+    optimizer = AdamW(Schedule(0.01), epsilon=1e-2)
+    stage = anchored("lora", LORA, ["peft"], steps=2, optimizer=optimizer)
+    run = Recipe("toy", str(tmp_path), (stage,))
+    params = stage_start.restore(run, stage)
+    shared = stage_start.teacher(run, stage)
+    assert shared.params == {}
+    bare = jax.tree.map(jnp.copy, shared.with_shared(params).params)
+    assert not any("lora" in path for path in flatten(bare))
+    trained, frozen = split(params, stage.trainable_paths())
+    batch = random_batch(0, [5] * 4, [3] * 4)
+    ended = []
+    for teacher in (shared, Teacher(shared.model, bare)):
+        state = stage_step.place_state(stage, jax.tree.map(jnp.copy, trained), run.partitioner)
+        step = stage_step.compile_train_step(stage, state)
+        for _ in range(2):
+            state, sums, _ = step(state, frozen, teacher, batch, jax.random.key(0))
+        ended.append((toy.flat(state.trainable), float(sums["kl"])))
+    assert_trees_close(*(unflatten(leaves) for leaves, _ in ended), rtol=1e-6)
+    assert ended[0][1] == pytest.approx(ended[1][1], rel=1e-5) and ended[0][1] > 0
+
+
+def test_a_teacher_in_float32_is_not_the_students_bfloat16(tmp_path):
+    config = dataclasses.replace(toy.CONFIG, param_dtype="bfloat16")
+    model = dataclasses.replace(LORA, config=config)
+    for dtype, count in (("bfloat16", len(flatten(toy.PLAIN.shapes()))), ("float32", 0)):
+        stage = anchored("lora", model, ["peft"], teacher_dtype=dtype)
+        run = Recipe("toy", str(tmp_path), (stage,))
+        assert len(stage_start.shared_with_teacher(run, stage)) == count
 
 
 def native_params(base):

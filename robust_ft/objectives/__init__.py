@@ -2,6 +2,19 @@
 
 from robust_ft.objectives.base import Objective, Teacher
 from robust_ft.objectives.cocktail import Cocktail
-from robust_ft.objectives.cross_entropy import CrossEntropy
+from robust_ft.objectives.cross_entropy import CrossEntropy, cross_entropy_of
+from robust_ft.objectives.kl_anchor import KlAnchor
+from robust_ft.objectives.token_weights import Dft, Eaft, Flow, Stm
 
-__all__ = ["Cocktail", "CrossEntropy", "Objective", "Teacher"]
+__all__ = [
+    "Cocktail",
+    "CrossEntropy",
+    "Dft",
+    "Eaft",
+    "Flow",
+    "KlAnchor",
+    "Objective",
+    "Stm",
+    "Teacher",
+    "cross_entropy_of",
+]

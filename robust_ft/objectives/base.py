@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_ft import trainable
 from robust_ft.models.model import Model
 from robust_ft.types import Batch, Params, Sums
 
@@ -23,11 +24,20 @@ class Teacher:
 
     Attributes:
         model: The model with its PEFT methods, as exported after training.
-        params: All of its parameters.
+        params: Its parameters that are not `shared`.
+        shared: The paths of those that the student has too, frozen: they are kept once.
     """
 
     model: Model = dataclasses.field(metadata={"static": True})
     params: Params
+    shared: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
+
+    def with_shared(self, params: Params) -> "Teacher":
+        """Returns it with all of its parameters, the shared ones out of the student's."""
+        if not self.shared:
+            return self
+        shared, _ = trainable.split(params, self.shared)
+        return Teacher(self.model, trainable.merge(self.params, shared))
 
 
 @runtime_checkable

@@ -34,6 +34,8 @@ class LogitStatistics(NamedTuple):
         logit_sum: The sum of the logits, for label smoothing.
         max_logit: The largest logit. It has no gradient.
         kl: KL(teacher || student), 0 without a teacher. Only the student has a gradient.
+        top_entropy: The entropy of the softmax over the largest logits, 0 if none are asked for. It
+            has no gradient.
     """
 
     log_z: Float[Array, "*positions"]
@@ -41,6 +43,7 @@ class LogitStatistics(NamedTuple):
     logit_sum: Float[Array, "*positions"]
     max_logit: Float[Array, "*positions"]
     kl: Float[Array, "*positions"]
+    top_entropy: Float[Array, "*positions"]
 
 
 class HeadInputs(NamedTuple):
@@ -65,12 +68,14 @@ class LossSpec(NamedTuple):
         student: The student's model.
         teacher: The teacher's model, if there is one.
         temperature: Divides the logits of both models in the KL divergence.
+        top: Number of largest logits for `LogitStatistics.top_entropy`.
     """
 
     chunks: VocabChunks
     student: Model
     teacher: Model | None = None
     temperature: float = 1.0
+    top: int = 0
 
     @property
     def softmaxes(self) -> tuple[str, ...]:
@@ -89,6 +94,7 @@ def logit_statistics(
     rng: jax.Array | None,
     teacher: Teacher | None = None,
     temperature: float = 1.0,
+    top: int = 0,
 ) -> LogitStatistics:
     """Returns the statistics at a batch's target positions, chunked where that saves memory.
 
@@ -99,6 +105,7 @@ def logit_statistics(
         rng: A key for the student's dropout, or None for none.
         teacher: A model over the same vocabulary. Its parameters get no gradient.
         temperature: Divides the logits of both models in the KL divergence.
+        top: Number of largest logits for `LogitStatistics.top_entropy`; 0 leaves it out.
     """
     targets = jnp.asarray(batch["decoder_target_tokens"])  # JAX, as custom_vjp needs
     rows, length = targets.shape
@@ -110,14 +117,14 @@ def logit_statistics(
     if chunks.count == 1:
         logits = model.logits(params, batch, rng)
         teacher_logits = None if teacher is None else teacher.model.logits(teacher.params, batch)
-        return unchunked_statistics(logits, targets, teacher_logits, temperature)
+        return unchunked_statistics(logits, targets, teacher_logits, temperature, top)
     student = HeadInputs(model.hidden(params, batch, rng), model.head_params(params), rng)
     if teacher is None:
-        return chunked_statistics(LossSpec(chunks, model), student, None, targets)
+        return chunked_statistics(LossSpec(chunks, model, top=top), student, None, targets)
     teacher_inputs = HeadInputs(
         teacher.model.hidden(teacher.params, batch), teacher.model.head_params(teacher.params)
     )
-    spec = LossSpec(chunks, model, teacher.model, temperature)
+    spec = LossSpec(chunks, model, teacher.model, temperature, top)
     return chunked_statistics(spec, student, teacher_inputs, targets)
 
 
@@ -126,6 +133,7 @@ def unchunked_statistics(
     targets: Int[Array, "*positions"],
     teacher_logits: Float[Array, "*positions vocab"] | None = None,
     temperature: float = 1.0,
+    top: int = 0,
 ) -> LogitStatistics:
     """Returns the statistics of logits that are all in memory."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -140,6 +148,7 @@ def unchunked_statistics(
         logit_sum=jnp.sum(logits, axis=-1),
         max_logit=jnp.max(jax.lax.stop_gradient(logits), axis=-1),
         kl=kl,
+        top_entropy=_entropy(_largest(jax.lax.stop_gradient(logits), top)),
     )
 
 
@@ -206,11 +215,13 @@ class _Carry(NamedTuple):
         softmaxes: By name. The teacher's values are its logits minus the student's.
         target_logit: 0 until the target's chunk was seen.
         logit_sum: Of the chunks so far.
+        largest: The largest logits so far.
     """
 
     softmaxes: dict[str, _OnlineSoftmax]
     target_logit: Float[Array, "batch target shards"]
     logit_sum: Float[Array, "batch target shards"]
+    largest: Float[Array, "batch target shards top"]
 
 
 def _forward(
@@ -236,16 +247,19 @@ def _forward(
             for name, values in softmax_logits.items()
         }
         target_logit = jnp.where(chunk.is_target(targets), logits, 0.0)
+        largest = _largest(jnp.where(is_new, logits, -jnp.inf), spec.top)
         return _Carry(
             softmaxes,
             carry.target_logit + jnp.sum(target_logit, axis=-1),
             carry.logit_sum + jnp.sum(jnp.where(is_new, logits, 0.0), axis=-1),
+            _largest(jnp.concatenate([carry.largest, largest], axis=-1), spec.top),
         )
 
     shape = (*targets.shape, spec.chunks.shards)
     zeros = jnp.zeros(shape)
     empty = _OnlineSoftmax(jnp.full(shape, -jnp.inf), zeros, zeros)
-    carry = _Carry(dict.fromkeys(spec.softmaxes, empty), zeros, zeros)
+    least = jnp.full((*shape, spec.top), -jnp.inf)
+    carry = _Carry(dict.fromkeys(spec.softmaxes, empty), zeros, zeros, least)
     carry = jax.lax.fori_loop(0, spec.chunks.count, body, carry)
     log_z = {name: softmax.log_z() for name, softmax in carry.softmaxes.items()}
     kl = jnp.zeros(targets.shape)
@@ -259,8 +273,23 @@ def _forward(
         logit_sum=jnp.sum(carry.logit_sum, axis=-1),
         max_logit=jnp.max(carry.softmaxes["student"].max, axis=-1),
         kl=kl,
+        top_entropy=_entropy(_largest(carry.largest.reshape(*targets.shape, -1), spec.top)),
     )
     return statistics, log_z
+
+
+def _largest(logits: Float[Array, "*rest vocab"], count: int) -> Float[Array, "*rest top"]:
+    """Returns the largest logits, all of them if there are fewer than `count`."""
+    return jax.lax.top_k(logits, min(count, logits.shape[-1]))[0] if count else logits[..., :0]
+
+
+def _entropy(logits: Float[Array, "*rest top"]) -> Float[Array, "*rest"]:
+    """Returns the entropy of a softmax in nats, 0 over no logits; logits of -inf do not count."""
+    if not logits.shape[-1]:
+        return jnp.zeros(logits.shape[:-1])
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    p = jnp.exp(log_p)
+    return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
 
 
 def _chunk_logits(model: Model, chunk: Chunk, inputs: HeadInputs) -> ChunkValues:

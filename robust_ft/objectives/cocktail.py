@@ -7,9 +7,8 @@ import jax
 
 from robust_ft.errors import UserError
 from robust_ft.models.model import Model
-from robust_ft.objectives.base import LossSums, Teacher, weighted_sums
-from robust_ft.objectives.chunked_loss import logit_statistics
-from robust_ft.objectives.cross_entropy import CrossEntropy, token_accuracy
+from robust_ft.objectives.base import LossSums, Teacher
+from robust_ft.objectives.cross_entropy import CrossEntropy
 from robust_ft.ranges import Positive, Share, check_ranges
 from robust_ft.types import Batch, Params
 
@@ -26,7 +25,8 @@ class Cocktail:
         temperature: Divides the logits of both models in the KL divergence; 1 in the paper. The
             divergence is multiplied by its square, since its gradient shrinks by as much (Hinton
             et al., 2015, section 2).
-        cross_entropy: Its label smoothing goes into the cross-entropy, its z-loss is added.
+        cross_entropy: Its label smoothing and token weights go into the cross-entropy, its z-loss
+            is added.
     """
 
     teacher_weight: Share = 0.5
@@ -37,7 +37,7 @@ class Cocktail:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.teacher_weight > 0
+        return self.teacher_weight > 0 or self.cross_entropy.needs_teacher
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -50,18 +50,17 @@ class Cocktail:
         rng: jax.Array | None,
         teacher: Teacher | None = None,
     ) -> LossSums:
-        if not self.needs_teacher:
-            return self.cross_entropy(model, params, batch, rng)
+        if not self.teacher_weight:
+            return self.cross_entropy(model, params, batch, rng, teacher)
         if teacher is None:
             raise UserError("Cocktail needs a teacher; set Stage.teacher='stage:NAME'.")
-        statistics = logit_statistics(model, params, batch, rng, teacher, self.temperature)
-        hard, z_loss = self.cross_entropy.losses(statistics, model.config.vocab_size)
-        soft = statistics.kl * self.temperature**2
-        return weighted_sums(
+        return self.cross_entropy.with_divergence(
+            model,
+            params,
             batch,
-            self.teacher_weight * soft + (1 - self.teacher_weight) * hard + z_loss,
-            kl=statistics.kl,
-            cross_entropy=hard,
-            z_loss=z_loss,
-            token_accuracy=token_accuracy(statistics),
+            rng,
+            teacher,
+            own_share=1 - self.teacher_weight,
+            divergence_share=self.teacher_weight,
+            temperature=self.temperature,
         )

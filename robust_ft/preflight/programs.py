@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from robust_ft import predictor, trainable
+from robust_ft import flow_scale, predictor, trainable
 from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
@@ -17,7 +17,7 @@ from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.partitioning import Partitioner
 from robust_ft.recipe import Recipe
 from robust_ft.stage import Stage
-from robust_ft.stage_start import teacher_model
+from robust_ft.stage_start import shared_with_teacher, teacher_model
 from robust_ft.stage_step import compile_train_step, state_shardings
 from robust_ft.types import Params
 
@@ -44,6 +44,7 @@ class Program(NamedTuple):
 
 def train_step(recipe: Recipe, stage: Stage) -> Program:
     """Traces the stage's train step on the recipe's mesh."""
+    stage = flow_scale.with_tau(stage, 1.0)  # a number, which no program's shape depends on
     partitioner, model = recipe.partitioner, stage.model
     params = _placed_params(partitioner, model)
     paths = stage.trainable_paths()
@@ -53,7 +54,9 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
     teacher = None
     model_of_teacher = teacher_model(recipe, stage) if stage.objective.needs_teacher else None
     if model_of_teacher is not None:
-        teacher = Teacher(model_of_teacher, _placed_params(partitioner, model_of_teacher))
+        shared = shared_with_teacher(recipe, stage)
+        _, own = trainable.split(_placed_params(partitioner, model_of_teacher), shared)
+        teacher = Teacher(model_of_teacher, own, shared)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (state, frozen, teacher, _train_batch(stage, partitioner), key)
     with partitioner.activate():

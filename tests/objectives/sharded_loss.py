@@ -16,7 +16,7 @@ from tiny_models import assert_trees_close, random_batch, random_params, tiny_mo
 from robust_ft.objectives import Teacher, chunked_loss
 from robust_ft.partitioning import Partitioner
 
-VOCAB, EMBED = 600, 16
+VOCAB, EMBED, TOP = 600, 16, 5
 MODEL = tiny_model(vocab_size=VOCAB, num_encoder_layers=1, num_decoder_layers=1)
 TEACHER = tiny_model(
     vocab_size=VOCAB, num_encoder_layers=1, num_decoder_layers=1, logits_via_embedding=True
@@ -29,9 +29,9 @@ def gradient_of(params, teacher, batch, temperature):
 
     def loss(params, teacher, batch):
         statistics = chunked_loss.logit_statistics(
-            MODEL, params, batch, None, Teacher(TEACHER, teacher), temperature
+            MODEL, params, batch, None, Teacher(TEACHER, teacher), temperature, TOP
         )
-        log_z, target_logit, logit_sum, _, kl = statistics
+        log_z, target_logit, logit_sum, _, kl, _ = statistics
         terms = (log_z, target_logit / 2, logit_sum / 300, kl)
         return functools.reduce(jnp.add, [jnp.sum(jnp.sin(term)) for term in terms]), statistics
 
@@ -73,7 +73,7 @@ def check(partitioner, most, temperature):
 if __name__ == "__main__":
     assert jax.device_count() == 4
     # Devices that split the vocabulary exchange a few numbers of each position.
-    check(Partitioner(model_parallel=2), 2 * 7 * 2, temperature=2.0)
+    check(Partitioner(model_parallel=2), 2 * 7 * 2 * TOP, temperature=2.0)
     print("split", flush=True)
     # Devices that split weights along the hidden size gather those of one chunk.
     check(Partitioner(fully_sharded=4), EMBED * 128, temperature=1.0)

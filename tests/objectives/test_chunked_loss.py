@@ -30,7 +30,7 @@ from robust_ft.objectives.vocab_chunks import VocabChunks
 from robust_ft.trainable import flatten, merge, split, unflatten
 
 TESTS = Path(__file__).parents[1]
-VOCAB = 40
+VOCAB, TOP = 40, 6
 # The last of three chunks overlaps the one before it by two tokens.
 UNEVEN = VocabChunks(VOCAB, 1, 14)
 # Two shards; again the last chunk overlaps.
@@ -88,14 +88,14 @@ def compared(chunks, model, params, teacher=None, temperature=1.0, frozen=frozen
         inputs = HeadInputs(hidden_of(teacher.model, 1), teacher_head)
 
     def chunked(head_params, hidden):
-        spec = LossSpec(chunks, model, teacher and teacher.model, temperature)
+        spec = LossSpec(chunks, model, teacher and teacher.model, temperature, TOP)
         student = HeadInputs(hidden, merge(head_params, frozen_params), rng)
         return weighted(chunked_statistics(spec, student, inputs, TARGETS))
 
     def unchunked(head_params, hidden):
         logits = model.head(merge(head_params, frozen_params), hidden, rng)
         teacher_logits = teacher and teacher.model.head(inputs.params, inputs.hidden)
-        return weighted(unchunked_statistics(logits, TARGETS, teacher_logits, temperature))
+        return weighted(unchunked_statistics(logits, TARGETS, teacher_logits, temperature, TOP))
 
     results = []
     for loss in (chunked, unchunked):
