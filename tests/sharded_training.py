@@ -99,7 +99,7 @@ def begun(case: Case, partitioner: Partitioner):
         trainable=METHODS[case.method].patterns(model.config),
         optimizer=case.optimizer,
         objective=case.objective,
-        teacher="stage:teacher" if case.objective.takes_teacher else None,
+        teacher="/a/teacher" if case.objective.takes_teacher else None,
         batch_size=ROWS,
         microbatches=case.microbatches,
     )

@@ -71,5 +71,5 @@ def test_what_cannot_be_measured_is_refused():
     stage = dataclasses.replace(
         toy.stage(microbatches=1, objective=OBJECTIVE, teacher="pretrained"), gradient=rule
     )
-    with pytest.raises(UserError, match="Flow.tau=None of stage 'model' is not measured on the meta"):
+    with pytest.raises(UserError, match=r"Flow.tau=None of stage 'model' is not measured"):
         flow_scale.measured(stage, {}, None)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from robust_ft.models.model import Model
 from robust_ft.objectives.base import Teacher
 from robust_ft.objectives.vocab_chunks import Chunk, ChunkValues, VocabChunks, vocab_axes
+from robust_ft.partitioning import locally, shards
 from robust_ft.trainable import flatten, unflatten
 from robust_ft.types import Batch, Params
 
@@ -142,13 +143,15 @@ def unchunked_statistics(
         log_p = jax.nn.log_softmax(teacher_logits / temperature)
         log_q = jax.nn.log_softmax(logits / temperature)
         kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    stopped = jax.lax.stop_gradient(logits)
+    in_shards = stopped.reshape(*log_z.shape, *shards("vocab"), -1)
     return LogitStatistics(
         log_z=log_z,
         target_logit=jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0],
         logit_sum=jnp.sum(logits, axis=-1),
-        max_logit=jnp.max(jax.lax.stop_gradient(logits), axis=-1),
+        max_logit=jnp.max(stopped, axis=-1),
         kl=kl,
-        top_entropy=_entropy(_largest(jax.lax.stop_gradient(logits), top)),
+        top_entropy=_top_entropy(in_shards, top),
     )
 
 
@@ -247,12 +250,15 @@ def _forward(
             for name, values in softmax_logits.items()
         }
         target_logit = jnp.where(chunk.is_target(targets), logits, 0.0)
-        largest = _largest(jnp.where(is_new, logits, -jnp.inf), spec.top)
+        largest = carry.largest
+        if spec.top:
+            new = _largest(jnp.where(is_new, logits, -jnp.inf), spec.top)
+            largest = _largest(jnp.concatenate([largest, new], axis=-1), spec.top)
         return _Carry(
             softmaxes,
             carry.target_logit + jnp.sum(target_logit, axis=-1),
             carry.logit_sum + jnp.sum(jnp.where(is_new, logits, 0.0), axis=-1),
-            _largest(jnp.concatenate([carry.largest, largest], axis=-1), spec.top),
+            largest,
         )
 
     shape = (*targets.shape, spec.chunks.shards)
@@ -273,23 +279,35 @@ def _forward(
         logit_sum=jnp.sum(carry.logit_sum, axis=-1),
         max_logit=jnp.max(carry.softmaxes["student"].max, axis=-1),
         kl=kl,
-        top_entropy=_entropy(_largest(carry.largest.reshape(*targets.shape, -1), spec.top)),
+        top_entropy=_top_entropy(carry.largest, spec.top),
     )
     return statistics, log_z
 
 
-def _largest(logits: Float[Array, "*rest vocab"], count: int) -> Float[Array, "*rest top"]:
-    """Returns the largest logits, all of them if there are fewer than `count`."""
-    return jax.lax.top_k(logits, min(count, logits.shape[-1]))[0] if count else logits[..., :0]
+def _top_entropy(
+    logits: Float[Array, "*positions shards width"], count: int
+) -> Float[Array, "*positions"]:
+    """Returns the entropy of the softmax over the largest logits in nats, 0 over none.
 
-
-def _entropy(logits: Float[Array, "*rest top"]) -> Float[Array, "*rest"]:
-    """Returns the entropy of a softmax in nats, 0 over no logits; logits of -inf do not count."""
-    if not logits.shape[-1]:
-        return jnp.zeros(logits.shape[:-1])
-    log_p = jax.nn.log_softmax(logits, axis=-1)
+    Logits of -inf do not count.
+    """
+    if not count:
+        return jnp.zeros(logits.shape[:-2])
+    of_shards = _largest(logits, count)
+    logits = _largest(of_shards.reshape(*of_shards.shape[:-2], -1), count)
+    log_p = jax.nn.log_softmax(logits, axis=-1)  # [*positions, count]
     p = jnp.exp(log_p)
     return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+
+
+def _largest(logits: Float[Array, "*rest width"], count: int) -> Float[Array, "*rest largest"]:
+    """Returns the largest logits along the last axis, all of them if there are fewer."""
+
+    def largest(logits: jax.Array) -> jax.Array:
+        return jax.lax.top_k(logits, min(count, logits.shape[-1]))[0]
+
+    axes = ("batch", "length", "vocab", None) if logits.ndim == 4 else ("batch", "length", None)
+    return locally(largest, axes)(logits)  # the compiler would gather all logits
 
 
 def _chunk_logits(model: Model, chunk: Chunk, inputs: HeadInputs) -> ChunkValues:

@@ -157,7 +157,9 @@ def example_losses(batch: Batch, statistics: LogitStatistics) -> Weights:
     """
     counts = jnp.asarray(batch["decoder_loss_weights"])  # [batch, target]
     segments = jnp.asarray(batch.get("decoder_segment_ids", jnp.ones_like(counts)))
-    same = (segments[:, :, None] == segments[:, None]).astype(jnp.float32)  # [batch, target, target]
+    same = (segments[:, :, None] == segments[:, None]).astype(
+        jnp.float32
+    )  # [batch, target, target]
     sums, weights = (
         jnp.einsum("bts,bs->bt", same, values, precision=jax.lax.Precision.HIGHEST)
         for values in (_losses(statistics) * counts, counts)

@@ -44,7 +44,7 @@ def softmax(logits):
 
 
 def weight_of(rule, p, p0, target, example_loss):
-    """Returns the weight of one token, from the probabilities of the model and the pretrained one."""
+    """Returns a token's weight, from the probabilities of the model and the pretrained one."""
     match rule:
         case None:
             return 1.0
@@ -98,7 +98,7 @@ def expected(objective, batch, logits, taught):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAlone(Model):
-    """A model whose hidden states are parameters: what a loss needs of one, and cheap to compile."""
+    """A model whose hidden states are parameters: all that a loss needs, cheap to compile."""
 
     def hidden(self, params, batch, rng=None):
         return params["hidden"]
@@ -135,7 +135,7 @@ def models(family):
 
 @functools.cache
 def of_logits(family):
-    """Returns the logits of both models in float64, and the student's pullback to its parameters."""
+    """Returns both models' logits in float64, and the student's pullback to its parameters."""
     model, params, teacher = models(family)
     logits, pullback = jax.vjp(jax.jit(lambda params: model.logits(params, batch_of())), params)
     taught = jax.jit(model.logits)(teacher.params, batch_of())
