@@ -100,7 +100,7 @@ def test_every_method(base, tmp_path, methods, patterns):
     assert [postprocess.first_word(answer) for answer in answers] == said
 
 
-@pytest.mark.parametrize("start", ["scratch", "base"])
+@pytest.mark.parametrize("start", [pytest.param("scratch", marks=pytest.mark.slow), "base"])
 def test_promot(base, tmp_path, start):
     """The model comes with the prompt that it was trained under."""
     restore = base if start == "base" else start

@@ -92,8 +92,15 @@ def run(folder, stage, stop=None):
     return toy.flat(fit(stage, params, shared))
 
 
-@pytest.mark.parametrize("gradient_only", [False, True])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("packing", "gradient_only"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_it_says_which_step_parameters_examples_and_checkpoint(
     tmp_path, evaluate, gradient_only, packing
 ):
@@ -136,7 +143,7 @@ def test_it_is_looked_at_before_stopping_saves(tmp_path, evaluate):
     assert not list((tmp_path / "prompt").glob("checkpoint_*"))
 
 
-@pytest.mark.parametrize("gradient_only", [False, True])
+@pytest.mark.parametrize("gradient_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_skipping_leaves_all_but_the_number_of_steps(tmp_path, evaluate, capsys, gradient_only):
     skipping, examples = broken(
         3, gradient_only, steps=3, eval_period=3, on_nonfinite="skip", log_period=3

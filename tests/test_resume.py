@@ -30,7 +30,7 @@ INTERRUPTIONS = [
     ("interrupted_outside", "model", 0),
 ]
 FEW = [each for each in INTERRUPTIONS if each[:2] in {("saving", "prompt"), ("saved", "prompt")}]
-FEW += [("step", "model", 3), ("interrupted", "model", 10), ("interrupted_outside", "model", 0)]
+FEW += [("interrupted", "model", 10)]
 STATUS = {
     "terminated": RESUME,
     "interrupted": RESUME,
