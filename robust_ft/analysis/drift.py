@@ -20,6 +20,8 @@ from robust_ft.ranges import Count, check_ranges
 from robust_ft.summary import ANALYSIS
 from robust_ft.types import Batch, Params
 
+_NatsAndTokens = tuple[Float[Array, ""], Float[Array, ""]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
@@ -78,19 +80,21 @@ class Drift:
         pretrained = context.pretrained()
         assert isinstance(pretrained, Predictor)
         teacher = Teacher(pretrained.model, pretrained.params)
-        totals: dict[str, list[float]] = {}  # role -> [nats, tokens]
+        sums: dict[str, list[_NatsAndTokens]] = {}  # of each batch, by role
         num_examples = 0
         for evaluation in self.evaluations:
             own = predictor.without(*evaluation.detached(predictor.model))
-            total = totals.setdefault(evaluation.role, [0.0, 0.0])
+            of_role = sums.setdefault(evaluation.role, [])
             inputs = examples.read(evaluation)
             num_examples += len(inputs)
             targets = examples.targets(inputs)
             for batch in examples.batches(evaluation, inputs, targets, own, self.batch_size):
                 with own.partitioner.activate():
-                    nats, tokens = _divergence(own.model, own.params, batch, teacher)
-                total[0] += examples.scalar(nats)
-                total[1] += examples.scalar(tokens)
+                    of_role.append(_divergence(own.model, own.params, batch, teacher))
+        totals = {  # fetched once, so that no batch is waited for
+            role: (sum(float(nats) for nats, _ in found), sum(float(tokens) for _, tokens in found))
+            for role, found in jax.device_get(sums).items()
+        }
         if empty := [role for role, (_, tokens) in totals.items() if not tokens]:
             raise UserError(
                 f"Drift.evaluations: the tasks of the role '{empty[0]}' have no target in "
@@ -103,7 +107,7 @@ class Drift:
 @functools.partial(jax.jit, static_argnums=0)
 def _divergence(
     model: Model, params: Params, batch: Batch, pretrained: Teacher
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> _NatsAndTokens:
     """Returns KL(pretrained || model) summed over target tokens, and the number of these."""
     weights = jnp.asarray(batch["decoder_loss_weights"])  # [batch, target]
     kl = logit_statistics(model, params, batch, None, pretrained).kl  # [batch, target]

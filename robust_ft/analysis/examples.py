@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from robust_ft.data import loader, records
@@ -77,8 +76,3 @@ def batches(
 def check_batch_size(predictor: Predictor, batch_size: int, analysis: str) -> None:
     """Raises a UserError unless batches of an analysis divide over the devices."""
     predictor.partitioner.check_batch(f"{analysis}.batch_size", batch_size, "the analysis")
-
-
-def scalar(value: jax.Array) -> float:
-    """Returns a number that every device has."""
-    return float(np.asarray(value))

@@ -64,7 +64,8 @@ class GradientAlignment:
     def task(self) -> str:
         detach = self.evaluation.detach
         names = [detach] if detach == ALL else list(detach)
-        return "gradient_alignment" + "".join(f"_without_{name}" for name in names)
+        parts = "_all_layers" * self.all_layers  # whose cosine is another
+        return f"gradient_alignment{parts}" + "".join(f"_without_{name}" for name in names)
 
     @property
     def split(self) -> str:
@@ -101,8 +102,8 @@ class GradientAlignment:
             for each in (targets, [targets[i] for i in order])
         ]
         products = {
-            path: [examples.scalar(x) for x in of_path]
-            for path, of_path in _products(*map(flatten, gradients)).items()
+            path: [float(product) for product in of_path]
+            for path, of_path in jax.device_get(_products(*map(flatten, gradients))).items()
         }
         _, total, of_format = (sum(column) for column in zip(*products.values(), strict=True))
         values = {
