@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "convert models between Hugging Face, t5x, PEFT and robust_ft",
     "preflight": "say whether a recipe fits a TPU slice, without one",
     "report": "draw tables, pictures and a page from finished runs",
+    "analysis": "analyse finished runs: drift, gradient alignment, neighbours, format",
     "metrics": "score files of predictions",
     "data.show": "show examples of a task as the model reads them",
     "data.cache": "tokenize a recipe's data ahead of a run",

@@ -98,7 +98,7 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
             help="run N seeds, from RANDOM_SEED on, one after the other, each in a folder "
             "seed_<seed> of MODEL_DIR, and report on them together",
         )
-    _add_processes(parser)
+    add_processes(parser)
     return parse_gin(parser, argv)
 
 
@@ -142,7 +142,8 @@ def parse_gin(parser: Parser, argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def _add_processes(parser: Parser) -> None:
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that start one of several processes."""
     group = parser.add_argument_group(
         "several processes",
         "detected on Cloud TPU, in Slurm, on GKE and under Open MPI; elsewhere each process needs "
@@ -175,11 +176,22 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
     Raises:
         UserError: A mistake in the config, or one that shows in the body; it names the macros.
     """
+    with joined(arguments, stops), configured(arguments) as config:
+        yield config
+
+
+@contextlib.contextmanager
+def joined(arguments: Arguments, stops: bool = False) -> Iterator[None]:
+    """Joins the program's other processes, if there are any; the arguments are those of `started`.
+
+    Raises:
+        UserError: The processes do not find each other.
+    """
     from robust_ft import xla_flags
 
     if arguments.xla_flags is not None:
         xla_flags.use(arguments.xla_flags)  # before anything imports jax
-    from robust_ft import compiling, console, full_disk, multihost
+    from robust_ft import compiling, console, multihost
 
     processes = multihost.Processes(
         arguments.coordinator_address,
@@ -189,12 +201,24 @@ def started(arguments: Arguments, stops: bool = False) -> Iterator["Config"]:
     )
     with multihost.joined(processes, stops):
         compiling.use_cache()
-        config = load_config(arguments)
-        multihost.check_same("config", config.operative)
-        compiling.use_effort(config.recipe.compile_effort)
         console.configure(enabled=multihost.is_first())
-        with macros_named(config), full_disk.told(config.recipe.model_dir):
-            yield config
+        yield
+
+
+@contextlib.contextmanager
+def configured(arguments: Arguments) -> Iterator["Config"]:
+    """Yields the config that the flags name, the same on all processes.
+
+    Raises:
+        UserError: As in `started`.
+    """
+    from robust_ft import compiling, full_disk, multihost
+
+    config = load_config(arguments)
+    multihost.check_same("config", config.operative)
+    compiling.use_effort(config.recipe.compile_effort)
+    with macros_named(config), full_disk.told(config.recipe.model_dir):
+        yield config
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from robust_ft import initial_checkpoint, loading, trainable
+from robust_ft import initial_checkpoint, loading, multihost, trainable
 from robust_ft.checkpoints_io import native, sources
 from robust_ft.errors import UserError
 from robust_ft.few_shot import FewShot
@@ -16,8 +16,9 @@ from robust_ft.objectives import Teacher
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import Predictor
 from robust_ft.recipe import Recipe
-from robust_ft.restore import fit_to_model, load_for_model, place_params
+from robust_ft.restore import fit_to_model, load_for_model, load_params, place_params
 from robust_ft.stage import PRETRAINED, SCRATCH, STAGE, Stage, stage_key
+from robust_ft.stage_checkpoints import checkpoint_folder
 from robust_ft.types import Params
 
 
@@ -82,6 +83,27 @@ def _finished(recipe: Recipe, stage: Stage) -> Params:
         raise UserError(f"Stage '{stage.name}' has not finished in {recipe.model_dir}.")
     _, frozen = trainable.split(restore(recipe, stage), frozenset(outcome.paths))
     return trainable.merge(outcome.load(directory), frozen)
+
+
+def at_step(recipe: Recipe, stage: Stage, start: Params, step: int) -> Params:
+    """Returns all parameters at a step of which a stage has a checkpoint; at 0, its start.
+
+    Args:
+        recipe: The recipe that the stage belongs to.
+        stage: The stage.
+        start: All parameters at its start, on the mesh (`restore`).
+        step: The step.
+    """
+    if step == 0:
+        return start
+    folder = checkpoint_folder(as_path(recipe.model_dir) / stage.name, step)
+    shardings = trainable.flatten(recipe.partitioner.shardings(stage.model.logical_axes()))
+    trained = {
+        path: multihost.put(array, shardings[path])
+        for path, array in load_params(str(folder)).items()
+    }
+    _, frozen = trainable.split(start, frozenset(trained))
+    return trainable.merge(trainable.unflatten(trained), frozen)
 
 
 def predictor(recipe: Recipe, name: str) -> Predictor:

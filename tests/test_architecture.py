@@ -26,7 +26,7 @@ LAYERS = [
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"train_step", "text_batches", "ranking", "predictor", "model_info"},
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator"}
-    | {"scoring", "evaluate"},
+    | {"scoring", "evaluate", "analysis_results"},
     {
         "analysis",
         "finished_run",
@@ -51,7 +51,7 @@ LAYERS = [
     {"claiming"},
     {"few_shot_run"},
     {"runner"},
-    {"inference", "gin_types", "report"},
+    {"inference", "analysis_run", "gin_types", "report"},
     {"seeds"},
     {"gin_builders"},
     {"gin_config", "preflight"},

@@ -91,9 +91,13 @@ class Drift:
             for batch in examples.batches(evaluation, inputs, targets, own, self.batch_size):
                 with own.partitioner.activate():
                     of_role.append(_divergence(own.model, own.params, batch, teacher))
-        totals = {  # fetched once, so that no batch is waited for
-            role: (sum(float(nats) for nats, _ in found), sum(float(tokens) for _, tokens in found))
-            for role, found in jax.device_get(sums).items()
+        fetched = jax.device_get(sums)  # once, so that no batch is waited for
+        totals = {
+            role: (
+                sum(float(nats) for nats, _ in fetched[role]),
+                sum(float(tokens) for _, tokens in fetched[role]),
+            )
+            for role in sums
         }
         if empty := [role for role, (_, tokens) in totals.items() if not tokens]:
             raise UserError(
@@ -105,9 +109,7 @@ class Drift:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(
-    model: Model, params: Params, batch: Batch, pretrained: Teacher
-) -> _NatsAndTokens:
+def _divergence(model: Model, params: Params, batch: Batch, pretrained: Teacher) -> _NatsAndTokens:
     """Returns KL(pretrained || model) summed over target tokens, and the number of these."""
     weights = jnp.asarray(batch["decoder_loss_weights"])  # [batch, target]
     kl = logit_statistics(model, params, batch, None, pretrained).kl  # [batch, target]

@@ -79,14 +79,11 @@ class PromptNeighbors:
                 _nearest(values, flat["token_embedder/embedding"][:size], min(self.count, size))
             )  # both [vectors, count]
         texts = [[_text(vocabulary.decode([i]), i) for i in row] for row in np.asarray(tokens)]
-        vectors = [
-            {
-                "input": name,
-                "target": "",
-                "prediction": ", ".join(f"{t} {c:.2f}" for t, c in zip(*each, strict=True)),
-            }
-            for name, *each in zip(_names(prompt), texts, np.asarray(cosines), strict=True)
-        ]
+        vectors = []
+        for name, *each in zip(_names(prompt), texts, np.asarray(cosines).tolist(), strict=True):
+            pairs = list(zip(*each, strict=True))
+            listed = ", ".join(f"{text} {cosine:.2f}" for text, cosine in pairs)
+            vectors.append({"input": name, "target": "", "prediction": listed, "neighbors": pairs})
         nearest = np.asarray(tokens)[:, 0].tolist()
         found = {
             "nearest_cosine": float(np.mean(np.asarray(cosines)[:, 0])),

@@ -61,8 +61,10 @@ def colors(runs: Sequence[Run]) -> dict[str, str]:
     return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
 
 
-def describe(runs: Sequence[Run], quantity: str) -> str:
-    """Returns the title of a quantity with its task, metric and shots."""
+def describe(runs: Sequence[Run], quantity: str | results.Column) -> str:
+    """Returns the title of a quantity with its task, metric and shots; of a column its metric."""
+    if isinstance(quantity, results.Column):
+        return quantity.metric.replace("_", " ")
     run = runs[0]
     column = results.quantity_column(run, quantity)
     if column is None or quantity == results.FORMAT_SHARE:
@@ -194,9 +196,9 @@ def draw_curves(
     figure: "Figure | SubFigure",
     spec: Any,
     runs: Sequence[Run],
-    quantity: str,
+    quantity: str | results.Column,
     theme: Theme,
-    title: bool = True,
+    title: bool | str = True,
 ) -> None:
     """Draws a quantity against steps; stages before a method's last get a panel to its left."""
     curves = results.curves(runs, quantity)
@@ -226,7 +228,8 @@ def draw_curves(
             axes.text(0.0, 1.015, f"stage: {names}", transform=axes.transAxes, fontsize=9,
                       color=theme.muted)  # fmt: skip
         if title and index == 0:
-            axes.text(0, 1.1, describe(runs, quantity), transform=axes.transAxes,
+            text = title if isinstance(title, str) else describe(runs, quantity)
+            axes.text(0, 1.1, text, transform=axes.transAxes,
                       fontsize=11.5, fontweight="bold", color=theme.ink)  # fmt: skip
 
 
@@ -243,9 +246,13 @@ def _draw_curve(axes: "Axes", curve: results.Curve, color: str, limit: float) ->
                   zorder=4)  # fmt: skip
 
 
-def _baseline(runs: Sequence[Run], quantity: str) -> float | None:
-    """Returns the pretrained model's value on the validation split, or else on the test split."""
-    column = None if quantity == "loss" else results.quantity_column(runs[0], quantity)
+def _baseline(runs: Sequence[Run], quantity: str | results.Column) -> float | None:
+    """Returns the pretrained model's value on the validation split, or else on the test split.
+
+    Analyses have none: before the first step they are of the model with its PEFT methods.
+    """
+    is_score = quantity != "loss" and isinstance(quantity, str)
+    column = results.quantity_column(runs[0], quantity) if is_score else None
     rows = [
         row
         for run in runs

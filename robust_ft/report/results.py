@@ -59,6 +59,11 @@ class Column:
         return cls(row.task, row.shots, row.metric, row.role == KEPT, row.role == ANALYSIS)
 
     @property
+    def is_of_part(self) -> bool:
+        """Whether it is an analysis of a part of the model, such as `decoder/layers_1/mlp`."""
+        return self.analysis and "/" in self.metric
+
+    @property
     def percent(self) -> bool:
         """Whether values are shares, shown in percent."""
         return self.metric == FORMAT_SHARE
@@ -238,12 +243,14 @@ def _agree(lines: Sequence[Line]) -> bool:
 
 
 def _columns(lines: Iterable[Line], targets: Sequence[str]) -> tuple[Column, ...]:
-    # Single tasks' format shares stay in summary.json; the table has their mean.
+    # Single tasks' format shares, and values of an analysis for parts of the model, stay in
+    # summary.json; the table has those of the whole.
     columns = dict.fromkeys(
         column
         for line in lines
         for column in line.cells
-        if not column.kept and (column.metric != FORMAT_SHARE or column.task == HELD_OUT)
+        if not (column.kept or column.is_of_part)
+        and (column.metric != FORMAT_SHARE or column.task == HELD_OUT)
     )
 
     def place(column: Column) -> tuple[int, int, int]:
@@ -277,12 +284,14 @@ def held_out_column(run: Run, metric: str) -> Column | None:
     return Column(HELD_OUT, 1 if 1 in shots else min(shots), metric)
 
 
-def quantity_column(run: Run, quantity: str) -> Column | None:
+def quantity_column(run: Run, quantity: str | Column) -> Column | None:
     """Returns the column of `"target"`, `"norm_avg"` or `"format_share"` in a run."""
+    if isinstance(quantity, Column):
+        return quantity
     return target_column(run) if quantity == "target" else held_out_column(run, quantity)
 
 
-def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
+def curves(runs: Sequence[Run], quantity: str | Column) -> list[Curve]:
     """Returns the curves of a quantity, one for each method and stage.
 
     Where seeds were evaluated at different steps, only the steps common to all are kept: a mean
@@ -290,8 +299,8 @@ def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
 
     Args:
         runs: Runs of any methods.
-        quantity: `"target"`, `"norm_avg"` or `"format_share"` on the validation split, or
-            `"loss"` in training.
+        quantity: `"target"`, `"norm_avg"` or `"format_share"` or a column, on the validation
+            split, or `"loss"` in training.
     """
     curves = []
     for name, group in methods(runs).items():
@@ -299,7 +308,7 @@ def curves(runs: Sequence[Run], quantity: str) -> list[Curve]:
             if quantity == "loss":
                 points = [_losses(run, stage) for run in group]
             else:
-                points = [_points(run, stage, quantity_column(run, quantity)) for run in group]
+                points = [points_of(run, stage, quantity_column(run, quantity)) for run in group]
             picked = [selected_step(run, stage) for run in group]
             last = all(stage == run.stages[-1] for run in group)
             curve = _average(name, stage, last, [p for p in points if p])
@@ -316,7 +325,8 @@ def _losses(run: Run, stage: str, limit: int = 200) -> dict[int, float]:
     return {int(line["step"]): float(line["loss"]) for line in lines[::every]}
 
 
-def _points(run: Run, stage: str, column: Column | None) -> dict[int, float]:
+def points_of(run: Run, stage: str, column: Column | None) -> dict[int, float]:
+    """Returns {step: value on the validation split} of a stage."""
     return {
         row.step: percent(row)
         for row in run.rows

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from robust_ft.analysis_results import with_analyses
 from robust_ft.ensembles.mixture_weight import SelectedWeight
 from robust_ft.errors import UserError, nearest
 from robust_ft.files import as_path, read_json, read_json_object
@@ -43,7 +44,8 @@ class Run:
         seed: The seed.
         target: The finetuned task, "" if the run has none.
         stages: Names of the stages, in the order they ran.
-        rows: The rows of `summary.json`, without those of few-shot tuning (`report.promptability`).
+        rows: The rows of `summary.json`, without those of few-shot tuning (`report.promptability`),
+            and those of analyses of the finished run.
         config: The text of `config.gin`, or "".
         train: The training metrics of each stage, from `metrics.jsonl`.
         samples: Files with predictions; read when needed.
@@ -78,8 +80,13 @@ def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
     Raises:
         UserError: A folder is not a finished run.
     """
+    return [load_run(folder) for folder in run_folders(directories)]
+
+
+def run_folders(directories: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
+    """Returns the folders of runs, in the order given; a folder of seeds stands for theirs."""
     folders = [as_path(directory) for directory in directories]
-    return [load_run(each) for folder in folders for each in _seeds(folder) or [folder]]
+    return [each for folder in folders for each in _seeds(folder) or [folder]]
 
 
 def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -95,7 +102,7 @@ def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Reads `run.json`, `summary.json`, `config.gin` and the stages' files of one run.
+    """Reads `run.json`, `summary.json`, `config.gin` and the files of stages and analyses of a run.
 
     Raises:
         UserError: The folder is not a finished run, or a file in it is malformed.
@@ -119,7 +126,9 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         seed=int(about.get("seed", 0)),
         target=str(about["target"] or ""),
         stages=stages,
-        rows=_rows(folder / "summary.json", (*stages, *weights), is_few_shot),
+        rows=tuple(
+            with_analyses(folder, _rows(folder / "summary.json", (*stages, *weights), is_few_shot))
+        ),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         train={stage: _train_lines(folder / stage) for stage in stages},
         samples=tuple(s for stage in stages for s in sample_files(folder, stage)),

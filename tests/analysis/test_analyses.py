@@ -6,9 +6,17 @@ import jax
 import numpy as np
 import pytest
 import toy
+from analysis_references import (
+    VOCABULARY,
+    cosine_of,
+    drift_of,
+    gradients_of,
+    of_family,
+    predictor,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_families import CONFIGS, params_of
+from tiny_families import CONFIGS
 
 from robust_ft import runner
 from robust_ft.analysis import Drift, GradientAlignment, PromptNeighbors, examples
@@ -16,39 +24,12 @@ from robust_ft.analysis.prompt_neighbors import _nearest
 from robust_ft.ensembles.predictor import Ensemble
 from robust_ft.errors import UserError
 from robust_ft.evaluator import EvalContext, Evaluator
-from robust_ft.models.model import Model
 from robust_ft.models.peft import Prompt
-from robust_ft.objectives import CrossEntropy
 from robust_ft.predictor import Predictor
 from robust_ft.trainable import flatten, merge, split
-from robust_ft.vocabulary import ByteVocabulary
 
-VOCABULARY = ByteVocabulary(extra_ids=0)
 FAMILIES = [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in CONFIGS]
 TARGET, OTHER = toy.evaluations("validation")[:2]
-
-
-def of_family(family, *peft):
-    """Returns a tiny model of a family over bytes."""
-    config = dataclasses.replace(CONFIGS[family], vocab_size=264)
-    return Model(config, peft, separator_id=1 if config.decoder_only else None)
-
-
-def predictor(model, seed=0):
-    return Predictor(model, params_of(model, seed), VOCABULARY)
-
-
-def log_probs(predictor, batch):
-    logits = np.asarray(predictor.model.logits(predictor.params, batch), np.float64)
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def batch_of(evaluation, predictor, rows=6):
-    inputs = examples.read(evaluation)
-    targets = examples.targets(inputs)
-    (batch,) = examples.batches(evaluation, inputs, targets, predictor, rows)
-    return batch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,12 +39,9 @@ def test_drift_is_the_divergence_of_the_pretrained_model_from_the_model(family):
     drift = Drift((TARGET, OTHER), batch_size=4)  # the split has 6 examples: two batches
     result = drift(EvalContext(now, pretrained=lambda: before))
     for evaluation, model in ((TARGET, now), (OTHER, now.without("prompt"))):
-        batch = batch_of(evaluation, model)
-        p, q = log_probs(before, batch), log_probs(model, batch)
-        weights = np.asarray(batch["decoder_loss_weights"])
-        kl = (np.exp(p) * (p - q)).sum(-1)
-        expected = (kl * weights).sum() / weights.sum()
+        expected = drift_of(evaluation, model, before)
         assert result.values[evaluation.role] == pytest.approx(expected, rel=1e-4)
+    assert list(result.values) == ["target", "held_out"]  # in the order of the evaluations
     assert isinstance(drift, Evaluator) and result.num_examples == 12
 
 
@@ -73,32 +51,17 @@ def test_alignment_is_the_cosine_of_both_gradients(family, all_layers):
     model = predictor(of_family(family))
     alignment = GradientAlignment(TARGET, all_layers=all_layers, batch_size=4, seed=3)
     values = alignment(EvalContext(model)).values
-    inputs = examples.read(TARGET)
-    targets = examples.targets(inputs)
-    order = np.random.default_rng(3).permutation(len(targets))
-    gradients = []
-    for each in (targets, [targets[i] for i in order]):
-        (batch,) = examples.batches(TARGET, inputs, each, model, 6)
-        loss = lambda params, batch=batch: CrossEntropy()(model.model, params, batch, None)[0]  # noqa: E731
-        gradients.append(flatten(jax.grad(loss)(model.params)))
-
-    def cosine(paths):
-        full, form = (
-            np.concatenate([np.ravel(np.asarray(g[path], np.float64)) for path in paths])
-            for g in gradients
-        )
-        return full @ form / np.sqrt((full @ full) * (form @ form))
-
+    gradients = gradients_of(TARGET, model, seed=3)
     last = "decoder/layers_1/"
     parts = [f"{last}mlp", *(f"{last}self_attention/{part}" for part in ("qkv", "value"))]
     for part in parts:
         paths = [path for path in gradients[0] if path.startswith(part + "/")]
         assert (part in values) == bool(paths)
         if paths:
-            assert values[part] == pytest.approx(cosine(paths), abs=1e-4)
+            assert values[part] == pytest.approx(cosine_of(gradients, paths), abs=1e-4)
     named = tuple(name + "/" for name in values if "/" in name)
     assert values["cosine"] == pytest.approx(
-        cosine([path for path in gradients[0] if path.startswith(named)]), abs=1e-4
+        cosine_of(gradients, [path for path in gradients[0] if path.startswith(named)]), abs=1e-4
     )
     layers = {"/".join(name.split("/")[:2]) for name in values if "/" in name}
     every = {name for path in gradients[0] if "layers_" in (name := "/".join(path.split("/")[:2]))}
