@@ -268,6 +268,59 @@ def test_samples_stand_side_by_side(runs):
     assert found.rows[1].target == "city1"
 
 
+WANTED = ("the cat sat on a mat", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        ("the cat sat on a mat", [("the cat sat on a mat", "same")]),
+        (
+            "the big cat sat on the mat",
+            [("the", "same"), ("big", "extra"), ("cat sat on", "same"), ("a", "missing"),
+             ("the", "extra"), ("mat", "same")],
+        ),
+        ("a dog ran", [("a dog", "same"), ("ran", "extra")]),
+        ("True", [("True", "extra")]),  # all of it, and not the whole reference struck out
+        ("", []),
+    ],
+)  # fmt: skip
+def test_words_that_differ_from_the_nearest_reference(output, found):
+    assert samples.pieces(output, WANTED) == found
+
+
+def test_differences_are_marked_and_escaped():
+    sample = samples.Sample("a_b", "<i>|x|", ("a <b> c",), ("a <b> c", "a *d* c", None))
+    text = table.samples_markdown(samples.Samples(("x", "y", "z"), (sample,)))
+    assert text.splitlines()[4] == (
+        r"| a\_b | &lt;i&gt;\|x\| | a &lt;b&gt; c | a &lt;b&gt; c ✓ "
+        r"| a ~~&lt;b&gt;~~ **\*d\*** c ✗ | – |"
+    )
+    html = page._output("y", "a <d> c", sample)
+    assert "a <del>&lt;b&gt;</del> <mark>&lt;d&gt;</mark> c" in html and "✗" in html
+    assert page._output("x", "a <b> c", sample).count("<mark>") == 0
+
+
+def test_samples_know_all_references_and_leave_analyses_out(tmp_path):
+    folder = make_run(tmp_path / "run", "full_rte", 0)
+    entries = json.loads((folder / "summary.json").read_text())
+    entries.append(row("full", 150, "prompt_neighbors", "shared", 0.0) | {"role": "analysis"})
+    (folder / "summary.json").write_text(json.dumps(entries))
+    for step in (0, 150):
+        write_samples(folder / "full", "prompt_neighbors-none", step)
+    file = folder / "full" / "inference_eval" / "mini_qa_1shot-000150.jsonl"
+    lines = [json.loads(line) | {"references": ["b", "c"]} for line in file.open()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "full" / "inference_eval" / "mini_qa_1shot-000000.jsonl").unlink()
+    found = samples.samples([load_run(folder)]).rows
+    assert {sample.task for sample in found} == {"mini_rte_0shot"}  # the other has one model now
+    write_samples(folder / "full", "mini_qa_1shot", 0)
+    before = folder / "full" / "inference_eval" / "mini_qa_1shot-000000.jsonl"
+    before.write_text(file.read_text())
+    found = samples.samples([load_run(folder)]).rows
+    assert found[0].references == ("b", "c") and found[0].target == "b | c"
+
+
 def test_markdown_has_one_row_a_task_and_one_column_a_model(runs):
     made = results.make_table(runs)
     lines = [line for line in table.markdown(made).splitlines() if line.startswith("|")]

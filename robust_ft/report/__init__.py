@@ -69,6 +69,7 @@ def write_report(
         promptability_table,
         results,
         runs,
+        samples,
         table,
         tradeoff,
         tradeoff_figure,
@@ -107,6 +108,7 @@ def write_report(
         table.tradeoff_markdown(id_and_ood),
         table.comparisons_markdown(compared),
         promptability_table.markdown(prompted),
+        table.samples_markdown(samples.samples(evaluated)),
     ]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
     table.show(all_results, compared, grouped)

@@ -37,6 +37,7 @@ _CAPTIONS = {
     "answers. Lower is better: high means the model answers everything as if it were the target.",
     "loss": "Loss on the training data.",
 }
+_TAGS = {side_by_side.EXTRA: "mark", side_by_side.MISSING: "del"}
 
 
 def render(
@@ -338,10 +339,7 @@ def _samples(runs: Sequence[Run]) -> str:
             f"<div class='wanted'><dt>wanted</dt><dd>{_text(sample.target)}</dd></div>"
             f"{outputs}</dl></article>"
         )
-    note = (
-        "<p class='note'>The first two examples of each evaluation, not picked; of several seeds "
-        "the first run given. ✓ is exactly the wanted text; ✗ is not, where another model is.</p>"
-    )
+    note = f"<p class='note'>{_text(table.SAMPLES)}</p>"
     return _section("The same question before and after", f"<div class='grid'>{''.join(cards)}"
                     f"</div>{note}")  # fmt: skip
 
@@ -349,13 +347,15 @@ def _samples(runs: Sequence[Run]) -> str:
 def _output(model: str, output: str | None, sample: side_by_side.Sample) -> str:
     if output is None:
         return f"<div><dt>{_text(model)}</dt><dd class='none'>not recorded</dd></div>"
-    wanted = [text.strip() for text in sample.target.split(" | ")]
-    right = output.strip() in wanted
-    # Of free text no model hits the wanted words exactly, which is no failure.
-    possible = any(other is not None and other.strip() in wanted for other in sample.outputs)
-    kind, mark = ("right", "✓") if right else ("wrong", "✗") if possible else ("", "")
+    right = sample.is_right(output)
+    kind, mark = ("right", "✓") if right else ("wrong", "✗") if sample.has_right else ("", "")
+    words = " ".join(
+        f"<{tag}>{_text(piece.text)}</{tag}>" if tag else _text(piece.text)
+        for piece in side_by_side.pieces(output, sample.references)
+        for tag in [_TAGS.get(piece.kind)]
+    )
     return (
-        f"<div class='{kind}'><dt>{_text(model)}</dt><dd>{_text(output) or '<i>nothing</i>'} "
+        f"<div class='{kind}'><dt>{_text(model)}</dt><dd>{words or '<i>nothing</i>'} "
         f"<span class='mark'>{mark}</span></dd></div>"
     )
 

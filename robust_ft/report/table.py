@@ -1,11 +1,14 @@
 """The table of a report as text: for a terminal and as Markdown."""
 
+import html
+import re
 from typing import TYPE_CHECKING
 
 from robust_ft import console
 from robust_ft.report import results
 from robust_ft.report.comparisons import DRAWS, Comparison, Comparisons, by_pair
 from robust_ft.report.groups import Groups
+from robust_ft.report.samples import EXTRA, MISSING, Sample, Samples, pieces
 from robust_ft.report.tradeoff import Tradeoff
 
 if TYPE_CHECKING:
@@ -30,6 +33,11 @@ TESTS = (
     "the table of results. p is of Welch's two-sided t-test over seeds, not corrected for the "
     "number of comparisons; in brackets are the 2.5th and 97.5th percentile of a paired bootstrap "
     f"over examples ({DRAWS:,} draws, the mean over seeds)."
+)
+SAMPLES = (
+    "The first two examples of each evaluation, not picked; of several seeds the first run given. "
+    "✓ is exactly a wanted text; ✗ is not, where another model is. Words that the nearest wanted "
+    "text does not have are marked, those that it has beside them are struck out."
 )
 
 
@@ -177,10 +185,39 @@ def tradeoff_markdown(tradeoff: Tradeoff) -> str:
     return f"## In and out of distribution\n\n{markdown_table(tradeoff_rows(tradeoff))}\n"
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Returns rows, heads first, as a table in Markdown."""
+def samples_markdown(samples: Samples) -> str:
+    """Returns outputs side by side as Markdown, a column a model, "" if there are none."""
+    if not samples.rows:
+        return ""
+    rows = [["", "input", "wanted", *map(_escaped, samples.models)]]
+    for sample in samples.rows:
+        outputs = [_marked(sample, output) for output in sample.outputs]
+        rows.append([*map(_escaped, (sample.task, sample.input, sample.target)), *outputs])
+    return f"## Sample outputs\n\n{markdown_table(rows, '---')}\n\n{SAMPLES}\n"
+
+
+def _marked(sample: Sample, output: str | None) -> str:
+    if output is None:
+        return "–"
+    signs = {EXTRA: "**", MISSING: "~~"}
+    words = [
+        signs.get(piece.kind, "") + _escaped(piece.text) + signs.get(piece.kind, "")
+        for piece in pieces(output, sample.references)
+    ]
+    mark = "✓" if sample.is_right(output) else "✗" if sample.has_right else ""
+    return f"{' '.join(words) or '*nothing*'} {mark}".strip()
+
+
+def _escaped(text: str) -> str:
+    """Returns a text as Markdown shows it; `markdown_table` sees to the bars."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_~\[\]#])", r"\\\1", text)
+
+
+def markdown_table(rows: list[list[str]], align: str = "---:") -> str:
+    """Returns rows, heads first, as a table in Markdown; all but the first column as aligned."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    rule = ["---"] + [align] * (len(rows[0]) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
