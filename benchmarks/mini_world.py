@@ -3,24 +3,20 @@
     python benchmarks/mini_world.py promot --seeds=5
 
 Runs each recipe once per seed (finished runs are skipped, unfinished ones resume), then writes the
-report over all of them: report.md holds the table of docs/results.md. Of promptability, claims.md
-says besides which of the paper's claims held.
+report over all of them: report.md holds the table of docs/results.md. Which of the papers' claims
+such runs bear out is told by benchmarks/claims.py.
 """
 
 import argparse
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import promptability_claims
+import runs
 
 from robust_ft import report
+from robust_ft.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 ARMS = ("p3_none", "p3_mtl_t", "p3_mtl_p", "p3_mtl_tp", "p3_fomaml", "p3_reptile")
-# A run is called after its gin files: a recipe, and what methods/ adds to it.
 COMPARISONS = {
     "promot": ("full_rte", "promot_rte", "prompt_rte", "joint_rte", "random_prompt_rte"),
     "promot_variants": ("full_rte_1shot", "promot_rte_1shot", "promot_lora", "promot_multitask"),
@@ -36,44 +32,28 @@ COMPARISONS = {
 }
 
 
-def gin_files(name: str) -> list[str]:
-    """Returns the gin files of a run's name."""
-    recipe, *added = name.split("+")
-    files = [f"gin_configs/{recipe}.gin", *(f"gin_configs/methods/{each}.gin" for each in added)]
-    return [f"--gin_file={file}" for file in files]
-
-
-def train(name: str, seed: int, output: Path) -> Path:
-    """Runs one recipe with one seed in a process of its own; returns its folder."""
-    folder = output / f"{name}_seed{seed}"
-    output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "robust_ft.train", *gin_files(name)]
-    command += [f"--gin.MODEL_DIR={folder}", f"--gin.RANDOM_SEED={seed}"]
-    with open(output / f"{name}_seed{seed}.log", "w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
-    print(f"{name} seed {seed}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}")
-    done.check_returncode()
-    return folder
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, counted from 0")
     parser.add_argument("--output", type=Path, help="by default /tmp/robust_ft/mini_<comparison>")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=runs.default_jobs(), help="runs at a time")
     arguments = parser.parse_args()
     output = arguments.output or Path(f"/tmp/robust_ft/mini_{arguments.comparison}")
-    names = COMPARISONS[arguments.comparison]
-    # The first run fills the caches of data and compiled programs for the others.
-    todo = [(name, seed) for seed in range(arguments.seeds) for name in names]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        first = train(*todo[0], output)
-        folders = [first, *pool.map(lambda run: train(*run, output), todo[1:])]
-    report.write_report(folders, output)
-    if arguments.comparison == "promptability":
-        promptability_claims.write(folders, output / "claims.md")
+    arms = [runs.arm(name) for name in COMPARISONS[arguments.comparison]]
+    try:
+        replicates = runs.replicates(arguments.seeds)
+        todo = [(arm, replicate) for replicate in replicates for arm in arms]
+        runner = runs.Runner(output)
+        failed = sum(not ok for *_, ok in runner.run_all(todo, arguments.jobs))
+        if failed:
+            raise UserError(f"{failed} of {len(todo)} runs failed; the same command goes on.")
+        report.write_report([runner.folder(*each) for each in todo], output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

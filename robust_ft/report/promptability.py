@@ -20,7 +20,7 @@ from robust_ft.report import few_shot, results
 from robust_ft.report.comparisons import DRAWS
 from robust_ft.report.few_shot import Evaluated, Setting, Template
 from robust_ft.report.runs import Run
-from robust_ft.report.significance import welch
+from robust_ft.report.significance import is_significant, welch
 
 Answers = Mapping[Template, Bool[np.ndarray, "runs seeds examples"]]
 """For each template whether each run, with each draw of examples, answered each example right."""
@@ -81,8 +81,7 @@ class Difference(NamedTuple):
     @property
     def is_significant(self) -> bool:
         """Whether both tests, or the one there is, say so at 5%."""
-        over_examples = self.bootstrap.low > 0 or self.bootstrap.high < 0
-        return over_examples and (self.p_value is None or self.p_value < 0.05)
+        return is_significant(self.p_value, self.bootstrap)
 
 
 @dataclasses.dataclass(frozen=True)

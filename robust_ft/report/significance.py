@@ -22,6 +22,18 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     return welch_t_test(first, second).p_value
 
 
+def is_significant(p_value: float | None, bootstrap: Bootstrap | None) -> bool:
+    """Whether a difference is significant at 5%, by both tests or the one that there is.
+
+    Args:
+        p_value: Of Welch's t-test over seeds.
+        bootstrap: The paired one over test examples: significant where its interval is without 0.
+    """
+    over_seeds = p_value is None or p_value < 0.05
+    over_examples = bootstrap is None or bootstrap.low > 0 or bootstrap.high < 0
+    return over_seeds and over_examples and (p_value is not None or bootstrap is not None)
+
+
 class Draws:
     """Bootstrap draws: each test set is drawn once for all methods, so comparisons are paired."""
 
@@ -29,7 +41,7 @@ class Draws:
         self._records: dict[pathlib.Path, Sequence[Mapping[str, Any]]] = {}
         self._counts: dict[tuple[Column, int], Float[np.ndarray, "draws examples"]] = {}
         self._scores: dict[
-            tuple[str, str, int | None, Column], Float[np.ndarray, "draws"] | None
+            tuple[str, str, int | None, float | None, Column], Float[np.ndarray, "draws"] | None
         ] = {}
 
     def compare(
@@ -59,7 +71,7 @@ class Draws:
     def _of(self, side: Side, column: Column) -> Float[np.ndarray, "draws"] | None:
         scores = []
         for part in side.parts(column):
-            key = (str(side.run.directory), side.stage, side.step, part)
+            key = (str(side.run.directory), side.stage, side.step, side.run.weight, part)
             if key not in self._scores:
                 self._scores[key] = self._draw(side, part)
             score = self._scores[key]
