@@ -2,7 +2,7 @@
 
 import math
 
-from robust_ft import few_shot_tasks, initial_checkpoint
+from robust_ft import few_shot_tasks, initial_checkpoint, stage_anchor
 from robust_ft.data import cache, meta_batches
 from robust_ft.ensembles.selection import check_vocabularies
 from robust_ft.errors import UserError
@@ -33,6 +33,7 @@ def check(recipe: Recipe) -> None:
         _check_mesh(recipe, stage)
         _check_lengths(stage)
         _check_teacher(recipe, stage)
+        stage_anchor.check(stage)
     for selection in recipe.selections:
         check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
     if recipe.few_shot is not None:

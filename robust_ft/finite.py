@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,27 @@ from robust_ft import console, multihost
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
 from robust_ft.objectives import Teacher
+from robust_ft.objectives.penalties import Anchor
 from robust_ft.stage import Stage
 from robust_ft.train_step import TrainState, TrainStep
 from robust_ft.trainable import flatten
 from robust_ft.types import Batch, Params, Sums
 
-# As `TrainStep`, and which of the loss and the parameters, by sorted path, are not finite.
-CheckedStep = Callable[
-    [TrainState, Params, Teacher | None, Batch, jax.Array],
-    tuple[TrainState, Sums, Bool[Array, "1+parameters"]],
-]
+
+@runtime_checkable
+class CheckedStep(Protocol):
+    """As `TrainStep`, and which of the loss and the parameters, by sorted path, are not finite."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Params,
+        teacher: Teacher | None,
+        batch: Batch,
+        rng: jax.Array,
+        anchor: Anchor | None = None,
+    ) -> tuple[TrainState, Sums, Bool[Array, "1+parameters"]]: ...
+
 
 _SHOWN_PATHS = 3
 _SHOWN_EXAMPLES = 64
@@ -46,8 +57,9 @@ def checked(train_step: TrainStep, skip: bool) -> CheckedStep:
         teacher: Teacher | None,
         batch: Batch,
         rng: jax.Array,
+        anchor: Anchor | None = None,
     ) -> tuple[TrainState, Sums, Bool[Array, "1+parameters"]]:
-        after, sums = train_step(state, frozen, teacher, batch, rng)
+        after, sums = train_step(state, frozen, teacher, batch, rng, anchor)
         flags = jnp.stack([*_flags([sums["loss"]]), *_flags(_leaves(after.trainable))])
         if not skip:
             return after, sums, flags

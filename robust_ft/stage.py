@@ -11,7 +11,7 @@ from robust_ft.data.cache import TaskData
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.models.model import Model
-from robust_ft.objectives import CrossEntropy, Objective, cross_entropy_of
+from robust_ft.objectives import CrossEntropy, Objective, Penalty, cross_entropy_of
 from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.ranges import Count, Whole, check_ranges
@@ -45,6 +45,8 @@ class Stage:
             examples in each support or query batch of a task.
         optimizer: Optimizer and learning rate.
         objective: The loss.
+        penalty: Added to the mean loss, a term of parameters alone that holds those of the
+            pretrained model to what they were at the stage's start.
         teacher: The objective's teacher, if it needs one: `"stage:<name>"` of an earlier stage;
             "pretrained", the model that this stage or the first one before it restored, without
             PEFT methods; or a model directory, optionally with an adapter, such as
@@ -84,6 +86,7 @@ class Stage:
     batch_size: Count
     optimizer: optim.Optimizer
     objective: Objective = CrossEntropy()
+    penalty: Penalty | None = None
     teacher: str | None = None
     teacher_dtype: str = "bfloat16"
     gradient: GradientFn | MetaLearning = backprop

@@ -49,6 +49,7 @@ def compile_train_step(stage: Stage, state: TrainState) -> CheckedStep:
         stage.gradient,
         stage.microbatches,
         stage.gradient_dtype,
+        stage.penalty,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     # The flags are on every process, as the number of steps is.

@@ -1,7 +1,7 @@
 """The train step: from a state and a batch to the next state."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from robust_ft.models.model import Model
 from robust_ft.objectives import Objective, Teacher
 from robust_ft.objectives.gradients import GradientFn, backprop, cast
 from robust_ft.objectives.meta_learning import MetaLearning
+from robust_ft.objectives.penalties import Anchor, Penalty
 from robust_ft.optim import Optimizer, apply_updates
 from robust_ft.types import Batch, Params, Sums
 
@@ -33,12 +34,23 @@ class TrainState(NamedTuple):
     gradient_state: Any = None
 
 
-# (state, frozen, teacher, batch, key) -> (next state, metric sums). Frozen parameters and the
-# teacher are arguments and not closures, which would be compiled into the program as constants.
-# They are not donated: the next step reads them again.
-TrainStep = Callable[
-    [TrainState, Params, Teacher | None, Batch, jax.Array], tuple[TrainState, Sums]
-]
+@runtime_checkable
+class TrainStep(Protocol):
+    """From a state and a batch to the next state and metric sums.
+
+    Frozen parameters, teacher and anchor are arguments and not closures, which would be compiled
+    into the program as constants. They are not donated: the next step reads them again.
+    """
+
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Params,
+        teacher: Teacher | None,
+        batch: Batch,
+        rng: jax.Array,
+        anchor: Anchor | None = None,
+    ) -> tuple[TrainState, Sums]: ...
 
 
 def init_state(
@@ -62,10 +74,12 @@ def make_train_step(
     gradient_fn: GradientFn | MetaLearning = backprop,
     microbatches: int = 1,
     gradient_dtype: str | None = None,
+    penalty: Penalty | None = None,
 ) -> TrainStep:
     """Returns the train step, a pure function to be jitted with its first argument donated.
 
-    Its metric sums are "loss", "weight", the objective's own, "grad_norm" and "learning_rate".
+    Its metric sums are "loss", "weight", the objective's own, "grad_norm" and "learning_rate", and
+    "penalty" if there is one.
 
     Args:
         model: The model.
@@ -75,6 +89,7 @@ def make_train_step(
         microbatches: Number of microbatches over which gradients are accumulated.
         gradient_dtype: Dtype of each microbatch's gradient, or of each task's meta-gradient; by
             default its parameter's.
+        penalty: Added to the mean loss; the step then needs its anchor.
     """
     tx = optimizer.build()
     meta = gradient_fn if isinstance(gradient_fn, MetaLearning) else None
@@ -87,6 +102,7 @@ def make_train_step(
         teacher: Teacher | None,
         batch: Batch,
         rng: jax.Array,
+        anchor: Anchor | None = None,
     ) -> tuple[TrainState, Sums]:
         if teacher is not None:
             teacher = teacher.with_shared(frozen)
@@ -113,6 +129,11 @@ def make_train_step(
         # and not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, gradient)
+        if penalty is not None:
+            assert anchor is not None, "a penalty needs its anchor"
+            value, pull = penalty(state.trainable, anchor)
+            gradient = jax.tree.map(jnp.add, gradient, pull)
+            sums["penalty"] = value * sums["weight"]  # a mean over target positions, as the loss
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
         trainable = apply_updates(state.trainable, updates)
         sums["grad_norm"] = optax.tree.norm(gradient)

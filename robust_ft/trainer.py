@@ -1,10 +1,20 @@
 """The training loop: `fit` trains one stage."""
 
-from robust_ft import console, export, finite, first_batch, flow_scale, multihost, trainable
+from robust_ft import (
+    console,
+    export,
+    finite,
+    first_batch,
+    flow_scale,
+    multihost,
+    stage_anchor,
+    trainable,
+)
 from robust_ft.checkpoints_io.tokens import Tokens
 from robust_ft.data.loader import BatchSource
 from robust_ft.errors import UserError
 from robust_ft.metric_writer import MetricWriter
+from robust_ft.objectives.penalties import Anchor
 from robust_ft.outcome import Outcome
 from robust_ft.run_context import RunContext
 from robust_ft.stage import Stage, stage_key
@@ -46,6 +56,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
     data = {k: v for k, v in batches.get_state().items() if k not in ("position", "shard")}
     described = "\n".join(f"{name} {value}" for name, value in data.items())
     multihost.check_same(f"data of stage '{stage.name}'", described)
+    anchor = stage_anchor.anchor(stage, params, run)
     # 3. A fresh state, or the one of the newest checkpoint.
     directory = run.directory / stage.name
     state = place_state(stage, trained, run.partitioner)
@@ -75,7 +86,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         evaluator = StageEvaluator(stage, run, writer)
         # 4. Train.
         with multihost.stop_on_ctrl_c(run.stop):
-            state = _train(stage, run, state, frozen, batches, checkpoints, evaluator)
+            state = _train(stage, run, state, frozen, anchor, batches, checkpoints, evaluator)
         # 5. Return to the selected checkpoint.
         last = int(state.step)
         selected = (checkpoints.best_step() if stage.select_best else None) or last
@@ -101,6 +112,7 @@ def _train(
     run: RunContext,
     state: TrainState,
     frozen: Params,
+    anchor: Anchor | None,
     batches: BatchSource,
     checkpoints: StageCheckpoints,
     evaluator: StageEvaluator,
@@ -148,7 +160,7 @@ def _train(
             if step == 0:
                 first_batch.show(stage, arrays, batches, run.directory / stage.name)
             batch = run.partitioner.put_batch(arrays)
-            state, sums, flags = train_step(state, frozen, run.teacher, batch, rng)
+            state, sums, flags = train_step(state, frozen, run.teacher, batch, rng, anchor)
             step += 1
             log.add(Done(step, sums, flags, batches.examples))
             for callback in run.callbacks:

@@ -27,6 +27,7 @@ from tiny_models import random_batch
 
 from robust_ft import multihost
 from robust_ft.objectives import (
+    L2SP,
     Cocktail,
     CrossEntropy,
     Dft,
@@ -36,6 +37,7 @@ from robust_ft.objectives import (
     Objective,
     Teacher,
 )
+from robust_ft.objectives.penalties import Anchor
 from robust_ft.optim import Adafactor, Optimizer, Schedule
 from robust_ft.partitioning import STANDARD_RULES, Partitioner
 from robust_ft.restore import place_params
@@ -58,6 +60,7 @@ class Case(NamedTuple):
         microbatches: Parts of a batch.
         objective: If it takes a teacher, this has a prefix.
         sizes: That differ from SIZES.
+        changes: Further fields of the stage.
     """
 
     method: str
@@ -66,6 +69,7 @@ class Case(NamedTuple):
     microbatches: int = 1
     objective: Objective = CrossEntropy(0.1, 1e-3)
     sizes: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None
 
 
 # By family and method, and what else a step can do.
@@ -78,6 +82,7 @@ CASES = {f"{family} {method}": Case(method, family) for family in CONFIGS for me
     "asft": Case("full", "llama", objective=KlAnchor(0.3, CrossEntropy(token_weights=Dft()))),
     "eaft": Case("full", objective=CrossEntropy(token_weights=Eaft(top=5))),
     "flow": Case("full", "llama", objective=CrossEntropy(token_weights=Flow(tau=3.0))),
+    "remedies": Case("full", changes={"penalty": L2SP(weight=0.1)}),
     "dropout": Case("all together", microbatches=2, sizes={"dropout_rate": 0.1}),
 }
 
@@ -102,6 +107,7 @@ def begun(case: Case, partitioner: Partitioner):
         teacher="/a/teacher" if case.objective.takes_teacher else None,
         batch_size=ROWS,
         microbatches=case.microbatches,
+        **(case.changes or {}),
     )
     params = placed(model, partitioner)
     trained, frozen = split(params, stage.trainable_paths())
@@ -115,11 +121,12 @@ def train(case: Case, partitioner: Partitioner):
     if stage.teacher:
         tutor = model_of(case, "prefix")
         teacher = Teacher(tutor, placed(tutor, partitioner, seed=1))
+    anchor = Anchor(placed(stage.model, partitioner, seed=1)) if stage.penalty else None
     step = compile_train_step(stage, state)
     losses = []
     for i in range(STEPS):
         batch = put_batch(i, partitioner)
-        state, sums, flags = step(state, frozen, teacher, batch, jax.random.key(0))
+        state, sums, flags = step(state, frozen, teacher, batch, jax.random.key(0), anchor)
         assert not flags.any()
         losses.append(sums["loss"] / sums["weight"])
     assert step._cache_size() == 1, "compiled anew"

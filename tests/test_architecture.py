@@ -35,6 +35,7 @@ LAYERS = [
         "initial_checkpoint",
         "loading",
         "stage",
+        "stage_anchor",
         "stage_step",
         "run_context",
         "stage_evaluator",

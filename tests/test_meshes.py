@@ -36,7 +36,7 @@ MORE = {
 }
 # Two processes hold one model together, and read the same rows.
 ACROSS = {"devices": 8, "sequence_parallel": 4, "model_parallel": 2}
-EXTRAS = ["adafactor", "cocktail", "asft", "eaft", "flow", "dropout"]
+EXTRAS = ["adafactor", "cocktail", "asft", "eaft", "flow", "dropout", "remedies"]
 OF_T5 = [f"t5 {method}" for method in METHODS] + EXTRAS
 SOME = ["adafactor", "t5 task prompts", "cocktail"]
 

@@ -18,7 +18,7 @@ from robust_ft.evaluate import Evaluation
 from robust_ft.gin_config import REGISTERED
 from robust_ft.gin_types import typed
 from robust_ft.models.t5 import T5Config
-from robust_ft.objectives import Cocktail
+from robust_ft.objectives import Cocktail, Fisher
 from robust_ft.optim import Schedule
 from robust_ft.ranges import Range, check_ranges, range_of
 
@@ -44,6 +44,9 @@ NEEDED = {
         "datasets": ["toy"],
         "optimizer": toy.stage().optimizer,
     },
+    "Ewc": {"weight": 1.0, "fisher": Fisher(data=toy.DATA)},
+    "Fisher": {"data": toy.DATA},
+    "L2SP": {"weight": 1.0},
     "FileTask": {"name": "t", "inputs": "{a}", "targets": "{b}", "train": "a.csv"},
     "GradientAlignment": {"evaluation": toy.TARGET_EVALUATION},
     "Model": {"config": toy.CONFIG},

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from robust_ft import flow_scale, predictor, trainable
+from robust_ft import flow_scale, predictor, stage_anchor, trainable
 from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.models.model import Model
 from robust_ft.objectives import Teacher
@@ -58,11 +58,12 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
         _, own = trainable.split(_placed_params(partitioner, model_of_teacher), shared)
         teacher = Teacher(model_of_teacher, own, shared)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (state, frozen, teacher, _train_batch(stage, partitioner), key)
+    held = stage_anchor.shapes(stage, trained)
+    arguments = (state, frozen, teacher, _train_batch(stage, partitioner), key, held)
     with partitioner.activate():
         traced: Any = compile_train_step(stage, state)
         traced = traced.trace(*arguments)
-    read = [params, *([] if teacher is None else [teacher.params])]
+    read = [params, *([] if teacher is None else [teacher.params]), held]
     carried = bytes_a_device((state.opt_state, state.gradient_state))
     return Program("train_step", traced, sum(map(bytes_a_device, read)), carried)
 
