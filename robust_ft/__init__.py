@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from robust_ft.ensembles.selection import CocktailSelection as CocktailSelection
     from robust_ft.ensembles.selection import EnsembleSelection as EnsembleSelection
     from robust_ft.ensembles.selection import students as students
+    from robust_ft.ensembles.weight_interpolation import (
+        InterpolationSelection as InterpolationSelection,
+    )
     from robust_ft.errors import UserError as UserError
     from robust_ft.evaluate import Evaluation as Evaluation
     from robust_ft.evaluate import suite as suite
@@ -49,8 +52,11 @@ if TYPE_CHECKING:
     from robust_ft.models.peft import Prefix as Prefix
     from robust_ft.models.peft import Prompt as Prompt
     from robust_ft.models.t5 import T5Config as T5Config
+    from robust_ft.objectives import L2SP as L2SP
     from robust_ft.objectives import Cocktail as Cocktail
     from robust_ft.objectives import CrossEntropy as CrossEntropy
+    from robust_ft.objectives import Ewc as Ewc
+    from robust_ft.objectives import Fisher as Fisher
     from robust_ft.objectives import Objective as Objective
     from robust_ft.objectives import Teacher as Teacher
     from robust_ft.optim import Adafactor as Adafactor
@@ -79,6 +85,7 @@ _HOMES = {
     "decoding": ["Decoder"],
     "ensembles.interpolation": ["interpolate"],
     "ensembles.predictor": ["Ensemble"],
+    "ensembles.weight_interpolation": ["InterpolationSelection"],
     "ensembles.selection": ["CocktailSelection", "EnsembleSelection", "students"],
     "errors": ["UserError"],
     "evaluate": ["Evaluation", "suite"],
@@ -92,7 +99,15 @@ _HOMES = {
     "models.model": ["Model"],
     "models.peft": ["IA3", "Adapter", "Lora", "OPLora", "Peft", "Prefix", "Prompt"],
     "models.t5": ["T5Config"],
-    "objectives": ["Cocktail", "CrossEntropy", "Objective", "Teacher"],
+    "objectives": [
+        "L2SP",
+        "Cocktail",
+        "CrossEntropy",
+        "Ewc",
+        "Fisher",
+        "Objective",
+        "Teacher",
+    ],
     "optim": ["Adafactor", "AdamW", "Schedule"],
     "partitioning": ["Partitioner"],
     "predictor": ["Predictor"],

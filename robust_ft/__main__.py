@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": "evaluate a finished run",
     "infer": "write a finished run's predictions",
     "convert": "convert models between Hugging Face, t5x, PEFT and robust_ft",
+    "soup": "average the parameters of finished runs",
     "preflight": "say whether a recipe fits a TPU slice, without one",
     "report": "draw tables, pictures and a page from finished runs",
     "analysis": "analyse finished runs: drift, gradient alignment, neighbours, format",

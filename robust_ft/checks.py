@@ -5,6 +5,7 @@ import math
 from robust_ft import few_shot_tasks, initial_checkpoint, stage_anchor
 from robust_ft.data import cache, meta_batches
 from robust_ft.ensembles.selection import check_vocabularies
+from robust_ft.ensembles.weight_interpolation import InterpolationSelection
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, of_tasks
 from robust_ft.few_shot import FewShot
@@ -35,7 +36,10 @@ def check(recipe: Recipe) -> None:
         _check_teacher(recipe, stage)
         stage_anchor.check(stage)
     for selection in recipe.selections:
-        check_vocabularies(selection, {stage.name: stage for stage in recipe.stages})
+        stages = {stage.name: stage for stage in recipe.stages}
+        check_vocabularies(selection, stages)
+        if isinstance(selection, InterpolationSelection):
+            selection.check(stages)
     if recipe.few_shot is not None:
         _check_few_shot(recipe, recipe.few_shot)
 

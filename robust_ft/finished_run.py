@@ -144,6 +144,10 @@ class FinishedStage:
         except UserError:
             return None
 
+    def first(self) -> "FinishedStage":
+        """Returns the first of the stages that lead to this one, which restored no other."""
+        return self if self._earlier is None else self._earlier.first()
+
     @functools.cached_property
     def _earlier(self) -> "FinishedStage | None":
         """The stage that this one restored."""
@@ -194,6 +198,8 @@ def _selected(run: Path, name: str | None) -> str:
     selection = read_json_object(run / name / SELECTION, default={})
     if not selection:
         raise UserError(f"'{name}' has not been selected yet in '{run}'.")
+    if Outcome.read(run / name) is not None:  # it has written its model
+        return name
     weight = selection["weight"]
     (folder,) = (c["folder"] for c in selection["candidates"] if c["weight"] == weight)
     if folder in stages:

@@ -16,10 +16,12 @@ from robust_ft.ensembles.selection import (
     Selection,
     students,
 )
+from robust_ft.ensembles.weight_interpolation import InterpolationSelection
 from robust_ft.errors import UserError
 from robust_ft.evaluate import Evaluation, suite
 from robust_ft.evaluator import Evaluator
 from robust_ft.few_shot import FewShot
+from robust_ft.half_finetuning import HalfFinetuning
 from robust_ft.inference import Inference
 from robust_ft.models import bart, gpt2, llama, t5
 from robust_ft.models.config import ModelConfig
@@ -223,8 +225,10 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Fomaml": meta_learning.Fomaml,
     "GPT2Config": gpt2.GPT2Config,
     "GradientAlignment": GradientAlignment,
+    "HalfFinetuning": HalfFinetuning,
     "Inference": Inference,
     "KlAnchor": objectives.KlAnchor,
+    "InterpolationSelection": InterpolationSelection,
     "L2SP": objectives.L2SP,
     "LlamaConfig": llama.LlamaConfig,
     "Model": model,

@@ -160,6 +160,14 @@ def apply_updates(params: Params, updates: Params) -> Params:
     return updated
 
 
+def moving_average(average: Params, params: Params, decay: float) -> Params:
+    """Returns decay * average + (1 - decay) * params, in the average's float32."""
+    moved: Params = jax.tree.map(
+        lambda mean, leaf: decay * mean + (1 - decay) * leaf.astype(mean.dtype), average, params
+    )
+    return moved
+
+
 def _times_parameter_scale(updates: Params, params: Params) -> Params:
     """Scales each update by its parameter's RMS, at least 1e-3.
 

@@ -14,7 +14,7 @@ from robust_ft.models.model import Model
 from robust_ft.objectives import CrossEntropy, Objective, Penalty, cross_entropy_of
 from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.objectives.meta_learning import MetaLearning
-from robust_ft.ranges import Count, Whole, check_ranges
+from robust_ft.ranges import Count, Rate, Whole, check_ranges
 
 # The prefix of `Stage.restore` and `Stage.teacher` that names an earlier stage.
 STAGE = "stage:"
@@ -56,6 +56,9 @@ class Stage:
         gradient: The gradient rule.
         gradient_dtype: Dtype of gradients until they are applied, such as "bfloat16" to save
             memory; by default each parameter's own.
+        ema_decay: The trained parameters' exponential moving average is evaluated, selected and
+            handed on in their place: it starts at the stage's start and forgets 1 - `ema_decay` of
+            itself in each step. None for the parameters themselves.
         microbatches: Number of microbatches over which gradients are accumulated; with a
             meta-learning rule, of groups of tasks.
         packing: Whether to pack several short examples into one row.
@@ -91,6 +94,7 @@ class Stage:
     teacher_dtype: str = "bfloat16"
     gradient: GradientFn | MetaLearning = backprop
     gradient_dtype: str | None = None
+    ema_decay: Rate | None = None
     microbatches: Count = 1
     packing: bool = False
     by_length: Whole = 0

@@ -46,8 +46,9 @@ def _checkpoints(directory: Path) -> dict[int, Path]:
 class StageCheckpoints:
     """The checkpoints of one stage, `<directory>/checkpoint_<step>/`, written asynchronously.
 
-    Each holds three items: `params` (the trainable parameters), `optimizer` (with the step) and
-    `data` (the position in the data). The newest one and the one with the best score are kept.
+    Each holds three items: `params` (the trainable parameters as they are evaluated), `optimizer`
+    (with the step, and with the parameters themselves where those are averaged) and `data` (the
+    position in the data). The newest one and the one with the best score are kept.
 
     Args:
         directory: The stage's directory.
@@ -101,7 +102,7 @@ class StageCheckpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.trainable),
+                params=ocp.args.StandardSave(state.evaluated),
                 optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 data=ocp.args.JsonSave(_of_all_processes(data_state)),
             ),
@@ -137,14 +138,15 @@ class StageCheckpoints:
         optimizer = restored["optimizer"]
         state = TrainState(
             optimizer["step"],
-            restored["params"],
+            optimizer.get("trainable", restored["params"]),
             optimizer["opt_state"],
             optimizer.get("gradient_state"),
+            optimizer.get("average"),
         )
         return state, _of_this_process(restored["data"])
 
     def restore_params(self, step: int, like: Params) -> Params:
-        """Returns the trainable parameters of one step."""
+        """Returns the trainable parameters of one step, as they were evaluated."""
         self._manager.wait_until_finished()
         args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
         params: Params = self._manager.restore(step, args=args)["params"]
@@ -216,6 +218,8 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
     item = {"step": state.step, "opt_state": state.opt_state}
     if state.gradient_state is not None:
         item["gradient_state"] = state.gradient_state
+    if state.average is not None:
+        item |= {"trainable": state.trainable, "average": state.average}
     return item
 
 

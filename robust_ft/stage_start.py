@@ -106,10 +106,10 @@ def at_step(recipe: Recipe, stage: Stage, start: Params, step: int) -> Params:
     return trainable.merge(trainable.unflatten(trained), frozen)
 
 
-def predictor(recipe: Recipe, name: str) -> Predictor:
-    """Returns a predictor with the final parameters of a finished stage."""
+def predictor(recipe: Recipe, name: str, at_start: bool = False) -> Predictor:
+    """Returns a predictor with the final parameters of a finished stage, or those at its start."""
     stage = recipe.stage(name)
-    params = finished(recipe, name)
+    params = restore(recipe, stage) if at_start else finished(recipe, name)
     return Predictor(stage.model, params, stage.data.vocabulary, recipe.partitioner)
 
 

@@ -50,6 +50,7 @@ def compile_train_step(stage: Stage, state: TrainState) -> CheckedStep:
         stage.microbatches,
         stage.gradient_dtype,
         stage.penalty,
+        stage.ema_decay,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     # The flags are on every process, as the number of steps is.
@@ -87,16 +88,22 @@ def state_shardings(
     carried: Any = None
     if shapes.gradient_state is not None:
         carried = partitioner.shardings(optim.state_axes(shapes.gradient_state, trained, axes))
+    placed = partitioner.shardings(axes)
     shardings = TrainState(
         step=replicated,
-        trainable=partitioner.shardings(axes),
+        trainable=placed,
         opt_state=partitioner.shardings(optim.state_axes(shapes.opt_state, trained, axes)),
         gradient_state=carried,
+        average=None if shapes.average is None else placed,
     )
     return shapes, shardings
 
 
 def _init_of(stage: Stage) -> Callable[[Params], TrainState]:
     return functools.partial(
-        init_state, stage.optimizer, model=stage.model, gradient=stage.gradient
+        init_state,
+        stage.optimizer,
+        model=stage.model,
+        gradient=stage.gradient,
+        averaged=stage.ema_decay is not None,
     )

@@ -14,7 +14,7 @@ from robust_ft.objectives import Objective, Teacher
 from robust_ft.objectives.gradients import GradientFn, backprop, cast
 from robust_ft.objectives.meta_learning import MetaLearning
 from robust_ft.objectives.penalties import Anchor, Penalty
-from robust_ft.optim import Optimizer, apply_updates
+from robust_ft.optim import Optimizer, apply_updates, moving_average
 from robust_ft.types import Batch, Params, Sums
 
 
@@ -26,12 +26,24 @@ class TrainState(NamedTuple):
         trainable: The trainable parameters, a pruned nested dict.
         opt_state: The optimizer state of these parameters.
         gradient_state: What the gradient rule carries from step to step; None for nothing.
+        average: The moving average of the trainable parameters, in float32; None for none.
     """
 
     step: Int[Array, ""]
     trainable: Params
     opt_state: Any
     gradient_state: Any = None
+    average: Params | None = None
+
+    @property
+    def evaluated(self) -> Params:
+        """The trainable parameters as they are evaluated and exported: averaged, if they are."""
+        if self.average is None:
+            return self.trainable
+        narrow: Params = jax.tree.map(
+            lambda mean, leaf: mean.astype(leaf.dtype), self.average, self.trainable
+        )
+        return narrow
 
 
 @runtime_checkable
@@ -58,13 +70,17 @@ def init_state(
     trainable: Params,
     model: Model | None = None,
     gradient: GradientFn | MetaLearning = backprop,
+    averaged: bool = False,
 ) -> TrainState:
     """Returns the state before the first step; a meta-learning rule needs the model."""
     carried = None
     if isinstance(gradient, MetaLearning) and model is not None:
         carried = gradient.init(model, trainable)
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, trainable, optimizer.build().init(trainable), carried)
+    average = None
+    if averaged:  # copied, as the step donates both
+        average = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+    return TrainState(step, trainable, optimizer.build().init(trainable), carried, average)
 
 
 def make_train_step(
@@ -75,6 +91,7 @@ def make_train_step(
     microbatches: int = 1,
     gradient_dtype: str | None = None,
     penalty: Penalty | None = None,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """Returns the train step, a pure function to be jitted with its first argument donated.
 
@@ -90,6 +107,7 @@ def make_train_step(
         gradient_dtype: Dtype of each microbatch's gradient, or of each task's meta-gradient; by
             default its parameter's.
         penalty: Added to the mean loss; the step then needs its anchor.
+        ema_decay: Of the moving average of parameters, if the state has one.
     """
     tx = optimizer.build()
     meta = gradient_fn if isinstance(gradient_fn, MetaLearning) else None
@@ -138,7 +156,11 @@ def make_train_step(
         trainable = apply_updates(state.trainable, updates)
         sums["grad_norm"] = optax.tree.norm(gradient)
         sums["learning_rate"] = optimizer.learning_rate(state.step)
-        return TrainState(state.step + 1, trainable, opt_state, carried), sums
+        average = state.average
+        if ema_decay is not None:
+            assert average is not None, "the state has no average"
+            average = moving_average(average, trainable, ema_decay)
+        return TrainState(state.step + 1, trainable, opt_state, carried, average), sums
 
     return train_step
 

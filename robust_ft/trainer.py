@@ -97,8 +97,8 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
             )
         if selected != last:
             best = checkpoints.restore_params(selected, like=state.trainable)
-            state = state._replace(trainable=best)
-        params = trainable.merge(state.trainable, frozen)
+            state = state._replace(trainable=best, average=None)
+        params = trainable.merge(state.evaluated, frozen)
         evaluator(stage.final_evaluations, params, selected, kept=stage.final_kept)
         score = checkpoints.score(selected)
     folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
@@ -140,7 +140,7 @@ def _train(
                 step > saved or step == 0
             ):
                 log.flush(step)
-                params = trainable.merge(state.trainable, frozen)
+                params = trainable.merge(state.evaluated, frozen)
                 score = evaluator(stage.evaluations, params, step)
                 if step == 0 and run.baseline:
                     # After the stage's own, whose rows it replaces where both use one split.

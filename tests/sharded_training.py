@@ -26,6 +26,7 @@ from tiny_families import CONFIGS, START, params_of
 from tiny_models import random_batch
 
 from robust_ft import multihost
+from robust_ft.half_finetuning import HalfFinetuning
 from robust_ft.objectives import (
     L2SP,
     Cocktail,
@@ -82,7 +83,11 @@ CASES = {f"{family} {method}": Case(method, family) for family in CONFIGS for me
     "asft": Case("full", "llama", objective=KlAnchor(0.3, CrossEntropy(token_weights=Dft()))),
     "eaft": Case("full", objective=CrossEntropy(token_weights=Eaft(top=5))),
     "flow": Case("full", "llama", objective=CrossEntropy(token_weights=Flow(tau=3.0))),
-    "remedies": Case("full", changes={"penalty": L2SP(weight=0.1)}),
+    "remedies": Case(
+        "full",
+        optimizer=HalfFinetuning(optimizer=OPTIMIZER, period=2),
+        changes={"penalty": L2SP(weight=0.1), "ema_decay": 0.9},
+    ),
     "dropout": Case("all together", microbatches=2, sizes={"dropout_rate": 0.1}),
 }
 
@@ -131,7 +136,9 @@ def train(case: Case, partitioner: Partitioner):
         losses.append(sums["loss"] / sums["weight"])
     assert step._cache_size() == 1, "compiled anew"
     check_state(state, flatten(stage.model.logical_axes()), partitioner)
-    return {"loss": jnp.stack(losses), **flatten(state.trainable)}
+    average = flatten(state.average or {})
+    averaged = {f"average/{path}": leaf for path, leaf in average.items()}
+    return {"loss": jnp.stack(losses), **flatten(state.trainable), **averaged}
 
 
 def put_batch(seed, partitioner):

@@ -24,7 +24,7 @@ LAYERS = [
     {"console", "bucket_copies", "vocabulary", "metrics", "metric_writer", "partitioning"},
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
-    {"train_step", "text_batches", "ranking", "predictor", "model_info"},
+    {"half_finetuning", "train_step", "text_batches", "ranking", "predictor", "model_info"},
     {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator"}
     | {"scoring", "evaluate", "analysis_results"},
     {
@@ -58,7 +58,7 @@ LAYERS = [
     {"gin_config", "preflight"},
     {"command_line", "from_gin", "settings"},
     {"model_directory"},
-    {"train", "eval", "infer", "convert", "__main__"},
+    {"train", "eval", "infer", "convert", "soup", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "robust_ft")]

@@ -46,6 +46,8 @@ NEEDED = {
     },
     "Ewc": {"weight": 1.0, "fisher": Fisher(data=toy.DATA)},
     "Fisher": {"data": toy.DATA},
+    "HalfFinetuning": {"optimizer": toy.stage().optimizer, "period": 2},
+    "InterpolationSelection": {"stage": "stage:f", "evaluations": [toy.TARGET_EVALUATION]},
     "L2SP": {"weight": 1.0},
     "FileTask": {"name": "t", "inputs": "{a}", "targets": "{b}", "train": "a.csv"},
     "GradientAlignment": {"evaluation": toy.TARGET_EVALUATION},
@@ -80,10 +82,16 @@ NEEDED = {
 ABSTRACT = {"ModelConfig"}
 # Below 0 is meant: what it does stands in the docstring.
 NEGATIVE = {"Decoder.alpha", "Prompt.low", "Recipe.compile_effort", "Recipe.seed"}
-NEGATIVE |= {"FileTask.split_seed", "GradientAlignment.seed", "Partitioner.fully_sharded"}
+NEGATIVE |= {
+    "HalfFinetuning.seed",
+    "FileTask.split_seed",
+    "GradientAlignment.seed",
+    "Partitioner.fully_sharded",
+}
 # Its own sentence tells what a lambda is, or which layers there are.
 OTHERWISE_NAMED = {"students.weights", "top_layers.count", "above_bottom_layers.count"}
 OTHERWISE_NAMED |= {"EnsembleSelection.weights", "CocktailSelection.weights"}
+OTHERWISE_NAMED |= {"InterpolationSelection.weights"}
 SHARE_OF_FILE = {"FileTask.validation", "FileTask.test"}
 # Its numbers are in a dictionary: lengths, which TaskData checks, and numbers of shots.
 MAPPINGS = {"TaskData.feature_lengths", "suite.held_out_tasks"}

@@ -5,7 +5,7 @@ student for each lambda, trained in a stage of its own (Ensembles and Cocktails,
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -25,8 +25,14 @@ from robust_ft.stage import STAGE, Stage
 from robust_ft.summary import Summary
 from robust_ft.vocabulary.base import same_vocabulary
 
-# From a stage's name to a predictor with the parameters that the stage ended with.
-Load = Callable[[str], Predictor]
+
+@runtime_checkable
+class Load(Protocol):
+    """From a stage's name to a predictor."""
+
+    def __call__(self, name: str, at_start: bool = False) -> Predictor:
+        """Returns the stage's model with the parameters that it ended with, or started from."""
+        ...
 
 
 @runtime_checkable

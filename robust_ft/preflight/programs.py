@@ -31,7 +31,7 @@ class Program(NamedTuple):
         traced: The program, not compiled yet.
         parameter_bytes: Bytes per device of all parameters that it reads, a teacher's included.
         optimizer_bytes: Bytes per device of the optimizer's state, and of what a gradient rule
-            carries from step to step.
+            or an average of parameters carries from step to step.
         trips: The most iterations of its while loops.
     """
 
@@ -64,7 +64,7 @@ def train_step(recipe: Recipe, stage: Stage) -> Program:
         traced: Any = compile_train_step(stage, state)
         traced = traced.trace(*arguments)
     read = [params, *([] if teacher is None else [teacher.params]), held]
-    carried = bytes_a_device((state.opt_state, state.gradient_state))
+    carried = bytes_a_device((state.opt_state, state.gradient_state, state.average))
     return Program("train_step", traced, sum(map(bytes_a_device, read)), carried)
 
 
@@ -94,7 +94,7 @@ def decode_step(recipe: Recipe, stage: Stage) -> Program | None:
     with partitioner.activate():
         traced: Any = predictor.decode
         traced = traced.trace(model, largest.decoder, read, batch, None)
-    carried = bytes_a_device((state.opt_state, state.gradient_state))
+    carried = bytes_a_device((state.opt_state, state.gradient_state, state.average))
     trips = largest.decoder.max_decode_len
     return Program("decode_step", traced, bytes_a_device(read), carried, trips)
 

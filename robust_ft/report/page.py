@@ -81,7 +81,7 @@ def render(
         body += [
             _cards(evaluated, found),
             _section("Before and after", _before_after(evaluated, panels)),
-            _section("In and out of distribution", _tradeoff(evaluated, id_and_ood)),
+            _section(id_and_ood.title, _tradeoff(evaluated, id_and_ood)),
         ]
     else:
         body.append(_notes(groups))

@@ -112,10 +112,9 @@ def settings_markdown(groups: Groups) -> str:
 
 def tradeoff_rows(tradeoff: Tradeoff) -> list[list[str]]:
     """Returns a row for each method, below a row of heads: lambda, ID, OOD."""
-    kinds = ["ID", *["OOD"] * len(tradeoff.columns[1:])]
-    heads = [
-        f"{kind}: {head(column)}" for kind, column in zip(kinds, tradeoff.columns, strict=True)
-    ]
+    first, other = tradeoff.heads
+    kinds = [first, *[other] * len(tradeoff.columns[1:])]
+    heads = [kind + head(column) for kind, column in zip(kinds, tradeoff.columns, strict=True)]
     rows = [["", "seeds", "λ", *heads]]
     for line in tradeoff.lines:
         cells = [line.cells.get(column) for column in tradeoff.columns]
@@ -182,7 +181,7 @@ def tradeoff_markdown(tradeoff: Tradeoff) -> str:
     """Returns the table as Markdown, "" if no OOD data was evaluated."""
     if not tradeoff.columns:
         return ""
-    return f"## In and out of distribution\n\n{markdown_table(tradeoff_rows(tradeoff))}\n"
+    return f"## {tradeoff.title}\n\n{markdown_table(tradeoff_rows(tradeoff))}\n"
 
 
 def samples_markdown(samples: Samples) -> str:

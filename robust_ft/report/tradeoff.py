@@ -35,11 +35,26 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Tradeoff:
-    """A report's results on ID and OOD data; columns are empty if no OOD data was evaluated."""
+    """A report's results on ID and OOD data; columns are empty if no OOD data was evaluated.
+
+    Where there is a selection of lambda but no OOD data, the mean over held-out tasks stands in.
+    """
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
     points: Mapping[str, tuple[Point, ...]]
+
+    @property
+    def title(self) -> str:
+        """What it is about."""
+        held_out = any(column.task == results.HELD_OUT for column in self.columns)
+        return "On the target and on other tasks" if held_out else "In and out of distribution"
+
+    @property
+    def heads(self) -> tuple[str, str]:
+        """What stands before the first column's name, and before those of the others."""
+        held_out = any(column.task == results.HELD_OUT for column in self.columns)
+        return ("target: ", "") if held_out else ("ID: ", "OOD: ")
 
 
 def make_tradeoff(runs: Sequence[Run]) -> Tradeoff:
@@ -72,7 +87,18 @@ def _columns(runs: Sequence[Run]) -> tuple[Column, ...]:
         for row in run.rows
         if row.role == "ood" and target is not None and row.metric == target.metric
     )
-    return (target, *ood) if target is not None and ood else ()
+    others = tuple(ood) or _held_out(runs)
+    return (target, *others) if target is not None and others else ()
+
+
+def _held_out(runs: Sequence[Run]) -> tuple[Column, ...]:
+    """Returns the mean over the held-out tasks of a selection, with all methods if it has that."""
+    for run in runs:
+        column = results.held_out_column(run, results.NORM_AVG) if run.grid else None
+        if column is not None:
+            kept = dataclasses.replace(column, kept=True)
+            return (kept if any(Column.of(row) == kept for row in run.rows) else column,)
+    return ()
 
 
 def _final(run: Run) -> list[Row]:

@@ -52,8 +52,9 @@ def _draw(tradeoff: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figu
             _single(panel, method, point, marker, palette[method])
         if name:
             _grid(panel, name, grids[name], theme)
-        panel.set_xlabel(f"ID: {table.head(tradeoff.columns[0])}")
-        panel.set_ylabel("OOD: " + ", ".join(map(table.head, tradeoff.columns[1:])))
+        first, other = tradeoff.heads
+        panel.set_xlabel(first + table.head(tradeoff.columns[0]))
+        panel.set_ylabel(other + ", ".join(map(table.head, tradeoff.columns[1:])))
         panel.grid(color=theme.grid, linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, loc="best")
@@ -63,7 +64,8 @@ def _draw(tradeoff: Tradeoff, palette: Mapping[str, str], theme: Theme) -> "Figu
     if grids:
         place = figure.add_axes((0.9, 0.2, 0.014, 0.6))
         bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), cax=place)
-        bar.set_label("λ: 0 is full finetuning, 1 the lightweight model", color=theme.ink)
+        what = "λ: 0 is full finetuning, 1 the lightweight model; between weights 0 is pretrained"
+        bar.set_label(what, color=theme.ink)
         bar.outline.set_visible(False)
     return figure
 

@@ -10,14 +10,13 @@ import toy
 from tiny_families import batch_of, model_of, params_of
 from tiny_models import random_batch, random_params, tiny_model
 
-from robust_ft import runner, stage_anchor
+from robust_ft import stage_anchor
 from robust_ft.errors import UserError
 from robust_ft.models.peft import Lora
 from robust_ft.objectives import L2SP, CrossEntropy, Ewc, Fisher
 from robust_ft.objectives.penalties import Anchor
 from robust_ft.optim import AdamW, Schedule
 from robust_ft.partitioning import Partitioner
-from robust_ft.recipe import Recipe
 from robust_ft.train_step import init_state, make_train_step
 from robust_ft.trainable import flatten, split, unflatten
 
@@ -126,25 +125,3 @@ def test_what_a_penalty_needs():
     long = dataclasses.replace(toy.DATA, vocabulary=type(toy.DATA.vocabulary)(extra_ids=9))
     with pytest.raises(UserError, match=r"Fisher.data of stage 'model' has another vocabulary"):
         checked(penalty=Ewc(weight=1.0, fisher=Fisher(data=long)))
-
-
-@pytest.mark.slow
-def test_a_resumed_run_reads_the_fisher_information_again(tmp_path, monkeypatch):
-    toy.ScriptedEvaluate(monkeypatch)
-    changes = {"model": toy.PLAIN, "trainable": ["base"], "final_evaluations": ()}
-    changes |= {"optimizer": AdamW(Schedule(0.01)), "steps": 4, "microbatches": 1}
-    ends = {}
-    for name, penalty in (("plain", None), ("ewc", Ewc(weight=50.0, fisher=FISHER))):
-        recipe = Recipe("r", str(tmp_path / name), (toy.stage(penalty=penalty, **changes),))
-        runner.run(recipe)
-        ends[name] = toy.final(tmp_path / name, "model")
-    broken = dataclasses.replace(recipe, model_dir=str(tmp_path / "broken"))
-    with pytest.raises(ZeroDivisionError):
-        runner.run(broken, [toy.At("model", 3, toy.raising(ZeroDivisionError))])
-    (kept,) = (tmp_path / "broken/model").glob("fisher_*.safetensors")
-    monkeypatch.setattr(stage_anchor, "fisher_information", toy.raising(AssertionError))
-    runner.run(broken)
-    assert kept.read_bytes() == (tmp_path / "ewc/model" / kept.name).read_bytes()
-    resumed = toy.final(tmp_path / "broken", "model")
-    toy.assert_same(resumed, ends["ewc"])
-    assert any(np.any(leaf != ends["plain"][path]) for path, leaf in ends["ewc"].items())
