@@ -7,7 +7,9 @@ command goes on where it was stopped. The table and the picture are in --output.
 
 import argparse
 import copy
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +126,7 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _analyse(arguments: Any) -> None:
     """Computes what is missing in each run."""
-    import dataclasses
-
+    from robust_ft import buckets
     from robust_ft.analysis_run import analyse
     from robust_ft.errors import UserError
     from robust_ft.report.runs import load_runs, run_folders
@@ -140,10 +141,15 @@ def _analyse(arguments: Any) -> None:
                 "robust_ft.analysis_run.analyse with its recipe."
             )
         own = copy.copy(arguments)
-        own.gin_file, own.gin_search_paths = [str(config)], ""
-        with command_line.configured(own) as built:
-            recipe = dataclasses.replace(built.recipe, model_dir=str(folder))
-            analyse(recipe, arguments.analysis, settings)
+        with tempfile.TemporaryDirectory() as local:
+            if buckets.is_bucket(config):  # gin reads files
+                text = config.read_text(encoding="utf-8")
+                config = Path(local) / config.name
+                config.write_text(text, encoding="utf-8")
+            own.gin_file, own.gin_search_paths = [str(config)], ""
+            with command_line.configured(own) as built:
+                recipe = dataclasses.replace(built.recipe, model_dir=str(folder))
+                analyse(recipe, arguments.analysis, settings)
 
 
 def _settings(arguments: Any) -> "AnalysisSettings":
@@ -159,7 +165,7 @@ def _write(arguments: Any) -> None:
     from robust_ft import console
     from robust_ft.report.analyses import write_analysis
 
-    output = Path(arguments.output or arguments.model_dirs[0])
+    output = arguments.output or arguments.model_dirs[0]
     target_format = getattr(arguments, "target_format", None)
     for path in write_analysis(arguments.analysis, arguments.model_dirs, output, target_format):
         console.print_line(str(path))

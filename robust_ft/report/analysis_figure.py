@@ -12,7 +12,7 @@ import numpy as np
 from robust_ft.analysis_results import ALIGNMENT, DRIFT, NEIGHBORS
 from robust_ft.files import replacing
 from robust_ft.report import analyses, figure, results
-from robust_ft.report.figure import LIGHT, Theme, style
+from robust_ft.report.figure import LIGHT, STAND_IN, Theme, style, svg
 from robust_ft.report.results import FORMAT_SHARE, NORM_AVG, Column
 from robust_ft.report.runs import Run
 from robust_ft.summary import ANALYSIS
@@ -35,6 +35,12 @@ def save(name: str, runs: Sequence[Run], path: pathlib.Path) -> None:
             drawn.savefig(temporary, format="png")
 
 
+def svg_panel(name: str, runs: Sequence[Run]) -> str:
+    """Returns the picture of an analysis as an SVG element."""
+    with style(STAND_IN):
+        return svg(_DRAW[name](runs, STAND_IN), name)
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -54,7 +60,11 @@ def _format(runs: Sequence[Run], theme: Theme) -> "Figure":
         title = f"{_AGAINST[quantity].removesuffix(', %')} against the target"
         _finish(axes, title, target, theme)
         axes.set(ylabel=_AGAINST[quantity], xlim=(-4, 104), ylim=(-4, 104))
-    _legend(drawn, runs, theme)
+    note = (
+        "Validation split. Each point below is a checkpoint of the last stage, larger with its "
+        "step; a ring is the selected one, the star the pretrained model."
+    )
+    _legend(drawn, runs, note, theme)
     return drawn
 
 
@@ -107,7 +117,11 @@ def _drift(runs: Sequence[Run], theme: Theme) -> "Figure":
         title = f"Forgotten against drift on {ROLES[role]}{said}"
         _finish(axes, title.replace("-0", "−0"), "drift, nats a token", theme)
         axes.set_ylabel("points of held-out Norm. Avg. lost")
-    _legend(drawn, runs, theme)
+    note = (
+        "KL(pretrained || model) on the validation split. Each point below is a checkpoint; large "
+        "ones are selected."
+    )
+    _legend(drawn, runs, note, theme)
     return drawn
 
 
@@ -163,15 +177,20 @@ def _alignment(runs: Sequence[Run], theme: Theme) -> "Figure":
 
 
 def _cosines(group: Sequence[Run], stage: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Returns {variant: {step: {part: mean over seeds}}} of a stage, on validation data."""
+    """Returns {variant: {step: {part: mean over seeds}}} of a stage, on validation data if any."""
+    rows = [
+        row
+        for run in group
+        for row in run.rows
+        if (row.role, row.stage) == (ANALYSIS, stage)
+        and row.task.startswith(analyses.TASKS[ALIGNMENT])
+        and (row.metric == "cosine" or "/" in row.metric)
+    ]
+    validated = [row for row in rows if row.split != "test"]
     found: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for run in group:
-        for row in run.rows:
-            is_cosine = row.metric == "cosine" or "/" in row.metric
-            of_alignment = is_cosine and row.task.startswith(analyses.TASKS[ALIGNMENT])
-            if of_alignment and (row.role, row.stage) == (ANALYSIS, stage) and row.split != "test":
-                of_step = found.setdefault(row.task, {}).setdefault(row.step, {})
-                of_step.setdefault(row.metric, []).append(row.value)
+    for row in validated or rows:
+        of_step = found.setdefault(row.task, {}).setdefault(row.step, {})
+        of_step.setdefault(row.metric, []).append(row.value)
     return {
         variant: {
             step: {part: statistics.fmean(values) for part, values in parts.items()}
@@ -208,9 +227,8 @@ def _draw_cosines(axes: "Axes", values: Mapping[int, Mapping[str, float]], theme
                   color=theme.ink if whole else next(palette), linewidth=2.6 if whole else 1.4,
                   markersize=3, label=name)  # fmt: skip
     axes.axhline(0, color=theme.pretrained, linewidth=0.9)
-    low = min(
-        [0.0, *(c for of_step in values.values() for c in map(of_step.get, shown) if c is not None)]
-    )
+    cosines = [of_step[part] for of_step in values.values() for part in shown if part in of_step]
+    low = min([0.0, *(cosine for cosine in cosines if not math.isnan(cosine))])
     axes.set_ylim(max(-1.05, 1.15 * low - 0.03), 1.05)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, loc="upper left",
                 bbox_to_anchor=(1, 1.03))  # fmt: skip
@@ -286,7 +304,7 @@ def _finish(axes: "Axes", title: str, label: str, theme: Theme) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(drawn: "Figure", runs: Sequence[Run], theme: Theme) -> None:
+def _legend(drawn: "Figure", runs: Sequence[Run], note: str, theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
     lines = [
@@ -295,7 +313,9 @@ def _legend(drawn: "Figure", runs: Sequence[Run], theme: Theme) -> None:
     ]
     dashed = Line2D([], [], color=theme.pretrained, linestyle=(0, (3, 3)), label="pretrained")
     drawn.legend(handles=[*lines, dashed], loc="upper left", ncols=6, frameon=False,
-                 bbox_to_anchor=(0.035, 0.985), fontsize=10.5, labelcolor=theme.ink)  # fmt: skip
+                 bbox_to_anchor=(0.035, 0.995), fontsize=10.5, labelcolor=theme.ink)  # fmt: skip
+    top = 1 - 0.55 / drawn.get_figheight()
+    drawn.text(0.05, top, note, fontsize=9.5, color=theme.muted, va="center")
 
 
 _DRAW: Mapping[str, Callable[[Sequence[Run], Theme], "Figure"]] = {

@@ -5,7 +5,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from robust_ft.analysis_results import DRIFT
 from robust_ft.report import (
+    analyses,
+    analysis_figure,
     figure,
     promptability_figure,
     promptability_table,
@@ -88,6 +91,7 @@ def render(
     body.append(_section(promptability_table.TITLE, _promptability(prompted)))
     if trained:
         body.append(_section("While it trained", _curves(trained, panels)))
+        body.append(_section("Drift", _drift(trained)))
     if evaluated:
         body += [
             _section("All results", _table(all_results) + _notes(groups)),
@@ -215,6 +219,16 @@ def _tradeoff(runs: Sequence[Run], id_and_ood: tradeoff.Tradeoff) -> str:
     )
     rows = _plain_table(table.tradeoff_rows(id_and_ood))
     return f"{rows}{drawing}"
+
+
+def _drift(runs: Sequence[Run]) -> str:
+    if not analyses.columns_of(runs, DRIFT):
+        return ""
+    return _panel(
+        "Distance from the pretrained model",
+        analysis_figure.svg_panel(DRIFT, runs),
+        "KL(pretrained || model) in nats a target token; below, against what was forgotten.",
+    )
 
 
 def _promptability(found: "Promptability | None") -> str:

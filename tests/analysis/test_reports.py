@@ -10,7 +10,7 @@ from scipy import stats
 from robust_ft.analysis_results import AnalysisResults, with_analyses
 from robust_ft.errors import UserError
 from robust_ft.evaluator import Result
-from robust_ft.report import analyses, results
+from robust_ft.report import analyses, page, results
 from robust_ft.report.runs import load_run
 from robust_ft.summary import Row
 
@@ -122,15 +122,20 @@ def test_pictures(folder, tmp_path, name):
         add_rows(
             folder,
             analysis("full", step, "drift", "target", step / 10),
-            *(analysis("full", step, "gradient_alignment", n, -0.5) for n in ("cosine", PART)),
+            analysis("full", step, "gradient_alignment", "cosine", -0.5),
+            analysis("full", step, "gradient_alignment", PART, float("nan")),
         )
     files = analyses.write_analysis(name, [folder], tmp_path / "out")
     assert [file.suffix for file in files[:2]] == [".png", ".md"]
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert "| full_rte | full | 150 |" in files[1].read_text()
+    if name == "drift":
+        section = page._drift([load_run(folder)])
+        assert section.count("<svg") == 1 and "http" not in section and "#0102" not in section
 
 
 def test_nothing_to_show(folder, tmp_path):
+    assert page._drift([load_run(folder)]) == ""
     with pytest.raises(UserError, match=r"robust_ft\.analysis drift MODEL_DIR computes it"):
         analyses.write_analysis("drift", [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
