@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from robust_ft.stage import Stage as Stage
     from robust_ft.summary import Row as Row
     from robust_ft.summary import Summary as Summary
+    from robust_ft.sweeps import run_sweep as run_sweep
     from robust_ft.trainable import above_bottom_layers as above_bottom_layers
     from robust_ft.trainable import bitfit as bitfit
     from robust_ft.trainable import top_layers as top_layers
@@ -118,6 +119,7 @@ _HOMES = {
     "seeds": ["run_seeds"],
     "stage": ["Stage"],
     "summary": ["Row", "Summary"],
+    "sweeps": ["run_sweep"],
     "trainable": ["above_bottom_layers", "bitfit", "top_layers"],
     "trainer": ["Stopped"],
 }

@@ -9,6 +9,7 @@ from robust_ft.errors import UserError, nearest
 
 COMMANDS = {
     "train": "train a recipe; run the same command again to resume",
+    "sweep": "try a grid of values, and choose on validation",
     "eval": "evaluate a finished run",
     "infer": "write a finished run's predictions",
     "convert": "convert models between Hugging Face, t5x, PEFT and robust_ft",

@@ -39,7 +39,7 @@ class Progress:
     """How far the run in a MODEL_DIR has come.
 
     Attributes:
-        finished: The names of the stages that have finished, and "few_shot" once it has results.
+        finished: The names of the stages that have trained, and "few_shot" once it has results.
         stage: The stage, selection or "few_shot" that is next; None if the whole run has finished.
         step: The step of its newest checkpoint, or 0.
         is_begun: Whether there is any result yet.
@@ -54,8 +54,9 @@ class Progress:
     def of(cls, recipe: Recipe) -> "Progress":
         folder = as_path(recipe.model_dir)
         names = [stage.name for stage in recipe.stages]
-        finished = [name for name in names if Outcome.read(folder / name) is not None]
-        left = [name for name in names if name not in finished]
+        outcomes = {name: Outcome.read(folder / name) for name in names}
+        finished = [name for name, outcome in outcomes.items() if outcome is not None]
+        left = [name for name, outcome in outcomes.items() if not (outcome and outcome.is_tested)]
         left += [s.name for s in recipe.selections if SelectedWeight.read(folder / s.name) is None]
         few_shot = recipe.few_shot and Results(folder, recipe.few_shot)
         if few_shot and few_shot.missing():

@@ -50,6 +50,8 @@ class Arguments(argparse.Namespace):
     dry_run: bool
     allow_change: list[str]
     seeds: int | None
+    grid: list[str]
+    by: str | None
     task: str | None
     split: str | None
     module: str | None
@@ -98,6 +100,8 @@ def parse(program: str, description: str, argv: Sequence[str]) -> Arguments:
             help="run N seeds, from RANDOM_SEED on, one after the other, each in a folder "
             "seed_<seed> of MODEL_DIR, and report on them together",
         )
+    if program == "sweep":
+        _add_sweep(parser)
     add_processes(parser)
     return parse_gin(parser, argv)
 
@@ -140,6 +144,29 @@ def parse_gin(parser: Parser, argv: Sequence[str]) -> Arguments:
     arguments = parser.parse_args(rest, namespace=Arguments())
     arguments.gin_bindings = [f"{match[1]}={match[2]}" for match in bindings]
     return arguments
+
+
+def _add_sweep(parser: Parser) -> None:
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="a macro or parameter, as in --gin.NAME=VALUE, and the values to try; of several "
+        "flags every combination (by default 0.3, 1 and 3 times the learning rate)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="run every value with N seeds, from RANDOM_SEED on; the mean of their scores chooses",
+    )
+    parser.add_argument(
+        "--by",
+        metavar="NAME",
+        help="the stage or selection whose validation score chooses (what the recipe ends with); "
+        "what comes after it runs with the chosen value only",
+    )
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +257,15 @@ def macros_named(config: "Config") -> Iterator[None]:
         yield
     except UserError as error:
         raise config.explain(error) from error
+
+
+def write_config(config: "Config") -> None:
+    """Writes `config.gin` into the MODEL_DIR of a run, from the first process."""
+    from robust_ft import multihost
+    from robust_ft.files import as_path, write_atomically
+
+    if multihost.is_first():
+        write_atomically(as_path(config.recipe.model_dir) / "config.gin", config.operative)
 
 
 def load_config(arguments: Arguments) -> "Config":

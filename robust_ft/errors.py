@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A model has come to NaN or infinity, as after training at too high a rate."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the choice closest to `name`, or `""` if none is close."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int64
 
 from robust_ft import console, multihost
 from robust_ft.data.loader import BatchSource
-from robust_ft.errors import UserError
+from robust_ft.errors import Diverged, UserError
 from robust_ft.objectives import Teacher
 from robust_ft.objectives.penalties import Anchor
 from robust_ft.stage import Stage
@@ -154,7 +154,7 @@ class NonFinite:
             examples: The numbers of the batch's examples, `BatchSource.examples`.
 
         Raises:
-            UserError: Something is not finite, and `Stage.on_nonfinite` is "stop".
+            Diverged: Something is not finite, and `Stage.on_nonfinite` is "stop".
         """
         if not flags.any():
             return
@@ -166,7 +166,7 @@ class NonFinite:
             console.print_line(f"[{self.stage.name}] step {step} skipped: {told}.", "yellow")
             return
         back = f"goes on from checkpoint_{self.saved}" if self.saved else "starts the stage again"
-        raise UserError(
+        raise Diverged(
             f"Step {step} of stage '{self.stage.name}' gives {told}; nothing of it is saved, and "
             f"a rerun {back}. Look at the examples, lower Schedule.peak, or set "
             "Stage.on_nonfinite='skip'."

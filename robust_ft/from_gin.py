@@ -39,12 +39,17 @@ def load_recipe(
     Raises:
         UserError: A file, name or value is wrong; one sentence says where.
     """
-    overrides = list(_statements({**(bindings or {}), **macros}))
+    overrides = list(statements({**(bindings or {}), **macros}))
     folders = [os.fspath(folder) for folder in search_paths]
     return gin_config.load([os.fspath(file) for file in files], overrides, folders).recipe
 
 
-def _statements(values: Mapping[str, Any]) -> Iterator[str]:
+def statements(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields gin statements, such as "TRAIN_STEPS=10", that set macros and parameters.
+
+    Raises:
+        UserError: A value is an object.
+    """
     for name, value in values.items():
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

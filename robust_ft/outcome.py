@@ -23,12 +23,15 @@ class Outcome:
         score: Its score, or None if nothing was selected by score.
         paths: The paths of the parameters that trained, all that its checkpoints hold.
         steps: The number of steps that the stage took, fewer than its own if patience ended it.
+        is_tested: Whether its final evaluations have been made, too; `runner.validate` leaves them
+            out.
     """
 
     step: int
     score: float | None
     paths: tuple[str, ...]
     steps: int = 0
+    is_tested: bool = True
 
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Writes the file from the first process; on return all processes can read it."""

@@ -54,6 +54,7 @@ class RunContext(NamedTuple):
         teacher: The stage's teacher, its parameters on the mesh.
         pretrained: Loads the model that the recipe started from, for evaluators.
         callbacks: Called from the training loop.
+        tests: Whether to run final evaluations; else they are left to `trainer.test`.
         changed: Whether a setting was changed after the run had begun, so that a position in the
             data may be one in other data.
     """
@@ -68,4 +69,5 @@ class RunContext(NamedTuple):
     teacher: Teacher | None = None
     pretrained: Callable[[], BasePredictor] | None = None
     callbacks: Sequence[Callback] = ()
+    tests: bool = True
     changed: bool = False

@@ -1,8 +1,9 @@
 """Runs a recipe: its stages, finished ones skipped, its selections, its few-shot evaluation."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from robust_ft import compiling, console, full_disk, model_info, multihost, overlap_file
@@ -12,10 +13,11 @@ from robust_ft.checks import untuned
 from robust_ft.claiming import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
-from robust_ft.ensembles.selection import Selection
+from robust_ft.ensembles.selection import EnsembleSelection, Selection
 from robust_ft.errors import UserError
 from robust_ft.few_shot_run import run_few_shot
 from robust_ft.files import as_path, write_json
+from robust_ft.objectives import Teacher
 from robust_ft.outcome import Outcome
 from robust_ft.predictor import BasePredictor
 from robust_ft.recipe import Recipe
@@ -24,7 +26,7 @@ from robust_ft.run_record import RunRecord
 from robust_ft.stage import STAGE, Stage
 from robust_ft.stage_start import origin, predictor, pretrained, restore, teacher
 from robust_ft.summary import Summary
-from robust_ft.trainer import fit
+from robust_ft.trainer import fit, test
 from robust_ft.types import Params
 
 
@@ -67,6 +69,56 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
 
     For callers that write into MODEL_DIR first.
     """
+    with _started(recipe) as run:
+        params = _run_stages(recipe, recipe.stages, run._replace(callbacks=callbacks))
+        kept = params if recipe.few_shot and not recipe.selections else None
+        params = None  # frees memory for the members of an ensemble
+        for selection in recipe.selections:
+            _select(recipe, selection, run.summary)
+        if recipe.few_shot is not None:
+            follows = bool(recipe.stages) and recipe.few_shot.restore == STAGE + recipe.last.name
+            few_shot_start = kept if follows else None
+            run_few_shot(recipe, recipe.few_shot, run.summary, run.stop, few_shot_start)
+    return run.summary
+
+
+def validate(recipe: Recipe, name: str, callbacks: Sequence[Callback] = ()) -> float | None:
+    """Runs a recipe as far as a stage or a selection, without its final evaluations.
+
+    `run_claimed` makes these, and what comes after, when it is called later; nothing trains twice.
+
+    Args:
+        recipe: The recipe, whose MODEL_DIR is claimed already.
+        name: The stage or the selection.
+        callbacks: Follow the training loop of each stage.
+
+    Returns:
+        The validation score by which its checkpoint or its lambda was selected; None without one.
+
+    Raises:
+        UserError, Stopped: As for `run`.
+    """
+    directory = as_path(recipe.model_dir)
+    names = [stage.name for stage in recipe.stages]
+    count = names.index(name) + 1 if name in names else len(names)
+    with _started(recipe) as run:
+        run = run._replace(callbacks=callbacks, tests=False)
+        _run_stages(recipe, recipe.stages[:count], run)
+        if name in names:
+            outcome = Outcome.read(directory / name)
+            return None if outcome is None else outcome.score
+        selection = next(each for each in recipe.selections if each.name == name)
+        selected = SelectedWeight.read(directory / name)
+        if selected is None:
+            if isinstance(selection, EnsembleSelection):
+                selection = dataclasses.replace(selection, final_evaluations=())
+            selected = selection.run(directory, run.summary, functools.partial(predictor, recipe))
+        return selected.selected.score
+
+
+@contextlib.contextmanager
+def _started(recipe: Recipe) -> Iterator[RunContext]:
+    """Yields what the stages of a recipe share."""
     compiling.use_cache()
     compiling.use_effort(recipe.compile_effort)
     if note := untuned(recipe):
@@ -74,53 +126,53 @@ def run_claimed(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Summary:
     directory = as_path(recipe.model_dir)
     summary = Summary(directory, enabled=multihost.is_first())
     record = RunRecord.read(directory)
-    params: Params | None = None
+    changed = record is not None and bool(record.changes)
     with (
         full_disk.told(directory),
         multihost.stop_on_sigterm() as stop,
         recipe.partitioner.activate(),
     ):
-        for i, stage in enumerate(recipe.stages):
-            outcome = Outcome.read(directory / stage.name)
-            if outcome is not None:
-                _check_finished(recipe, stage, outcome)
-                console.print_line(
-                    f"[{stage.name}] finished before; step {outcome.step} was selected."
-                )
-                params = None
-                continue
-            # The previous stage's parameters are handed over in memory.
-            follows = i > 0 and stage.restore == STAGE + recipe.stages[i - 1].name
-            params = params if follows else None
-            # The teacher first: loading it takes twice its memory for a moment.
-            stage_teacher = teacher(recipe, stage)
-            params = restore(recipe, stage, params)
-            if multihost.is_first():
-                _write_model_info(stage, params, directory / stage.name)
-                _record(recipe, stage).write(directory / stage.name)
-            overlap_file.write(stage, directory / stage.name)
-            context = RunContext(
-                directory,
-                recipe.partitioner,
-                recipe.seed,
-                summary,
-                stop,
-                baseline=i == 0,
-                origin=origin(recipe, stage),
-                teacher=stage_teacher,
-                pretrained=functools.partial(pretrained, recipe, stage),
-                callbacks=callbacks,
-                changed=record is not None and bool(record.changes),
-            )
-            params = fit(stage, params, context)
-        kept = params if recipe.few_shot and not recipe.selections else None
-        params = None  # frees memory for the members of an ensemble
-        for selection in recipe.selections:
-            _select(recipe, selection, summary)
-        if recipe.few_shot is not None:
-            follows = bool(recipe.stages) and recipe.few_shot.restore == STAGE + recipe.last.name
-            run_few_shot(recipe, recipe.few_shot, summary, stop, kept if follows else None)
-    return summary
+        yield RunContext(directory, recipe.partitioner, recipe.seed, summary, stop, changed=changed)
+
+
+def _run_stages(recipe: Recipe, stages: Sequence[Stage], run: RunContext) -> Params | None:
+    """Runs stages; returns the last one's final parameters, None if it had finished before."""
+    params: Params | None = None
+    for i, stage in enumerate(stages):
+        outcome = Outcome.read(run.directory / stage.name)
+        if outcome is not None:
+            _check_finished(recipe, stage, outcome)
+            console.print_line(f"[{stage.name}] finished before; step {outcome.step} was selected.")
+            params = None
+            if run.tests and not outcome.is_tested:
+                stage_teacher = teacher(recipe, stage)
+                start = restore(recipe, stage)
+                test(stage, start, _context(recipe, stage, run, stage_teacher))
+            continue
+        # The previous stage's parameters are handed over in memory.
+        follows = i > 0 and stage.restore == STAGE + stages[i - 1].name
+        params = params if follows else None
+        # The teacher first: loading it takes twice its memory for a moment.
+        stage_teacher = teacher(recipe, stage)
+        params = restore(recipe, stage, params)
+        if multihost.is_first():
+            _write_model_info(stage, params, run.directory / stage.name)
+            _record(recipe, stage).write(run.directory / stage.name)
+        overlap_file.write(stage, run.directory / stage.name)
+        params = fit(stage, params, _context(recipe, stage, run, stage_teacher))
+    return params
+
+
+def _context(
+    recipe: Recipe, stage: Stage, run: RunContext, stage_teacher: Teacher | None
+) -> RunContext:
+    """Returns what a stage is given beside its parameters."""
+    return run._replace(
+        baseline=stage.name == recipe.stages[0].name,
+        origin=origin(recipe, stage),
+        teacher=stage_teacher,
+        pretrained=functools.partial(pretrained, recipe, stage),
+    )
 
 
 def _select(recipe: Recipe, selection: Selection, summary: Summary) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from robust_ft import command_line, cpu_settings
-from robust_ft.files import as_path, write_atomically
+from robust_ft.files import as_path
 
 if TYPE_CHECKING:
     from robust_ft.few_shot import FewShot
@@ -47,7 +47,7 @@ def _train(config: "Config", callbacks: Sequence["Callback"], allow_change: Sequ
 
     recipe = config.recipe
     if claim(recipe, allow_change):
-        _write_config(config)
+        command_line.write_config(config)
     try:
         run_claimed(recipe, callbacks)
     except Stopped as stopped:
@@ -166,13 +166,6 @@ def _of_tasks(stage: "Stage") -> str:
     if not isinstance(rule, MetaLearning):
         return ""
     return f" of {rule.tasks} tasks, {rule.batches} such batches each"
-
-
-def _write_config(config: "Config") -> None:
-    from robust_ft import multihost
-
-    if multihost.is_first():
-        write_atomically(as_path(config.recipe.model_dir) / "config.gin", config.operative)
 
 
 if __name__ == "__main__":

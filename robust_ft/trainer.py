@@ -1,4 +1,6 @@
-"""The training loop: `fit` trains one stage."""
+"""The training loop: `fit` trains one stage, `test` evaluates it later."""
+
+import dataclasses
 
 from robust_ft import (
     console,
@@ -99,12 +101,36 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
             best = checkpoints.restore_params(selected, like=state.trainable)
             state = state._replace(trainable=best, average=None)
         params = trainable.merge(state.evaluated, frozen)
-        evaluator(stage.final_evaluations, params, selected, kept=stage.final_kept)
+        if run.tests:
+            evaluator(stage.final_evaluations, params, selected, kept=stage.final_kept)
         score = checkpoints.score(selected)
     folder, tokens = directory / export.FOLDER, Tokens.of(stage.model, stage.data.vocabulary)
     export.write(folder, stage.model, params, paths, base, tokens, run.partitioner)
-    Outcome(selected, score, tuple(sorted(paths)), last).write(directory)
+    Outcome(selected, score, tuple(sorted(paths)), last, run.tests).write(directory)
     return params
+
+
+def test(stage: Stage, params: Params, run: RunContext) -> None:
+    """Runs the final evaluations of a stage that was trained without them.
+
+    Args:
+        stage: The stage, which has finished.
+        params: All parameters at the stage's start, on the mesh.
+        run: What the stages of a run share.
+    """
+    directory = run.directory / stage.name
+    outcome = Outcome.read(directory)
+    assert outcome is not None
+    start, frozen = trainable.split(params, frozenset(outcome.paths))
+    with MetricWriter(directory, multihost.is_first()) as writer:
+        evaluator = StageEvaluator(stage, run, writer)
+        if run.baseline:
+            evaluator(stage.final_evaluations, params, 0, pretrained=True)
+        with StageCheckpoints(directory) as checkpoints:
+            trained = checkpoints.restore_params(outcome.step, like=start)
+        params = trainable.merge(trained, frozen)
+        evaluator(stage.final_evaluations, params, outcome.step, kept=stage.final_kept)
+    dataclasses.replace(outcome, is_tested=True).write(directory)
 
 
 def _train(
@@ -142,7 +168,7 @@ def _train(
                 log.flush(step)
                 params = trainable.merge(state.evaluated, frozen)
                 score = evaluator(stage.evaluations, params, step)
-                if step == 0 and run.baseline:
+                if step == 0 and run.baseline and run.tests:
                     # After the stage's own, whose rows it replaces where both use one split.
                     evaluator(stage.final_evaluations, params, step, pretrained=True)
                 if step:

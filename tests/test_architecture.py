@@ -25,7 +25,7 @@ LAYERS = [
     {"models", "decoding", "data"},
     {"objectives", "optim", "trainable", "checkpoints_io"},
     {"half_finetuning", "train_step", "text_batches", "ranking", "predictor", "model_info"},
-    {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator"}
+    {"stage_checkpoints", "restore", "outcome", "export", "summary", "evaluator", "sweep_file"}
     | {"scoring", "evaluate", "analysis_results"},
     {
         "analysis",
@@ -53,12 +53,12 @@ LAYERS = [
     {"few_shot_run"},
     {"runner"},
     {"inference", "analysis_run", "gin_types", "report"},
-    {"seeds"},
+    {"seeds", "sweeps"},
     {"gin_builders"},
     {"gin_config", "preflight"},
     {"command_line", "from_gin", "settings"},
     {"model_directory"},
-    {"train", "eval", "infer", "convert", "soup", "__main__"},
+    {"train", "sweep", "eval", "infer", "convert", "soup", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "robust_ft")]

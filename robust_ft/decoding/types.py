@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_ft.errors import UserError
+from robust_ft.errors import Diverged
 
 # A KV cache: a pytree of arrays, all [batch, ...].
 Cache = Any
@@ -32,7 +32,7 @@ ProcessFn = Callable[
 ]
 
 
-class NotANumber(UserError):
+class NotANumber(Diverged):
     """A model gives NaN in place of probabilities.
 
     Attributes:

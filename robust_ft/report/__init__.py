@@ -3,7 +3,8 @@
 `runs` reads run folders and `few_shot` their few-shot evaluations, `groups` tells runs of one name
 apart that differ in more than their seed, `members` splits a run into its models, `results`,
 `verdicts`, `samples`, `comparisons`, `tradeoff` and `promptability` compute from their rows (pure
-functions), and `table`, `figure`, `page` and the modules called after those draw.
+functions), and `table`, `choices` (what sweeps tried), `figure`, `page` and the modules called
+after those draw.
 `python -m robust_ft.report MODEL_DIR [MODEL_DIR ...] --output=DIR`.
 """
 
@@ -51,14 +52,15 @@ def write_report(
     `report.png`.
 
     Args:
-        model_dirs: Folders of finished runs, or of the seeds of `run_seeds`. Runs of one name that
-            differ in nothing but their seed are averaged.
+        model_dirs: Folders of finished runs, of the seeds of `run_seeds`, or of sweeps, which stand
+            for their choice. Runs of one name that differ in nothing but their seed are averaged.
         output: Folder of the report, created if it is missing; may be a run folder itself.
 
     Raises:
         UserError: A folder is not a finished run, or a file in it cannot be read.
     """
     from robust_ft.report import (
+        choices,
         comparisons,
         figure,
         groups,
@@ -105,6 +107,7 @@ def write_report(
     text = [
         table.markdown(all_results) if evaluated else "",
         table.settings_markdown(grouped),
+        choices.markdown(grouped.runs),
         table.tradeoff_markdown(id_and_ood),
         table.comparisons_markdown(compared),
         promptability_table.markdown(prompted),
@@ -112,5 +115,6 @@ def write_report(
     ]
     report.markdown.write_text("\n".join(filter(None, text)), encoding="utf-8")
     table.show(all_results, compared, grouped)
+    choices.show(grouped.runs)
     promptability_table.show(prompted)
     return report

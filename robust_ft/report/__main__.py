@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model_dirs",
         metavar="MODEL_DIR",
         nargs="+",
-        help="folder of a run, or of the runs of several seeds",
+        help="folder of a run, of the runs of several seeds, or of a sweep",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="where to write (default: the run, if there is only one)"

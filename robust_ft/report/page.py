@@ -9,6 +9,7 @@ from robust_ft.analysis_results import DRIFT
 from robust_ft.report import (
     analyses,
     analysis_figure,
+    choices,
     figure,
     promptability_figure,
     promptability_table,
@@ -99,6 +100,7 @@ def render(
         ]
     body += [
         _section(table.DIFFERENT, _settings(groups)),
+        _section(choices.TITLE, _choices(groups)),
         _samples(evaluated),
         _section("Configuration", _configs(runs)),
     ]
@@ -321,6 +323,11 @@ def _notes(groups: Groups) -> str:
 
 def _settings(groups: Groups) -> str:
     return _plain_table(table.settings_rows(groups)) if groups.differences else ""
+
+
+def _choices(groups: Groups) -> str:
+    rows = choices.rows(groups.runs)
+    return f"{_plain_table(rows)}<p class='note'>{_text(choices.CAPTION)}</p>" if rows else ""
 
 
 def _cell(line: results.Line, column: results.Column, start: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ from robust_ft.errors import UserError, nearest
 from robust_ft.files import as_path, read_json, read_json_object
 from robust_ft.metric_writer import EVALUATIONS, read_metrics
 from robust_ft.summary import FEW_SHOT, Row, read_rows
+from robust_ft.sweep_file import Sweep
 
 if TYPE_CHECKING:
     from robust_ft.run_record import RunRecord
@@ -55,6 +56,7 @@ class Run:
         grid: The final rows for each lambda, if the run is one selection.
         overlaps: What evaluated tasks have in common with the training data, a sentence each.
         record: What the run was made with; None if its version did not record it.
+        sweep: The sweep that chose its settings, if one did.
     """
 
     directory: pathlib.Path
@@ -72,21 +74,44 @@ class Run:
     grid: Mapping[float, Sequence[Row]] = dataclasses.field(default_factory=dict)
     overlaps: tuple[str, ...] = ()
     record: "RunRecord | None" = None
+    sweep: Sweep | None = None
 
 
 def load_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Reads runs, in the order given; a folder with runs of several seeds stands for all of them.
+    """Reads runs, in the order given.
+
+    A folder with runs of several seeds stands for all of them, that of a sweep for those with the
+    chosen value.
 
     Raises:
-        UserError: A folder is not a finished run.
+        UserError: A folder is not a finished run, or a sweep that has not chosen yet.
     """
-    return [load_run(folder) for folder in run_folders(directories)]
+    return [
+        dataclasses.replace(load_run(each), sweep=Sweep.read(folder))
+        for folder in map(as_path, directories)
+        for each in run_folders([folder])
+    ]
 
 
 def run_folders(directories: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
-    """Returns the folders of runs, in the order given; a folder of seeds stands for theirs."""
-    folders = [as_path(directory) for directory in directories]
-    return [each for folder in folders for each in _seeds(folder) or [folder]]
+    """Returns the folders of runs that folders stand for, in the order given; see `load_runs`."""
+    found: list[pathlib.Path] = []
+    for folder in map(as_path, directories):
+        sweep = Sweep.read(folder)
+        inner = folder if sweep is None else folder / _chosen(sweep, folder)
+        found += _seeds(inner) or [inner]
+    return found
+
+
+def _chosen(sweep: Sweep, folder: pathlib.Path) -> str:
+    """Returns the folder of a sweep's choice, below its own."""
+    if (chosen := sweep.chosen) is not None:
+        return chosen.folder
+    if sweep.left:
+        why = f"{sweep.left} of its runs have no validation score yet; the same command goes on"
+    else:
+        why = "a run diverged with every value that was tried; give it others"
+    raise UserError(f"The sweep in {folder} has chosen nothing: {why}.")
 
 
 def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
