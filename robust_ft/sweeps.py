@@ -172,7 +172,7 @@ def run(
         how = next(text for point in sweep.tried for text in point.diverged.values())
         raise UserError(f"A run diverged with every value that was tried; the first: {how}")
     console.print_line(
-        f"[sweep] {chosen.name} is chosen, with {chosen.score(sweep.seeds):.1f}; test splits follow."
+        f"[sweep] {chosen.name} is chosen, with {chosen.score(sweep.seeds):.1f}; it is completed."
     )
     for sentence in sweep.sentences():
         console.print_line(f"[sweep] {sentence}", style="yellow")

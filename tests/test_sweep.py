@@ -1,5 +1,6 @@
 """The command line of sweeps: grids, their defaults, and one sentence for every mistake."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_runs_are_validated_with_their_configs_beside_them(tmp_path, capsys, mon
         Path(recipe.model_dir).mkdir(parents=True, exist_ok=True)
         return True
 
+    monkeypatch.setattr(sweeps, "gc", types.SimpleNamespace(collect=lambda: None))  # is slow
     monkeypatch.setattr(claiming, "claim", claim)
     monkeypatch.setattr(sweeps, "validate", scored)
     monkeypatch.setattr(sweeps, "run_claimed", lambda *_: None)
