@@ -7,6 +7,7 @@ evaluated on test splits: it is completed in its folder, without training again.
 import dataclasses
 import gc
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -263,7 +264,7 @@ def selecting_evaluations(recipe: Recipe, by: str) -> tuple[Evaluator, ...]:
 
 
 def check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
-    """Raises a UserError unless each setting of a grid has several values, all different."""
+    """Raises a UserError unless each setting has several values, all different, and plain."""
     if not grid:
         raise UserError("A sweep needs a grid of values to choose from, and there is none.")
     for name, values in grid.items():
@@ -275,6 +276,13 @@ def check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
         for index, value in enumerate(values):
             if value in values[:index]:
                 raise UserError(f"The grid has {name} {shown(value)} twice.")
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise UserError(
+                    f"The grid has {name} {value!r}, which is no plain value, such as a number or "
+                    "a text; give each a name, and let the recipe be built by it."
+                ) from None
 
 
 def folder_name(values: Mapping[str, Any]) -> str:

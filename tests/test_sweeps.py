@@ -153,6 +153,7 @@ REFUSED = {
     "no grid": ({}, {}, "needs a grid"),
     "one value": ({"rate": [0.1]}, {}, r"one value of rate, 0\.1, so there is nothing to choose"),
     "a value twice": ({"rate": [0.1, 0.1]}, {}, r"has rate 0\.1 twice"),
+    "an object": ({"rate": [0.1, toy.DATA]}, {}, "rate TaskData.*, which is no plain value"),
     "no seed": (GRID, {"seeds": 0}, "must be at least 1"),
     "by": (GRID, {"by": "modle"}, "cannot choose by 'modle', only by model. Did you mean 'model'"),
     "changes nothing": (
@@ -252,12 +253,13 @@ def test_a_report_takes_the_choice_and_says_how_it_was_made(tmp_path, capsys):
 def test_the_chosen_run_is_the_run_of_its_own_command(tmp_path, monkeypatch):
     def promot(rate, folder=""):
         optimizer = AdamW(Schedule(rate))
-        changes = {"steps": 2, "eval_period": 1}
-        return toy.promot(folder, changes, {**changes, "optimizer": optimizer})
+        both = {"eval_period": 1, "microbatches": 1}
+        model = {**both, "steps": 2, "optimizer": optimizer}
+        return toy.promot(folder, {**both, "steps": 1}, model)
 
-    # At steps 0, 1 and 2 of both stages, with the first rate, then with the second.
-    scores = [0.0, 3.0, 2.0, 0.0, 4.0, 5.0, 0.0, 3.0, 2.0, 0.0, 9.0, 1.0]
-    evaluate = toy.ScriptedEvaluate(monkeypatch, [*scores, *scores[6:]])
+    # At each step of the prompt and the model, with the first rate, then with the second.
+    scores = [0.0, 3.0, 0.0, 4.0, 5.0, 0.0, 3.0, 0.0, 9.0, 1.0]
+    evaluate = toy.ScriptedEvaluate(monkeypatch, [*scores, *scores[5:]])
     sweep = run_sweep(promot, {"rate": [0.1, 0.3]}, f"{tmp_path}/sweep")
     assert sweep.chosen.values == {"rate": 0.3} and sweep.chosen.scores == {0: 9.0}
     swept, alone = tmp_path / "sweep" / "rate_0.3" / "seed_0", tmp_path / "alone"
