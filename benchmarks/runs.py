@@ -20,10 +20,15 @@ from typing import Any
 
 from robust_ft.errors import UserError
 from robust_ft.files import read_json, write_json
+from robust_ft.sweep_file import Sweep
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = "asset:mini"  # the pretrained checkpoint that recipes take by themselves
 SEEDS_EACH = 100  # a checkpoint's seeds begin at a multiple of it, so that no two runs share one
+# In sweeps: the arm that chooses the rate of a stage that this one has, too, before it chooses its
+# own; and what chooses where that is not what the recipe ends with.
+CHOSEN_BEFORE = {"promot_rte": "prompt_rte", "table2_webnlg": "adapters_webnlg"}
+CHOSEN_BY = {"table2_webnlg": "full"}
 SOURCES = ("robust_ft/**/*", "tasks/**/*.py", "gin_configs/**/*.gin")  # what a run depends on
 
 
@@ -170,10 +175,59 @@ class Runner:
     def chosen(self, arm: Arm) -> tuple[tuple[str, Any], ...]:
         """Returns the settings that were chosen for an arm on ID validation.
 
-        All of an arm's runs have them. They are to come from a sweep of the arm; until then an arm
-        has the rates of its recipe.
+        All of an arm's runs have them. Without a sweep of the arm there are none: it has the rates
+        of its recipe.
         """
-        return ()
+        found = Sweep.read(self.sweep_folder(arm))
+        own = found.chosen if found is not None else None
+        return (*self._chosen_before(arm), *(own.values.items() if own is not None else ()))
+
+    def _chosen_before(self, arm: Arm) -> tuple[tuple[str, Any], ...]:
+        before = CHOSEN_BEFORE.get(arm.files)
+        return self.chosen(Arm(before)) if before is not None else ()
+
+    def sweep_folder(self, arm: Arm) -> Path:
+        """Returns MODEL_DIR of an arm's sweep."""
+        return self.output / f"{arm.folder}_sweep"
+
+    def sweep(self, arm: Arm, seeds: int) -> bool:
+        """Chooses an arm's learning rates, or goes on with it; returns whether it has."""
+        folder = self.sweep_folder(arm)
+        settings = [f"{name}={_gin(v)}" for name, v in (*arm.settings, *self._chosen_before(arm))]
+        for place in ("", arm.files):
+            settings += self.settings.get(place, ())
+        settings.append(f"MODEL_DIR={str(folder)!r}")
+        command = [sys.executable, "-m", "robust_ft.sweep", *arm.gin_files, f"--seeds={seeds}"]
+        command += [f"--by={CHOSEN_BY[arm.files]}"] if arm.files in CHOSEN_BY else []
+        command += [f"--gin.{setting}" for setting in settings]
+        self.output.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(folder.name + ".log")
+        with open(log, "a", encoding="utf-8") as file:
+            ended = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        chosen = ", ".join(f"{name} {value}" for name, value in self.chosen(arm))
+        print(
+            f"{arm.name}: {chosen if ended.returncode == 0 else f'failed, see {log}'}", flush=True
+        )
+        return ended.returncode == 0
+
+    def sweep_all(self, arms: Sequence[Arm], seeds: int, jobs: int) -> None:
+        """Chooses the learning rates of arms, `jobs` at a time.
+
+        Raises:
+            UserError: A sweep failed.
+        """
+        before = [Arm(files) for each in arms if (files := CHOSEN_BEFORE.get(each.files))]
+        before = list(dict.fromkeys(before))
+        done = [self.sweep(arm, seeds) for arm in before]
+        with ThreadPoolExecutor(jobs) as pool:
+            rest = [arm for arm in arms if arm not in before]
+            done += pool.map(lambda arm: self.sweep(arm, seeds), rest)
+        if not all(done):
+            raise UserError(
+                f"{done.count(False)} of {len(done)} sweeps failed; the same command goes on."
+            )
 
     def run(self, arm: Arm, replicate: Replicate) -> bool:
         """Makes a run, or goes on with it; returns whether it has finished.

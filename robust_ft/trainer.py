@@ -121,6 +121,7 @@ def test(stage: Stage, params: Params, run: RunContext) -> None:
     directory = run.directory / stage.name
     outcome = Outcome.read(directory)
     assert outcome is not None
+    stage = flow_scale.measured(stage, params, run)
     start, frozen = trainable.split(params, frozenset(outcome.paths))
     with MetricWriter(directory, multihost.is_first()) as writer:
         evaluator = StageEvaluator(stage, run, writer)
