@@ -1,4 +1,4 @@
-"""The comparisons on the mini world with rates that sweeps chose: which commands, in which order."""
+"""Comparisons on the mini world with rates that sweeps chose: which commands, in which order."""
 
 import sys
 import types
