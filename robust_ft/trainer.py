@@ -80,8 +80,7 @@ def fit(stage: Stage, params: Params, run: RunContext) -> Params:
         else:
             batches.set_state(data_position)
     with MetricWriter(directory, multihost.is_first()) as writer, checkpoints:
-        # What was reported after the checkpoint will be reported again; without a checkpoint,
-        # step 0 too.
+        # What follows the checkpoint will be reported again; without one, step 0 too.
         last_step = int(state.step) if resumed else -1
         writer.truncate(last_step)
         run.summary.truncate(stage.name, last_step)
