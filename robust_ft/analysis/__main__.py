@@ -95,8 +95,8 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
         "--gin.NAME",
         dest="_",
         metavar="VALUE",
-        help="set a macro or a parameter of the run's config.gin that leaves its model as it is, "
-        "such as --gin.EVAL_LIMIT=64 or a mesh",
+        help="set a macro of the run's config.gin, or a parameter in the scope that it has there, "
+        "that leaves its model as it is, such as --gin.EVAL_BATCH_SIZE=8",
     )
     if name == "neighbors":
         parser.add_argument("--count", type=int, default=5, help="neighbours of each vector (5)")

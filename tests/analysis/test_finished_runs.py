@@ -148,7 +148,7 @@ def test_command_line(finished, monkeypatch, tmp_path, capsys):
         ),
         (lambda r: analyse(r, "neighbors", AnalysisSettings(count=0)), "count=0"),
         (
-            lambda r: command.main(["drift", r.model_dir, "--gin.T5Config.mlp_dim=8"]),
+            lambda r: command.main(["drift", r.model_dir, "--gin.PROMPT_LENGTH=4"]),
             "was made with other settings",
         ),
         (lambda r: command.main(["drift", r.model_dir, r.model_dir]), "needs --output=DIR"),
