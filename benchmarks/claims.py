@@ -3,10 +3,10 @@
     python benchmarks/claims.py --seeds 3 --checkpoints asset:mini /models/mini_seed1
 
 Makes the runs that the claims need, each once (finished ones are skipped, unfinished ones resume),
-and writes claims.md and claims.json: first with one run of each kind, then again after every pass
-with another checkpoint or seed. `--only` takes claims by the names that claims.json has, `--papers`
-all of some papers; `--list` says which runs are left and how long they may take. Flags like
-`--gin.TRAIN_STEPS=50` go to all runs. Needs no accelerator.
+and writes claims.md and claims.json: first with one run of each kind, paper by paper, then again
+with each further checkpoint and seed. `--only` takes claims by the names that claims.json has,
+`--papers` all of some papers; `--list` says which runs are left and how long they may take. Flags
+like `--gin.TEST_LIMIT=50` go to all runs. Needs no accelerator.
 """
 
 import argparse
@@ -58,16 +58,26 @@ def make(
     replicates: Sequence[runs.Replicate],
     jobs: int,
 ) -> tuple[list[table.Row], int]:
-    """Makes the runs, and the table after each pass; returns its rows and how many runs failed."""
-    arms, todo = table.arms(claims.values()), passes(claims, replicates)
+    """Makes the runs, and the table whenever those of a paper are there with one more replicate.
+
+    Returns:
+        Its rows, and how many runs failed.
+    """
     failed, output = 0, runner.output.parent
-    for done, (_, _, ok) in enumerate(runner.run_all(todo, jobs), start=1):
+    order = table.arms(claims.values())
+    of_papers = [table.arms(_of(claims, paper)) for paper in papers.PAPERS]
+    last = {max(arms, key=order.index) for arms in of_papers if arms}
+    for arm, _, ok in runner.run_all(passes(claims, replicates), jobs):
         failed += not ok
-        if done % len(arms) == 0 and done < len(todo):
+        if arm in last:
             table.write(table.make_rows(claims, runner, replicates), output)
     rows = table.make_rows(claims, runner, replicates)
     table.write(rows, output)
     return rows, failed
+
+
+def _of(claims: Mapping[str, Claim], paper: str) -> list[Claim]:
+    return [claim for name, claim in claims.items() if name.partition(".")[0] == paper]
 
 
 def show(runner: runs.Runner, todo: Sequence[tuple[runs.Arm, runs.Replicate]], jobs: int) -> None:
@@ -101,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [flag for flag in others if not flag.startswith("--gin.")]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
+        if known.jobs < 1:
+            raise UserError(f"--jobs={known.jobs} must be at least 1.")
         claims = chosen(known.only, known.papers)
         replicates = runs.replicates(known.seeds, known.checkpoints)
         settings = [flag.removeprefix("--gin.") for flag in others]

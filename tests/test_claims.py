@@ -244,6 +244,7 @@ def test_command_line(tmp_path, capsys):
         (["--only", "promot.forgeting"], "no claim 'promot.forgeting'. Did you mean 'promot.forg"),
         (["--papers", "promott"], "There is no paper 'promott'. Did you mean 'promot'?"),
         (["--seeds", "0"], "--seeds=0 must be from 1 to 100."),
+        (["--jobs", "0"], "--jobs=0 must be at least 1."),
         (["--checkpoints", "/no/where"], "There is no checkpoint /no/where."),
     ):
         assert claims.main([*output, *flags]) == 1
