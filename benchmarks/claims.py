@@ -4,9 +4,11 @@
 
 Makes the runs that the claims need, each once (finished ones are skipped, unfinished ones resume),
 and writes claims.md and claims.json: first with one run of each kind, paper by paper, then again
-with each further checkpoint and seed. `--only` takes claims by the names that claims.json has,
-`--papers` all of some papers; `--list` says which runs are left and how long they may take. Flags
-like `--gin.TEST_LIMIT=50` go to all runs. Needs no accelerator.
+with each further checkpoint and seed. With `--sweep` every arm has the learning rates that
+in-distribution validation chooses (robust_ft.sweep), otherwise those of its recipe. `--only` takes
+claims by the names that claims.json has, `--papers` all of some papers; `--list` says which runs
+are left and how long they may take. Flags like `--gin.TEST_LIMIT=50` go to all runs. Needs no
+accelerator.
 """
 
 import argparse
@@ -80,6 +82,11 @@ def _of(claims: Mapping[str, Claim], paper: str) -> list[Claim]:
     return [claim for name, claim in claims.items() if name.partition(".")[0] == paper]
 
 
+def _keeps_last(arm: runs.Arm) -> bool:
+    """Whether an arm is one of promptability, which keep their last checkpoint: none selects."""
+    return arm in papers.PAPERS["promptability"].arms
+
+
 def show(runner: runs.Runner, todo: Sequence[tuple[runs.Arm, runs.Replicate]], jobs: int) -> None:
     """Prints the runs and how long they may take."""
     known: list[float] = []
@@ -106,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="pretrained models, by default the shipped one")  # fmt: skip
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--jobs", type=int, default=runs.default_jobs(), help="runs at a time")
+    parser.add_argument("--sweep", action="store_true", help="choose learning rates on validation")
     parser.add_argument("--list", action="store_true", help="say what is left to run, run nothing")
     known, others = parser.parse_known_args(arguments)
     if unknown := [flag for flag in others if not flag.startswith("--gin.")]:
@@ -120,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.list:
             show(runner, passes(claims, replicates), known.jobs)
             return 0
+        if known.sweep:
+            selecting = [arm for arm in table.arms(claims.values()) if not _keeps_last(arm)]
+            runner.sweep_all(selecting, 1, known.jobs)
         rows, failed = make(claims, runner, replicates, known.jobs)
         print((known.output / "claims.md").read_text(encoding="utf-8"))
         if failed:

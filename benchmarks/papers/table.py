@@ -36,6 +36,7 @@ class Row:
         verdict: What came out; None where runs are missing.
         missing: Why, a sentence; "" otherwise.
         made: The versions of the code that made its runs.
+        chosen: {arm: settings} that a sweep chose.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     verdict: Verdict | None
     missing: str = ""
     made: tuple[str, ...] = ()
+    chosen: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -57,6 +59,8 @@ class Row:
     def command(self) -> str:
         """The command that makes the row."""
         command = f"python benchmarks/claims.py --only {self.name}"
+        if self.chosen:
+            command += " --sweep"
         if self.replicates:
             command += f" --seeds {max(seed % SEEDS_EACH for seed in self.seeds) + 1}"
         if self.checkpoints not in ((), (SHIPPED,)):
@@ -78,6 +82,7 @@ class Row:
             "seeds": list(self.seeds),
             "runs": len(self.replicates),
             "code": list(self.made),
+            "chosen": self.chosen,
         }
         if verdict is None:
             return fields | {"verdict": None, "why": self.missing}
@@ -111,7 +116,8 @@ def make_rows(
             verdict, missing = tell(claim, runs.measure(claim, found)), ""
         except UserError as error:  # a world without this task, say
             verdict, missing = None, str(error)
-        rows.append(Row(name, claim, found, verdict, missing, tuple(sorted(made))))
+        chosen = {arm.name: dict(of) for arm in claim.arms if (of := runner.chosen(arm))}
+        rows.append(Row(name, claim, found, verdict, missing, tuple(sorted(made)), chosen))
     return rows
 
 
