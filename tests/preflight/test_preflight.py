@@ -87,7 +87,7 @@ def test_what_a_meta_learning_rule_reads_and_carries():
     rule = Fomaml(2, 3, AdamW(Schedule(1.0)), carries_state=True)
     stage = toy.stage(trainable=[".*"], gradient=rule)
     program = programs.train_step(Recipe("toy", "unused", (stage,)), stage)
-    _, _, batch, _ = program.traced.args_info[0][1:]
+    _, _, batch, *_ = program.traced.args_info[0][1:]
     assert batch["encoder_input_mask"].shape == (4, 2, 4, 12)
     # Two moments of each parameter for each of two optimizers, and steps done: one of Adam and one
     # of its schedule, and these for both parts in the inner loop.
