@@ -13,7 +13,7 @@ from robust_ft.checks import untuned
 from robust_ft.claiming import claim
 from robust_ft.ensembles.mixture_weight import FILE as SELECTED
 from robust_ft.ensembles.mixture_weight import SelectedWeight
-from robust_ft.ensembles.selection import EnsembleSelection, Selection
+from robust_ft.ensembles.selection import Selection, without_final_evaluations
 from robust_ft.errors import UserError
 from robust_ft.few_shot_run import run_few_shot
 from robust_ft.files import as_path, write_json
@@ -110,9 +110,8 @@ def validate(recipe: Recipe, name: str, callbacks: Sequence[Callback] = ()) -> f
         selection = next(each for each in recipe.selections if each.name == name)
         selected = SelectedWeight.read(directory / name)
         if selected is None:
-            if isinstance(selection, EnsembleSelection):
-                selection = dataclasses.replace(selection, final_evaluations=())
-            selected = selection.run(directory, run.summary, functools.partial(predictor, recipe))
+            validated = without_final_evaluations(selection)
+            selected = validated.run(directory, run.summary, functools.partial(predictor, recipe))
         return selected.selected.score
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from robust_ft import claiming, console, multihost, report
 from robust_ft.checkpoints_io.stage_record import RUN
+from robust_ft.ensembles.selection import without_final_evaluations
 from robust_ft.errors import Diverged, UserError, nearest
 from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.files import as_path
@@ -334,8 +335,8 @@ def _as_far_as(recipe: Recipe, by: str) -> Recipe:
     names = [stage.name for stage in recipe.stages]
     count = names.index(by) + 1 if by in names else len(names)
     stages = [dataclasses.replace(s, final_evaluations=()) for s in recipe.stages[:count]]
-    selections = tuple(each for each in recipe.selections if each.name == by)
-    return Recipe("", "", tuple(stages), selections=selections)
+    selections = [without_final_evaluations(s) for s in recipe.selections if s.name == by]
+    return Recipe("", "", tuple(stages), selections=tuple(selections))
 
 
 def _continued(directory: str, sweep: Sweep) -> Sweep:

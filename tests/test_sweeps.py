@@ -10,6 +10,8 @@ import toy_few_shot
 from report_runs import make_run
 
 from robust_ft import console, runner, sweeps
+from robust_ft.ensembles.mixture_weight import Candidate, SelectedWeight
+from robust_ft.ensembles.selection import EnsembleSelection
 from robust_ft.errors import Diverged, UserError
 from robust_ft.files import read_json
 from robust_ft.optim import AdamW, Schedule
@@ -247,6 +249,28 @@ def test_a_report_takes_the_choice_and_says_how_it_was_made(tmp_path, capsys):
         assert choices.TITLE in text and "R 0.1: 71.0 ± 1.4; 0.3: 60.0" in text
     assert choices.TITLE in capsys.readouterr().out
     assert choices.rows(load_runs([other])) == [] and choices.markdown(load_runs([other])) == ""
+
+
+def test_of_an_ensemble_the_selected_lambda_chooses_without_test_splits(tmp_path, monkeypatch):
+    selection = EnsembleSelection(
+        light="stage:light", full="stage:model", evaluations=toy.evaluations("validation"),
+        final_evaluations=toy.evaluations("test"),
+    )  # fmt: skip
+    one = Recipe("toy", str(tmp_path), (toy.stage("light"), toy.stage()), selections=(selection,))
+    assert sweeps.chosen_by(one, None) == "ensemble"
+    assert sweeps.stages_of(one, "ensemble") == ("light", "model")
+    assert [e.task for e in sweeps.selecting_evaluations(one, "ensemble")] == ["toy"]
+    seen = []
+
+    def selected(self, *_):
+        seen.append(self.final_evaluations)
+        return SelectedWeight.of([Candidate(0.5, 42.0, "ensemble/lambda_0.5", 2)])
+
+    monkeypatch.setattr(EnsembleSelection, "run", selected)
+    monkeypatch.setattr(runner, "_run_stages", lambda *_: None)
+    assert runner.validate(one, "ensemble") == 42.0
+    # It is not selected yet: the run that is completed evaluates every lambda on test splits.
+    assert seen == [()] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

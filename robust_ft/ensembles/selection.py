@@ -7,7 +7,7 @@ student for each lambda, trained in a stage of its own (Ensembles and Cocktails,
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from robust_ft import console, multihost
 from robust_ft.ensembles.mixture_weight import GRID, Candidate, SelectedWeight, check_weights
@@ -199,6 +199,15 @@ def students(stage: Stage, weights: Sequence[Share] = GRID) -> tuple[Stage, ...]
 
 def _student(name: str, weight: float) -> str:
     return f"{name}_{weight:g}"
+
+
+def without_final_evaluations(selection: Selection) -> Selection:
+    """Returns a selection that evaluates no more than what selects; some have nothing else."""
+    if not hasattr(selection, "final_evaluations"):
+        return selection
+    settings: Any = selection
+    found: Selection = dataclasses.replace(settings, final_evaluations=())
+    return found
 
 
 def check_vocabularies(selection: Selection, stages: Mapping[str, Stage]) -> None:
