@@ -12,6 +12,7 @@ COMMANDS = {
     "sweep": "try a grid of values, and choose on validation",
     "eval": "evaluate a finished run",
     "infer": "write a finished run's predictions",
+    "generate": "let a model write examples, to be replayed in finetuning",
     "convert": "convert models between Hugging Face, t5x, PEFT and robust_ft",
     "soup": "average the parameters of finished runs",
     "preflight": "say whether a recipe fits a TPU slice, without one",

@@ -31,6 +31,7 @@ def check(recipe: Recipe) -> None:
     for stage in recipe.stages:
         _check_start(stage)
         _check_tasks(stage)
+        _check_replay(stage)
         _check_mesh(recipe, stage)
         _check_lengths(stage)
         _check_teacher(recipe, stage)
@@ -121,6 +122,23 @@ def _check_tasks(stage: Stage) -> None:
     _check_packing(stage, stage.model)
 
 
+def _check_replay(stage: Stage) -> None:
+    if stage.replay is None:
+        return
+    if not same_vocabulary(stage.replay.data.vocabulary, stage.data.vocabulary):
+        raise UserError(
+            f"Replay.data of stage '{stage.name}' has another vocabulary than Stage.data; a model "
+            "has one, so give both the same."
+        )
+    prompts = [p for p in stage.model.peft if type(p).embed is not Peft.embed]
+    trained = stage.trainable_paths()
+    if stage.prompts_are_left_out and all(any(p.owns(x) for p in prompts) for x in trained):
+        raise UserError(
+            f"Stage.replay of stage '{stage.name}' teaches it nothing: only soft prompts train, "
+            "which Replay.prompts=False leaves out of replayed rows; set Stage.replay=None."
+        )
+
+
 def _check_packing(stage: Stage, model: Model) -> None:
     prompts = [p.name for p in model.peft if type(p).embed is not Peft.embed]
     if stage.packing and prompts:
@@ -174,7 +192,7 @@ def _check_meta_batch(partitioner: Partitioner, stage: Stage) -> None:
 
 
 def _check_lengths(stage: Stage) -> None:
-    used = {(stage.model, stage.data.inputs_length, stage.data.targets_length)}
+    used = {(stage.model, stage.rows.inputs_length, stage.rows.targets_length)}
     for evaluation in _evaluations(stage):
         model = stage.model.without(*evaluation.detached(stage.model))
         used.add((model, evaluation.data.inputs_length, evaluation.decoder.max_decode_len))
@@ -199,4 +217,4 @@ def _check_teacher(recipe: Recipe, stage: Stage) -> None:
             "not; choose a teacher with one prompt for all."
         )
     _check_packing(stage, model)
-    model.check_lengths(stage.data.inputs_length, stage.data.targets_length)
+    model.check_lengths(stage.rows.inputs_length, stage.rows.targets_length)

@@ -326,7 +326,9 @@ def task_data(arguments: Arguments) -> "list[TaskData]":
     datasets: dict[TaskData, None] = {}
     for stage in recipe.stages:
         evaluations = of_tasks((*stage.evaluations, *stage.final_evaluations))
-        datasets |= dict.fromkeys([stage.data, *(each.task_data for each in evaluations)])
+        replayed = [] if stage.replay is None else [stage.replay.data]
+        evaluated = [each.task_data for each in evaluations]
+        datasets |= dict.fromkeys([stage.data, *replayed, *evaluated])
     if (few_shot := recipe.few_shot) is not None:
         for each in few_shot.evaluations:
             datasets |= dict.fromkeys([few_shot.training_data(each), each.data])

@@ -29,7 +29,8 @@ def show(stage: Stage, batch: Arrays, batches: BatchSource, directory: Path) -> 
     lines = [*batch_lines(batch, examples, stage.data.vocabulary, model.decoder_start)]
     for method in model.peft:
         if type(method).embed is not Peft.embed:
-            lines.append(Line(f"'{method.name}', a soft prompt, is put to the inputs of each row"))
+            rows = "each row" + (" but replayed ones" if stage.prompts_are_left_out else "")
+            lines.append(Line(f"'{method.name}', a soft prompt, is put to the inputs of {rows}"))
     for text, style in lines:
         console.print_line(f"[{stage.name}] {text}", style)
     write_atomically(directory / FILE, "".join(f"{text}\n" for text, _ in lines))

@@ -9,6 +9,7 @@ from robust_ft import objectives, optim, task_names, trainable, vocabulary
 from robust_ft.analysis import Drift, GradientAlignment, PromptNeighbors
 from robust_ft.data.cache import TaskData
 from robust_ft.data.file_task import FileTask
+from robust_ft.data.replay import Replay
 from robust_ft.decoding import Decoder
 from robust_ft.ensembles.selection import (
     CocktailSelection,
@@ -236,6 +237,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {
     "Partitioner": Partitioner,
     "PromptNeighbors": PromptNeighbors,
     "Recipe": recipe,
+    "Replay": Replay,
     "Reptile": meta_learning.Reptile,
     "Schedule": optim.Schedule,
     "SentencePieceVocabulary": vocabulary.SentencePieceVocabulary,

@@ -8,9 +8,11 @@ import jax
 
 from robust_ft import optim, trainable
 from robust_ft.data.cache import TaskData
+from robust_ft.data.replay import Replay
 from robust_ft.errors import UserError, nearest
 from robust_ft.evaluator import TARGET, Evaluator
 from robust_ft.models.model import Model
+from robust_ft.models.peft import Peft
 from robust_ft.objectives import CrossEntropy, Objective, Penalty, cross_entropy_of
 from robust_ft.objectives.gradients import GradientFn, backprop
 from robust_ft.objectives.meta_learning import MetaLearning
@@ -61,6 +63,7 @@ class Stage:
             itself in each step. None for the parameters themselves.
         microbatches: Number of microbatches over which gradients are accumulated; with a
             meta-learning rule, of groups of tasks.
+        replay: Other examples that are mixed into the data; None for none.
         packing: Whether to pack several short examples into one row.
         by_length: Length bucketing: the examples of this many batches are re-sorted into length
             buckets and padded to the bucket's length. Up to four programs are compiled; 0 for off.
@@ -96,6 +99,7 @@ class Stage:
     gradient_dtype: str | None = None
     ema_decay: Rate | None = None
     microbatches: Count = 1
+    replay: Replay | None = None
     packing: bool = False
     by_length: Whole = 0
     evaluations: Sequence[Evaluator] = ()
@@ -114,6 +118,7 @@ class Stage:
             raise UserError(f"Stage '{self.name}' trains nothing; give Stage.trainable a pattern.")
         check_ranges(self, f" of stage '{self.name}'")
         self._check_microbatches()
+        self._check_replay()
         for field, known in (
             ("gradient_dtype", TYPES),
             ("teacher_dtype", TYPES),
@@ -199,6 +204,34 @@ class Stage:
                     f"Stage.{field}={value} {where} mixes the examples of several tasks, but the "
                     f"batches of a {rule} are of one task each; leave it out."
                 )
+
+    @property
+    def prompts_are_left_out(self) -> bool:
+        """Whether replayed rows are without the soft prompts that the model has."""
+        has_prompt = any(type(method).embed is not Peft.embed for method in self.model.peft)
+        return self.replay is not None and not self.replay.prompts and has_prompt
+
+    @property
+    def rows(self) -> TaskData:
+        """The data with the lengths of a batch's rows."""
+        return self.data if self.replay is None else self.replay.widened(self.data)
+
+    def _check_replay(self) -> None:
+        if self.replay is None:
+            return
+        where = f"of stage '{self.name}'"
+        if isinstance(self.gradient, MetaLearning):
+            raise UserError(
+                f"Stage.replay {where} mixes examples of other tasks in, but the batches of a "
+                f"{type(self.gradient).__name__} are of one task each; leave it out."
+            )
+        prefixes = [m.name for m in self.model.peft if type(m).kv is not Peft.kv]
+        if prefixes and not self.replay.prompts:
+            raise UserError(
+                f"Replay.prompts=False {where} leaves prompts out of replayed rows, but "
+                f"'{prefixes[0]}', a prefix, is the same for all rows of a batch; set "
+                "Replay.prompts=True."
+            )
 
     def trainable_paths(self) -> frozenset[str]:
         """Returns the paths of the parameters that train.

@@ -31,6 +31,8 @@ def train_batches(stage: Stage, partitioner: Partitioner, seed: int) -> loader.B
         MetaBatch(stage.gradient.tasks, stage.gradient.batches)
         if isinstance(stage.gradient, MetaLearning)
         else None,
+        stage.replay,
+        stage.prompts_are_left_out,
     )
 
 

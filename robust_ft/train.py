@@ -124,7 +124,7 @@ def _dry_run(config: "Config") -> None:
     for stage in config.recipe.stages:
         shapes = stage.model.shapes()
         paths = stage.trainable_paths()
-        data = stage.data
+        data = stage.rows
         console.print_line(f"Stage '{stage.name}' from {stage.restore}, {stage.steps} steps:")
         console.print_line(model_info.report(shapes, paths, stage.model.peft, compact=True))
         console.print_line(

@@ -20,7 +20,8 @@ AnyArray = jax.Array | np.ndarray
 #   decoder_target_tokens  int32[batch, target]
 #   decoder_loss_weights   float32[batch, target]  0 at padding
 # Packed batches have int32 encoder_segment_ids and decoder_segment_ids (0 on padding), and no mask.
-# Batches of models with a prompt for each task add int32[batch] task_index (`Model.task_index`).
+# Batches of models with a prompt for each task add int32[batch] task_index (`Model.task_index`);
+# those with replayed rows (`Replay`) may have bool[batch] without_prompt, where prompts are off.
 Batch = Mapping[str, AnyArray]
 
 # Scalar sums over examples or tokens, never means: sums add up over microbatches and hosts.

@@ -58,7 +58,7 @@ LAYERS = [
     {"gin_config", "preflight"},
     {"command_line", "from_gin", "settings"},
     {"model_directory"},
-    {"train", "sweep", "eval", "infer", "convert", "soup", "__main__"},
+    {"train", "sweep", "eval", "infer", "generate", "convert", "soup", "__main__"},
 ]
 SOURCES = sorted([*ROOT.glob("robust_ft/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "robust_ft")]

@@ -45,7 +45,7 @@ GOLDENS = ["pretrain_mini", "promot_rte", "promot_rte+scale/mt5_xxl", "table2_we
 # Few-shot tuning, and meta-learning at the paper's size.
 GOLDENS += ["p3_none", "p3_mtl_t", "p3_fomaml+scale/t5_xl_p3", "p3_mtl_p+scale/t5_large_p3"]
 # These change how a recipe's stages train, which stay as they are.
-BESIDE = ["asft", "dft", "eaft", "flow", "kl_anchor", "stm"]
+BESIDE = ["asft", "dft", "eaft", "flow", "kl_anchor", "replay", "self_replay", "stm"]
 # Not a method, but another form of a recipe's soft prompt.
 METHOD_FILES = [name for name in ADDED["methods"] if name not in ("deep_prompt", *BESIDE)]
 
@@ -179,7 +179,7 @@ def test_a_remedy_leaves_a_recipes_stages_and_what_they_train(method):
         other = load(files=[*files, f"gin_configs/methods/{method}.gin"]).stages
         for before, after in zip(plain, other, strict=True):
             changed = {field for field in FIELDS if getattr(before, field) != getattr(after, field)}
-            assert changed and changed <= {"objective", "teacher"}
+            assert changed and changed <= {"objective", "replay", "teacher"}
 
 
 def test_weights_by_the_pretrained_models_losses_are_not_another_teachers():

@@ -53,6 +53,7 @@ NEEDED = {
     "GradientAlignment": {"evaluation": toy.TARGET_EVALUATION},
     "Model": {"config": toy.CONFIG},
     "Recipe": {"name": "r", "model_dir": "/tmp/r", "stages": [toy.stage()]},
+    "Replay": {"data": toy.DATA},
     "Schedule": {"peak": 0.1},
     "SentencePieceVocabulary": {"path": "a.model"},
     "Stage": {

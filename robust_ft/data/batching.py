@@ -3,7 +3,7 @@
 Examples are numbered across the tasks of a mixture: the first task's come first, then the second's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -66,7 +66,7 @@ class Batcher:
         reader: ExampleReader,
         data: TaskData,
         start: DecoderStart,
-        task_indices: Int[np.ndarray, " tasks"] | None,
+        features: Mapping[str, np.ndarray],
     ):
         """Keeps what all batches share.
 
@@ -74,10 +74,10 @@ class Batcher:
             reader: Reads the examples.
             data: Has the lengths and the vocabulary.
             start: Gives the decoder's first input token.
-            task_indices: "task_index" of each task's rows; None leaves it out of the batches.
+            features: Arrays [tasks], by their names in the batches: what rows of each task have.
         """
         self._reader, self._data = reader, data
-        self._start, self._task_indices = start, task_indices
+        self._start, self._features = start, features
 
     def padded(self, numbers: Int[np.ndarray, " rows"]) -> Arrays:
         """Returns one batch, padded to the full lengths."""
@@ -125,6 +125,18 @@ class Batcher:
             start=self._start,
         )
         batch[records.EXAMPLES] = np.asarray(numbers, np.int64)
-        if self._task_indices is not None:
-            batch["task_index"] = self._task_indices[self._reader.task_of(numbers)]
-        return batch
+        owners = self._reader.task_of(np.asarray(numbers))
+        return batch | {name: values[owners] for name, values in self._features.items()}
+
+
+def features_of(
+    names: Sequence[str], own: int, task_index: Callable[[str], int] | None, marks_replay: bool
+) -> dict[str, np.ndarray]:
+    """Returns arrays [tasks], what rows of each task have; all but the first `own` are replayed."""
+    features = {"without_prompt": np.arange(len(names)) >= own} if marks_replay else {}
+    if task_index is not None:
+        # Rows without a prompt have none of their task's; 0 is as good as any.
+        with_prompt = names[:own] if marks_replay else names
+        indices = [task_index(name) if name in with_prompt else 0 for name in names]
+        features["task_index"] = np.array(indices, np.int32)
+    return features

@@ -6,7 +6,6 @@ with numpy (`batching`), which costs far less than a step of Python for each exa
 says how many blocks and rows have been handed out, so resuming is exact and takes no time.
 """
 
-import hashlib
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,11 @@ from absl import logging
 from jaxtyping import Int32, Int64
 
 from robust_ft.data import cache, meta_batches, mixing, records
-from robust_ft.data.batching import Batcher, ExampleReader
+from robust_ft.data.batching import Batcher, ExampleReader, features_of
 from robust_ft.data.cache import CachedTask, TaskData
 from robust_ft.data.meta_batches import MetaBatch
 from robust_ft.data.records import Arrays
+from robust_ft.data.replay import Replay
 from robust_ft.decoder_start import DecoderStart
 from robust_ft.errors import UserError
 
@@ -164,6 +164,8 @@ def train_batches(
     task_index: Callable[[str], int] | None = None,
     by_length: int = 0,
     meta: MetaBatch | None = None,
+    replay: Replay | None = None,
+    marks_replay: bool = False,
 ) -> BatchSource:
     """Returns endless training batches of a task or mixture, from its cache (built if missing).
 
@@ -186,6 +188,8 @@ def train_batches(
             enough. The order of the batches stays random. Every shard reads all examples.
         meta: Asks for meta-batches, arrays [rows, tasks, batches, length]: the examples of a batch
             are of one task, and tasks come at the mixture's rates.
+        replay: Other examples that are mixed in, at the same places for all shards.
+        marks_replay: Whether "without_prompt" (bool[batch]) says which rows are replayed.
 
     Raises:
         UserError: See `cache.ensure`; or the batch size is not a multiple of the shard count, or
@@ -200,36 +204,37 @@ def train_batches(
         raise UserError("Packed rows have no padding to save: choose packing or by_length.")
     rows = batch_size // count
     tasks = cache.ensure(data)
+    own = len(tasks)
+    if replay is not None:
+        tasks = [*tasks, *_replayed(replay, tasks)]
     _warn_of_draws(tasks)
-    names = [task.task for task in tasks]
-    indices = None if task_index is None else np.array([*map(task_index, names)], np.int32)
+    data = data if replay is None else replay.widened(data)
     reader = ExampleReader(tasks)
-    batcher = Batcher(reader, data, start, indices)
+    names = [task.task for task in tasks]
+    batcher = Batcher(reader, data, start, features_of(names, own, task_index, marks_replay))
     # What a position depends on. The number of shards matters to packing alone.
     identity = {
-        "task": data.task,
-        "split": data.split,
-        "examples": {task.task: [task.info.num_examples, task.rate] for task in tasks},
-        "content": {task.task: task.info.content[:16] for task in tasks},
-        "lengths": [data.inputs_length, data.targets_length],
+        **_content(data, tasks),
         "seed": seed,
         "batch_size": batch_size,
         "packing": packing,
         "by_length": by_length,
     }
+    if replay is not None:
+        identity["replay"] = [replay.data.task, replay.data.split, replay.share]
     own_rows = slice(index * rows, (index + 1) * rows)
     if meta is not None:
         meta_batches.check_sizes(tasks, batch_size, meta.batches)
         each = [
             meta_batches.episodes(task, numbers, batch_size, meta.batches)
-            for task, numbers in zip(tasks, _shuffled(tasks, seed), strict=True)
+            for task, numbers in zip(tasks, mixing.shuffled(tasks, seed), strict=True)
         ]
-        drawn = _mixed(tasks, each).batch(meta.tasks, drop_remainder=True)
+        drawn = mixing.mixed(tasks, each).batch(meta.tasks, drop_remainder=True)
         batches = drawn.map(lambda n: meta_batches.padded(batcher, n, meta, own_rows))
         return BatchSource(
             batches.to_iter_dataset(_READ_AHEAD), identity | {"meta": list(meta)}, reader
         )
-    order = _mixed(tasks, [numbers.repeat() for numbers in _shuffled(tasks, seed)])
+    order = mixing.endless(tasks, own, seed, replay.rates if replay else (0, 1))
     if by_length:
         # Every shard sorts the same window of global batches, and keeps its own rows of each.
         windows = order.batch(batch_size * by_length, drop_remainder=True)
@@ -237,7 +242,7 @@ def train_batches(
             lambda window, generator: batcher.length_buckets(
                 window, batch_size, own_rows, generator
             ),
-            seed=_seed(seed, "by_length"),
+            seed=mixing.hashed(seed, "by_length"),
         )
         return BatchSource(_flat(blocks, by_length), identity, reader)
     # Blocks of consecutive examples go to the shards in turn. Single examples must not: two tasks
@@ -249,7 +254,7 @@ def train_batches(
         batches = blocks.map(batcher.padded).to_iter_dataset(_READ_AHEAD)
         return BatchSource(batches, identity, reader)
 
-    packed = _packed(blocks, reader, data, rows, start, _seed(seed, "packing"))
+    packed = _packed(blocks, reader, data, rows, start, mixing.hashed(seed, "packing"))
     return BatchSource(packed, {**identity, "shard": [index, count]}, reader)
 
 
@@ -284,6 +289,23 @@ def _packed(
         lambda batch: records.packed_batch(batch, data.vocabulary.pad_id)
     )
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+
+def _content(data: TaskData, tasks: Sequence[CachedTask]) -> dict[str, Any]:
+    return {
+        "task": data.task,
+        "split": data.split,
+        "examples": {task.task: [task.info.num_examples, task.rate] for task in tasks},
+        "content": {task.task: task.info.content[:16] for task in tasks},
+        "lengths": [data.inputs_length, data.targets_length],
+    }
+
+
+def _replayed(replay: Replay, tasks: Sequence[CachedTask]) -> Sequence[CachedTask]:
+    replayed = cache.ensure(replay.data)
+    for name in sorted({task.task for task in replayed} & {task.task for task in tasks}):
+        raise UserError(f"Replay.data has '{name}', one of the stage's own tasks; name another.")
+    return replayed
 
 
 def _warn_of_draws(tasks: Sequence[CachedTask]) -> None:
@@ -417,29 +439,3 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: list[Arrays]) -> list[Arrays]:
         return element
-
-
-def _shuffled(tasks: Sequence[CachedTask], seed: int) -> list[grain.MapDataset]:
-    """Returns the `ExampleReader`'s numbers of each task's examples, reordered in every epoch."""
-    shuffled, start = [], 0
-    for task in tasks:
-        stop = start + task.info.num_examples
-        # Grain adds 1 to the seed in every epoch, so run seeds are hashed: with seeds 0 and 1, the
-        # second run would begin with the first one's second epoch. The task's name is hashed too,
-        # else tasks of equal size would share one order.
-        shuffled.append(grain.MapDataset.range(start, stop).shuffle(_seed(seed, task.task)))
-        start = stop
-    return shuffled
-
-
-def _mixed(tasks: Sequence[CachedTask], each: Sequence[grain.MapDataset]) -> grain.MapDataset:
-    """Returns the endless mixture of the tasks' endless datasets at their rates."""
-    if len(tasks) == 1:
-        return each[0]
-    order = mixing.MixedOrder([task.rate for task in tasks])
-    return grain.MapDataset.select_from_datasets(each, order)
-
-
-def _seed(seed: int, name: str) -> int:
-    """Returns a 32-bit seed, independent of those for other seeds and names."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")

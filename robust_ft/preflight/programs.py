@@ -113,7 +113,7 @@ def _decoded_tokens(evaluation: Evaluation) -> int:
 
 
 def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
-    data, rows = stage.data, [stage.batch_size]
+    data, rows = stage.rows, [stage.batch_size]
     if isinstance(stage.gradient, MetaLearning):
         rows += [stage.gradient.tasks, stage.gradient.batches]
     names = {
@@ -130,6 +130,8 @@ def _train_batch(stage: Stage, partitioner: Partitioner) -> dict[str, Any]:
         batch["encoder_input_mask"] = _tokens(partitioner, np.bool_, *rows, data.inputs_length)
     if stage.model.tasks:
         batch["task_index"] = _tokens(partitioner, np.int32, *rows)
+    if stage.prompts_are_left_out:
+        batch["without_prompt"] = _tokens(partitioner, np.bool_, *rows)
     return batch
 
 

@@ -165,13 +165,20 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         selections={
             name: selection for name, selection in weights.items() if selection is not None
         },
-        overlaps=tuple(dict.fromkeys(s for stage in stages for s in _overlaps(folder / stage))),
+        overlaps=tuple(
+            dict.fromkeys(
+                sentence
+                for stage in stages
+                for name in ("overlap.json", "overlap_replay.json")
+                for sentence in _overlaps(folder / stage / name)
+            )
+        ),
         record=_record(folder, about),
     )
 
 
-def _overlaps(folder: pathlib.Path) -> list[str]:
-    fields = read_json(folder / "overlap.json", default=None)
+def _overlaps(file: pathlib.Path) -> list[str]:
+    fields = read_json(file, default=None)
     if not fields or not any(each["same_input"] for each in fields["overlaps"]):
         return []
     from robust_ft.data import overlap  # numpy

@@ -140,10 +140,19 @@ class Prompt(Peft):
         # [prompt, embed] for all rows, or with tasks each row's own [batch, prompt, embed]
         prompt = prompt[self._task_index(batch)] if self.tasks else prompt[None]
         prompt = jnp.broadcast_to(prompt.astype(x.dtype), (x.shape[0], *shape[-2:]))
-        if self.is_infix:
-            return _inserted(x, prompt, mask)
         prompt_mask = jnp.ones(prompt.shape[:2], bool)
-        return jnp.concatenate([prompt, x], 1), jnp.concatenate([prompt_mask, mask], 1)
+        with_it = jnp.concatenate([prompt, x], 1), jnp.concatenate([prompt_mask, mask], 1)
+        if self.is_infix:
+            with_it = _inserted(x, prompt, mask)
+        if (without := batch.get("without_prompt")) is None:
+            return with_it
+        # In rows without it, the prompt is padding behind the input: positions stay what they are.
+        bare = jnp.concatenate([x, prompt], 1), jnp.concatenate([mask, ~prompt_mask], 1)
+        is_bare = jnp.asarray(without)[:, None]  # [batch, 1]
+        return (
+            jnp.where(is_bare[..., None], bare[0], with_it[0]),
+            jnp.where(is_bare, bare[1], with_it[1]),
+        )
 
     @property
     def is_infix(self) -> bool:
