@@ -165,7 +165,7 @@ def test_skipping_leaves_all_but_the_number_of_steps(tmp_path, evaluate, capsys,
 def test_the_learning_rate_goes_on_after_a_step_that_is_skipped():
     tx = AdamW(Schedule(3.0, warmup_steps=3)).build()  # the rates 1, 2, 3
 
-    def train_step(state, frozen, teacher, batch, rng):
+    def train_step(state, frozen, teacher, batch, rng, anchor=None):
         updates, opt_state = tx.update({"x": batch["gradient"]}, state.opt_state, state.trainable)
         trained = optax.apply_updates(state.trainable, updates)
         sums = {"loss": jnp.sum(batch["gradient"])}

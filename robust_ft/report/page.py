@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from robust_ft.analysis_results import DRIFT
 from robust_ft.report import (
-    analyses,
-    analysis_figure,
     choices,
     figure,
     promptability_figure,
@@ -224,6 +222,8 @@ def _tradeoff(runs: Sequence[Run], id_and_ood: tradeoff.Tradeoff) -> str:
 
 
 def _drift(runs: Sequence[Run]) -> str:
+    from robust_ft.report import analyses, analysis_figure  # numpy, which nothing else here needs
+
     if not analyses.columns_of(runs, DRIFT):
         return ""
     return _panel(

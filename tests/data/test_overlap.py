@@ -94,7 +94,11 @@ def test_a_stage_says_it_once_and_keeps_the_counts(tmp_path, capsys, monkeypatch
     test = data(tmp_path, "other", "test", train=TRAIN[:1], test=OTHER)
     evaluation = Evaluation(test, Decoder(max_decode_len=4))
     stage = types.SimpleNamespace(
-        name="model", data=train, evaluations=(), final_evaluations=(evaluation, evaluation)
+        name="model",
+        data=train,
+        replay=None,
+        evaluations=(),
+        final_evaluations=(evaluation, evaluation),
     )
     before = console.get()
     console.configure()
