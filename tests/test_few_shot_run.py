@@ -149,6 +149,7 @@ def test_a_tuning_is_that_of_a_stage(finished, tmp_path):
     assert row.value == pytest.approx(line["accuracy"])
 
 
+@pytest.mark.slow
 def test_interrupted_runs_end_with_the_same_files(finished, tmp_path, monkeypatch):
     directory, made = finished
     again = dataclasses.replace(made, model_dir=str(tmp_path / "run"))

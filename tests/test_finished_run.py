@@ -75,7 +75,7 @@ METHODS = {
 }
 
 
-QUICK = {"full", "prompt", "lora", "prompt and model"}
+QUICK = {"lora", "prompt and model"}
 
 
 @pytest.mark.parametrize(

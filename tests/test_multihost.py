@@ -158,7 +158,12 @@ def test_nan_ends_all_with_the_examples_of_all(tmp_path):
     ("what", "statuses", "sentence"),
     [
         ("config", [2, 2], "Process 1 has another config than process 0: 'RATE = 0.1', not "),
-        ("lost", [multihost.LOST, -signal.SIGKILL], "Process 1 of 2 has given no sign of life"),
+        pytest.param(
+            "lost",
+            [multihost.LOST, -signal.SIGKILL],
+            "Process 1 of 2 has given no sign of life",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("mistake", [2, 2], "Line 3 of data.csv is empty", marks=pytest.mark.slow),
         pytest.param(
             "first lost",

@@ -29,8 +29,7 @@ INTERRUPTIONS = [
     ("saved", "model", 12),
     ("interrupted_outside", "model", 0),
 ]
-FEW = [each for each in INTERRUPTIONS if each[:2] in {("saving", "prompt"), ("saved", "prompt")}]
-FEW += [("interrupted", "model", 10)]
+FEW = [each for each in INTERRUPTIONS if each[:2] == ("saved", "prompt")]
 STATUS = {
     "terminated": RESUME,
     "interrupted": RESUME,
