@@ -254,11 +254,19 @@ class Partitioner:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains an activation's sharding to the active rules; without any, returns it as it is."""
+    """Constrains an activation's sharding to the active rules; without any, returns it as it is.
+
+    An axis that its devices cannot share equally is not sharded. Compilers would fill up the last
+    shard, and XLA has then added the filling to the gradient of the first row of a table.
+    """
     rules: Rules | None = _active_rules.value
     if rules is None:
         return x
-    constrained: jax.Array = jax.lax.with_sharding_constraint(x, _to_spec(axes, rules))
+    even = [
+        None if size % count else axis
+        for axis, size, count in zip(axes, x.shape, shards(*axes), strict=True)
+    ]
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, _to_spec(even, rules))
     return constrained
 
 
