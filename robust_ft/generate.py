@@ -29,14 +29,16 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     from robust_ft import console, loading
+    from robust_ft.checkpoints_io import outputs
     from robust_ft.decoding import Decoder
     from robust_ft.errors import UserError
-    from robust_ft.files import write_json_lines
+    from robust_ft.files import as_path, write_json_lines
 
     if min(arguments.examples, arguments.batch_size) < 1:
         raise UserError("--examples and --batch_size must be at least 1.")
     if not arguments.temperature > 0:
         raise UserError(f"--temperature={arguments.temperature:g} must be above 0, to sample.")
+    outputs.check(as_path(arguments.output), arguments.overwrite)  # before sampling, which is long
     decoder = Decoder(
         max_decode_len=arguments.max_decode_len,
         temperature=arguments.temperature,
@@ -46,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
     predictor = loading.load(arguments.model)
     predictor.partitioner.check_batch("--batch_size", arguments.batch_size, "generating")
     inputs = _inputs(arguments, predictor)
-    outputs = sampled(
+    texts = sampled(
         predictor, inputs, decoder, arguments.seed, arguments.batch_size, arguments.inputs_length
     )
-    pairs = zip(inputs, outputs, strict=True)
+    pairs = zip(inputs, texts, strict=True)
     rows = [{"inputs": text, "targets": output} for text, output in pairs if output]
     if not rows:
         raise UserError(
@@ -158,6 +160,7 @@ def _parser() -> command_line.Parser:
     )
     parser.add_argument("--model", required=True, help="what robust_ft.load takes, or asset:mini")
     parser.add_argument("--output", required=True, metavar="FILE", help="a .jsonl file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--examples", type=int, default=1000, help="outputs to sample (1000)")
     parser.add_argument("--task", help="a task whose inputs begin them")
     parser.add_argument("--module", help="the module that registers it")

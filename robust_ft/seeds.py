@@ -54,13 +54,23 @@ def seed_folders(recipe: Recipe, seeds: int) -> dict[int, str]:
     """
     if seeds < 1:
         raise UserError(f"The number of seeds is {seeds}, but must be at least 1.")
+    base = folder_of_runs(recipe)
+    return {seed: f"{base}/seed_{seed}" for seed in range(recipe.seed, recipe.seed + seeds)}
+
+
+def folder_of_runs(recipe: Recipe) -> str:
+    """Returns MODEL_DIR, below which several runs have their folders.
+
+    Raises:
+        UserError: It is that of a single run.
+    """
     base = recipe.model_dir.rstrip("/")
     if (as_path(base) / RUN).exists():
         raise UserError(
             f"Recipe.model_dir={recipe.model_dir} is the folder of a single run; choose another "
-            "for the runs of several seeds, which go into folders below it."
+            "for several runs, which go into folders below it."
         )
-    return {seed: f"{base}/seed_{seed}" for seed in range(recipe.seed, recipe.seed + seeds)}
+    return base
 
 
 def write_report(recipe: Recipe, folders: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from robust_ft import claiming, console, multihost, report
-from robust_ft.checkpoints_io.stage_record import RUN
 from robust_ft.ensembles.selection import without_final_evaluations
 from robust_ft.errors import Diverged, UserError, nearest
 from robust_ft.evaluator import TARGET, Evaluator
@@ -23,6 +22,7 @@ from robust_ft.recipe import Recipe
 from robust_ft.recorded_settings import Flattened
 from robust_ft.run_context import Callback
 from robust_ft.runner import run_claimed, validate
+from robust_ft.seeds import folder_of_runs, seed_folders
 from robust_ft.sweep_file import Sweep, Tried, is_number, points, shown
 
 # From values, a seed and a folder to the recipe of a run.
@@ -109,23 +109,16 @@ def plan(
         UserError: See `run_sweep`; nothing has been written.
     """
     check_grid(grid)
-    if seeds < 1:
-        raise UserError(f"The number of seeds is {seeds}, but must be at least 1.")
-    base = recipe.model_dir.rstrip("/")
-    if (as_path(base) / RUN).exists():
-        raise UserError(
-            f"Recipe.model_dir={recipe.model_dir} is the folder of a single run; choose another "
-            "for a sweep, whose runs go into folders below it."
-        )
-    numbers = tuple(range(recipe.seed, recipe.seed + seeds))
+    base = folder_of_runs(recipe)
+    numbers = tuple(seed_folders(recipe, seeds))
     tried = [Tried(values, folder_name(values)) for values in points(grid)]
-    recipes = {
-        point.folder: {
-            seed: build(point.values, seed, f"{base}/{point.folder}/seed_{seed}")
-            for seed in numbers
+    recipes = {}
+    for point in tried:
+        below = dataclasses.replace(recipe, model_dir=f"{base}/{point.folder}")
+        recipes[point.folder] = {
+            seed: build(point.values, seed, folder)
+            for seed, folder in seed_folders(below, seeds).items()
         }
-        for point in tried
-    }
     firsts = [recipes[point.folder][numbers[0]] for point in tried]
     by = chosen_by(firsts[0], by)
     selecting = [selecting_evaluations(each, by) for each in firsts]

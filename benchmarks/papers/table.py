@@ -21,7 +21,8 @@ RULE = (
     "runs (checkpoints × seeds), p, and a paired bootstrap over test examples, whose 95% interval "
     "is in brackets. “No worse by 2 or more” is the same question with 2 points added to the "
     "first model, in p too. “Cannot show” is where scores leave no room for a difference. p is "
-    "not corrected for the number of claims. All models are selected on ID validation alone."
+    "not corrected for the number of claims. What is selected, checkpoints and λ, is selected on "
+    "ID validation alone."
 )
 
 

@@ -134,7 +134,7 @@ class Stm(_Rule):
     finds unlikely are left out of the loss.
 
     Attributes:
-        perplexity: The threshold of a token's perplexity, 1 / p.
+        perplexity: The threshold of a token's perplexity, 1 / p; the default is this project's.
     """
 
     perplexity: Positive = 2.5

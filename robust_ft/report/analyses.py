@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -238,15 +238,12 @@ def forgotten(runs: Sequence[Run], role: str) -> list[Forgotten]:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns Spearman's correlation, ties having their mean rank; NaN if one side is constant."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    from scipy.stats import rankdata  # a second of importing
+
+    ranks = [rankdata(values) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = math.sqrt(float(centred[0] @ centred[0]) * float(centred[1] @ centred[1]))
     return float(centred[0] @ centred[1]) / scale if scale else math.nan
-
-
-def _ranks(values: Any) -> Any:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 class Vector(NamedTuple):
