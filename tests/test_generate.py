@@ -75,6 +75,14 @@ def test_mistakes_are_one_sentence(written, tmp_path):
     assert not (tmp_path / "replay.jsonl").exists()
 
 
+def test_what_is_there_stays(written, tmp_path):
+    there = tmp_path / "there.jsonl"
+    there.write_text("mine")
+    with pytest.raises(UserError, match="is there already; give another --output, or --overwrite"):
+        generate.main(["--model=asset:mini", f"--output={there}"])
+    assert there.read_text() == "mine" and not written
+
+
 @pytest.mark.slow
 def test_samples_are_a_function_of_the_seed():
     predictor = Predictor(toy.PLAIN, random_params(toy.PLAIN), toy.DATA.vocabulary)
